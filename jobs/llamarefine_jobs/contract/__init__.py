@@ -1,0 +1,1 @@
+"""What the stages and the launcher agree on. Imports the standard library and pydantic only."""

@@ -1,0 +1,70 @@
+"""Conversations to tokens, in the one way that training, evaluation and inference share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, Message, answer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt's tokens and an answer's, EOS at its end. Only the answer's carry a loss."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with the one chat template and a pad token that is not EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    settle_tokenizer(tokenizer)
+    return tokenizer
+
+
+def settle_tokenizer(tokenizer: Any) -> None:
+    """Give `tokenizer` the one chat template and a pad token that is not EOS, without growing the vocabulary."""
+    if tokenizer.eos_token is None:
+        raise DataError("the base model's tokenizer has no EOS token, so no answer could ever end; choose another base")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Padding with EOS would mask the EOS that the model must learn. Any other special token serves.
+        for candidate in (tokenizer.unk_token, "<unk>", "<|finetune_right_pad_id|>", tokenizer.bos_token):
+            if candidate and candidate != tokenizer.eos_token and candidate in tokenizer.get_vocab():
+                tokenizer.pad_token = candidate
+                return
+        raise DataError(
+            "the base model's tokenizer has no pad token and no special token besides EOS that could serve as one; "
+            "add a pad token to the tokenizer's folder"
+        )
+
+
+def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
+    """The tokens of a prompt, up to where the answer begins."""
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
+    """The tokens of a prompt and of its answer, which ends with EOS."""
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    whole = tokenizer.apply_chat_template([*prompt, *answer(text)], tokenize=False)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise DataError(
+            "the base model's tokenizer joins the end of a prompt with the beginning of its answer into one token; "
+            "choose a base whose tokenizer keeps a line's end apart"
+        )
+    return Encoded(prompt_ids, ids[len(prompt_ids) :])

@@ -1,0 +1,292 @@
+"""What every stage does around its work: arguments, seed, SIGTERM, progress, publishing, the exit code.
+
+A stage needs a recipe and a store, nothing else: it finds its parents by their keys, so
+``python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix`` runs alone.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llamarefine_jobs import __version__, sources
+from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key, short
+from llamarefine_jobs.contract.errors import (
+    DataError,
+    IntegrityError,
+    LlamaRefineError,
+    OutOfMemoryError,
+    PreemptedError,
+    RecipeError,
+    from_os_error,
+)
+from llamarefine_jobs.contract.progress import Progress
+from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES, Stage
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.store import Store
+
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers", "safetensors", "unsloth", "bitsandbytes")
+
+
+@dataclass
+class Context:
+    """What a stage's work is given."""
+
+    stage: Stage
+    recipe: Recipe
+    store: Store
+    key: str
+    parents: dict[str, Manifest]
+    inputs: dict[str, Path]  # parent -> folder with the parts that stages.py says this stage reads
+    output: Path  # what is left here becomes the artifact
+    work: Path  # for everything else; gone afterwards
+    started_at: datetime
+    stop: threading.Event  # set by SIGTERM: finish the step, save, raise PreemptedError
+    backend: str | None = None
+    accelerator: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """One line of the stage's log."""
+        print(f"{self.stage.name}: {text}", flush=True)
+
+    def progress(self, step: int, steps: int, **figures: Any) -> None:
+        """Where the stage stands, as a line that people read and the launcher parses."""
+        print(Progress(self.stage.name, step, steps, **figures).line(), flush=True)
+
+    def check_stop(self) -> None:
+        """Raise PreemptedError once SIGTERM has come; for stages without checkpoints."""
+        if self.stop.is_set():
+            raise PreemptedError(f"{self.stage.name} was told to stop; run the same command again to go on")
+
+    def publish_checkpoint(self, step: int, folder: Path) -> None:
+        """Publish the training's state after `step` steps."""
+        self.store.publish_checkpoint(step, folder, self._draft())
+
+    def fetch_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of this very training, as a local folder."""
+        folder = self.work / "resume"
+        step = self.store.fetch_checkpoint(self.stage.name, self.key, folder)
+        if step is None:
+            return None
+        self.note(f"goes on from the checkpoint at step {step}")
+        return folder
+
+    def publish(self) -> Manifest:
+        """Publish `output` as the artifact; its checkpoints are not needed any more."""
+        missing = [name for name in self.stage.writes if not (self.output / name).exists()]
+        if missing:
+            raise AssertionError(f"{self.stage.name} did not write {', '.join(missing)}")
+        manifest = self.store.publish(self.output, self._draft())
+        if self.stage.has_checkpoints:
+            self.store.remove_checkpoints(self.stage.name, self.key)
+        return manifest
+
+    def _draft(self) -> Manifest:
+        return Manifest(
+            stage=self.stage.name,
+            key=self.key,
+            parents={name: Parent(key=parent.key, manifest_sha256=parent.sha256()) for name, parent in self.parents.items()},
+            recipe=self.recipe.key_payload(self.stage.name),
+            seed=self.recipe.seed,
+            prompt_template_sha256=TEMPLATE_SHA256,
+            package_version=__version__,
+            git_commit=os.environ.get("LLAMAREFINE_GIT_COMMIT"),
+            image_digest=os.environ.get("LLAMAREFINE_IMAGE_DIGEST"),
+            libraries=_versions(),
+            backend=self.backend,
+            accelerator=self.accelerator,
+            started_at=self.started_at,
+            finished_at=datetime.now(UTC),
+            metrics=self.metrics,
+        )
+
+
+Work = Callable[[Context], None]
+
+
+def main(stage_name: str, work: Work) -> None:
+    """Run one stage as a process: parse its arguments, do its work, exit with its code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m llamarefine_jobs.{stage_name}",
+        description=f"Run the stage {stage_name}: read its parents from the store, publish its artifact there.",
+    )
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, a YAML file")
+    parser.add_argument("--store", required=True, help="file:///folder or s3://bucket/prefix")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat")
+    options = parser.parse_args()
+    with _exit_code(stage_name):
+        recipe = sources.pin(load_recipe(options.recipe, options.set))
+        run(stage_name, work, recipe, Store(options.store))
+
+
+def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
+    """Do the work of one stage and publish it; what is there already is returned as it is."""
+    stage = STAGES[stage_name]
+    parents = find_parents(stage_name, recipe, store)
+    key = artifact_key(stage_name, recipe, parents)
+    standing = store.manifest(stage_name, key)
+    if standing is not None:
+        print(f"{stage_name}: {short(key)} is in the store already; nothing to do", flush=True)
+        return standing
+    stop = _stop_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
+        work_folder = Path(folder)
+        output = work_folder / "output"
+        output.mkdir()
+        context = Context(
+            stage=stage,
+            recipe=recipe,
+            store=store,
+            key=key,
+            parents=parents,
+            inputs=fetch_inputs(stage, parents, store, work_folder / "inputs"),
+            output=output,
+            work=work_folder,
+            started_at=datetime.now(UTC),
+            stop=stop,
+        )
+        context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
+        with _settled_threads(recipe):
+            work(context)
+        manifest = context.publish()
+        seconds = (manifest.finished_at - manifest.started_at).total_seconds()
+        context.note(f"published {short(key)}, {len(manifest.files)} files, after {seconds:.0f} s")
+        return manifest
+
+
+def find_parents(stage_name: str, recipe: Recipe, store: Store) -> dict[str, Manifest]:
+    """The manifests of a stage's parents, found by their keys."""
+    found: dict[str, Manifest] = {}
+    for name in STAGES[stage_name].reads:
+        key = artifact_key(name, recipe, find_parents(name, recipe, store))
+        manifest = store.manifest(name, key)
+        if manifest is None:
+            raise DataError(
+                f"{stage_name} needs the artifact of {name} for this recipe ({short(key)}), and {store.uri} has none; "
+                f"run {name} first, on this recipe and this store"
+            )
+        check_template(manifest)
+        found[name] = manifest
+    return found
+
+
+def check_template(manifest: Manifest) -> None:
+    """Refuse a parent that was rendered with another chat template."""
+    if manifest.prompt_template_sha256 != TEMPLATE_SHA256:
+        raise IntegrityError(
+            f"{manifest.stage} {short(manifest.key)} was made with the chat template "
+            f"{short(manifest.prompt_template_sha256)}, this version renders with {short(TEMPLATE_SHA256)}; make it anew"
+        )
+
+
+def fetch_inputs(stage: Stage, parents: dict[str, Manifest], store: Store, into: Path) -> dict[str, Path]:
+    """Download the parts of each parent that the stage reads, verified."""
+    return {name: store.fetch(parents[name], into / name, *parts) for name, parts in stage.reads.items()}
+
+
+@contextlib.contextmanager
+def _settled_threads(recipe: Recipe) -> Iterator[None]:
+    """Seed everything and hold torch to the recipe's number of CPU threads."""
+    import torch
+    from transformers import set_seed
+
+    before = torch.get_num_threads()
+    if recipe.cpu_threads:
+        torch.set_num_threads(recipe.cpu_threads)
+    set_seed(recipe.seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _exit_code(stage_name: str) -> Iterator[None]:
+    """End the process as errors.py says: one line for a reason, a traceback only for our own mistakes."""
+    try:
+        yield
+    except LlamaRefineError as error:
+        _end(stage_name, error)
+    except KeyboardInterrupt:
+        _end(stage_name, PreemptedError(f"{stage_name} was interrupted"))
+    except OSError as error:
+        _end(stage_name, from_os_error(error))
+    except MemoryError:
+        _end(stage_name, OutOfMemoryError(f"{stage_name} needs more memory than this machine gives it"))
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, named so as not to import torch here
+            _end(stage_name, OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"))
+        traceback.print_exc()
+        _end(stage_name, LlamaRefineError(f"{stage_name} failed unexpectedly: {type(error).__name__}: {_first_line(error)}"))
+
+
+def _end(stage_name: str, error: LlamaRefineError) -> None:
+    """Say why, where a person and where Kubernetes looks, and leave."""
+    print(f"{stage_name}: error: {error}", file=sys.stderr, flush=True)
+    message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)}
+    target = os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log")
+    with contextlib.suppress(OSError):
+        if Path(target).exists():  # Kubernetes makes the file; elsewhere nobody asked for it
+            Path(target).write_text(json.dumps(message)[:4096], encoding="utf-8")
+    logging.shutdown()
+    sys.exit(error.exit_code)
+
+
+def _stop_on_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, and the launcher's death too where it asked for that."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_signal)
+    if os.environ.get("LLAMAREFINE_STOP_AT_EOF") == "1":
+        # The local executor holds the other end of our standard input: at its end the executor is gone.
+        def watch() -> None:
+            with contextlib.suppress(OSError):
+                while os.read(0, 1024):
+                    pass
+            stop.set()
+
+        threading.Thread(target=watch, daemon=True).start()
+    return stop
+
+
+def _smaller(stage_name: str) -> str:
+    if STAGES[stage_name].has_checkpoints:
+        return f"lower {stage_name}.micro_batch_rows (the result stays that of batch_rows) or max_length_tokens"
+    return f"lower {stage_name}.batch_rows" if stage_name in ("evaluate", "infer") else "use a larger machine"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _names(parents: dict[str, Manifest]) -> str:
+    return ", ".join(f"{name} {short(parent.key)}" for name, parent in parents.items())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

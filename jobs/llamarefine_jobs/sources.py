@@ -1,0 +1,136 @@
+"""What prepare reads from outside the store: recognised, fingerprinted, brought to a local path.
+
+A fingerprint is taken when a run is planned and checked when the source is read, so a file that
+changes in between is noticed, and one that only moved is known again.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from llamarefine_jobs.contract.errors import DataError, from_os_error
+from llamarefine_jobs.contract.recipe import Recipe, Source
+from llamarefine_jobs.objects import CHUNK_BYTES, Objects, open_objects
+
+DOCSTRINGS = "python-docstrings"
+TINY_LLAMA = "tiny-llama"
+
+
+class Kind(Enum):
+    """Where a source lies."""
+
+    BUILT_IN = "built-in"
+    PATH = "path"
+    S3 = "s3"
+    HTTPS = "https"
+    HUB = "hub"
+
+
+def kind(source: str, *, hub_id_allowed: bool = False) -> Kind:
+    """Where `source` lies. A bare ``owner/name`` that is no path is a Hub id where one may stand."""
+    if source in (DOCSTRINGS, TINY_LLAMA):
+        return Kind.BUILT_IN
+    match urlsplit(source).scheme:
+        case "s3":
+            return Kind.S3
+        case "https" | "http":
+            return Kind.HTTPS
+        case "hf":
+            return Kind.HUB
+    if hub_id_allowed and source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not Path(source).exists():
+        return Kind.HUB
+    return Kind.PATH
+
+
+def local_path(source: str) -> Path:
+    """The path that a `Kind.PATH` source names."""
+    parts = urlsplit(source)
+    return Path(unquote(parts.path) if parts.scheme == "file" else source).expanduser().absolute()
+
+
+def pin(recipe: Recipe) -> Recipe:
+    """`recipe` with a fingerprint at each source that can be looked at from here, and absolute paths.
+
+    Raises DataError where a file or an object is missing.
+    """
+    pinned = {}
+    for name, source in recipe.sources().items():
+        where = kind(source.source, hub_id_allowed=name == "base")
+        changes: dict[str, str] = {}
+        if where is Kind.PATH:
+            changes["source"] = str(local_path(source.source))
+        found = fingerprint(source.source, where, f"prepare.{name}.source")
+        if source.fingerprint and found and source.fingerprint != found:
+            raise DataError(f"prepare.{name}.source: {source.source} changed since the run was planned; submit it again")
+        if found:
+            changes["fingerprint"] = found
+        pinned[name] = type(source).model_validate(source.model_dump() | changes)
+    return recipe.with_sources(pinned)
+
+
+def fingerprint(source: str, where: Kind, key: str) -> str | None:
+    """What lies behind `source`; None where only the stage that reads it can tell (https, the Hub)."""
+    match where:
+        case Kind.BUILT_IN:
+            # The docstrings are those of the Python that runs; tiny-llama is all in the recipe.
+            return f"python:{platform.python_version()}" if source == DOCSTRINGS else "recipe"
+        case Kind.PATH:
+            path = local_path(source)
+            if not path.exists():
+                raise DataError(f"{key}: there is no {path}")
+            return _tree_sha256(path)
+        case Kind.S3:
+            objects, prefix = _bucket(source)
+            entries = [entry for entry in objects.entries(prefix) if entry.path == prefix or entry.path.startswith(f"{prefix}/")]
+            if not entries:
+                raise DataError(f"{key}: there is nothing at {source}")
+            listing = [(entry.path[len(prefix) :], entry.size_bytes, entry.etag) for entry in entries]
+            return f"etag:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
+        case _:
+            return None
+
+
+def download_s3(source: str, into: Path) -> Path:
+    """Bring an object, or all objects under a prefix, to `into`; the file's or the folder's path."""
+    objects, prefix = _bucket(source)
+    for entry in objects.entries(prefix):
+        if entry.path == prefix:
+            name = Path(prefix).name
+        elif entry.path.startswith(f"{prefix}/"):
+            name = entry.path[len(prefix) + 1 :]
+        else:
+            continue
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            objects.download(entry.path, file, _ignore)
+    single = into / Path(prefix).name
+    return single if single.is_file() else into
+
+
+def _bucket(source: str) -> tuple[Objects, str]:
+    parts = urlsplit(source)
+    return open_objects(f"s3://{parts.netloc}"), unquote(parts.path).strip("/")
+
+
+def _tree_sha256(path: Path) -> str:
+    """The sha256 of a file, or of the names and sha256s of all files of a folder."""
+    try:
+        if path.is_file():
+            return f"sha256:{_file_sha256(path)}"
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = [(file.relative_to(path).as_posix(), _file_sha256(file)) for file in files]
+        return f"tree-sha256:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
+    except OSError as error:
+        raise from_os_error(error) from None
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_ignore: Callable[[bytes], None] = lambda chunk: None  # noqa: E731

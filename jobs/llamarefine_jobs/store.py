@@ -1,0 +1,220 @@
+"""Publish and fetch artifacts. The store is the pipeline's only state.
+
+What it promises, on ``file://`` and ``s3://`` alike (tests/store holds the same list, one test a line):
+
+- no manifest, no artifact: the files go first, `manifest.json` last and only if none is there;
+- two writers of one key: one manifest wins, both succeed, and nothing of the loser's stays;
+- what is fetched has the size and sha256 that its manifest promises, byte for byte; it appears in
+  its folder all at once or not at all; a wrong byte is an IntegrityError that names the file.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from llamarefine_jobs.contract.artifact import (
+    MANIFEST,
+    File,
+    Manifest,
+    artifact_path,
+    checkpoint_path,
+)
+from llamarefine_jobs.contract.errors import IntegrityError, from_os_error
+from llamarefine_jobs.objects import Entry, open_objects
+
+_TRANSFERS = 8
+_MANIFEST_LIMIT_BYTES = 16 << 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Store:
+    """Artifacts, checkpoints and runs under one URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.objects = open_objects(uri)
+        self.uri = self.objects.uri
+
+    # Artifacts and checkpoints
+
+    def manifest(self, stage: str, key: str) -> Manifest | None:
+        """The manifest of an artifact, or None where there is no artifact."""
+        return self._manifest(artifact_path(stage, key))
+
+    def publish(self, folder: Path, draft: Manifest) -> Manifest:
+        """Publish all files of `folder` as an artifact; returns the manifest that stands.
+
+        `draft` says everything but the files and the attempt, which are filled in here. What is
+        returned is another writer's manifest where that one was first.
+        """
+        return self._publish(artifact_path(draft.stage, draft.key), folder, draft)
+
+    def fetch(self, manifest: Manifest, into: Path, *prefixes: str) -> Path:
+        """Download the files under `prefixes` (all without any) into the new folder `into`, verified."""
+        return self._fetch(artifact_path(manifest.stage, manifest.key), manifest, into, prefixes)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read every byte of an artifact and compare; IntegrityError names the first wrong file."""
+        where = artifact_path(manifest.stage, manifest.key)
+        _in_parallel(lambda file: self._read_verified(where, manifest, file, Path(os.devnull)), manifest.files)
+
+    def publish_checkpoint(self, step: int, folder: Path, draft: Manifest) -> Manifest:
+        """Publish a training's state after `step` optimizer steps, then drop the older ones."""
+        published = self._publish(checkpoint_path(draft.stage, draft.key, step), folder, draft)
+        for older in self._checkpoint_steps(draft.stage, draft.key):
+            if older < step:
+                self._remove(checkpoint_path(draft.stage, draft.key, older))
+        return published
+
+    def fetch_checkpoint(self, stage: str, key: str, into: Path) -> int | None:
+        """Download the newest complete checkpoint into `into`; its step, or None where there is none."""
+        for step in reversed(self._checkpoint_steps(stage, key)):
+            where = checkpoint_path(stage, key, step)
+            manifest = self._manifest(where)
+            if manifest is not None:
+                self._fetch(where, manifest, into, ())
+                return step
+        return None
+
+    def remove_checkpoints(self, stage: str, key: str) -> None:
+        """Remove every checkpoint of a training that is published as a whole."""
+        for step in self._checkpoint_steps(stage, key):
+            self._remove(checkpoint_path(stage, key, step))
+
+    # Runs: small files, replaced as a whole
+
+    def read(self, path: str) -> bytes | None:
+        """A file of a run, or None."""
+        return self.objects.read(path)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Make or replace a file of a run."""
+        self.objects.write(path, data)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """All objects below `prefix`."""
+        return self.objects.entries(prefix)
+
+    # How
+
+    def _manifest(self, where: str) -> Manifest | None:
+        data = self.objects.read(f"{where}/{MANIFEST}")
+        if data is None:
+            return None
+        if len(data) > _MANIFEST_LIMIT_BYTES:
+            raise IntegrityError(f"{self.uri}/{where}/{MANIFEST}: {len(data)} bytes are too many for a manifest")
+        try:
+            manifest = Manifest.from_bytes(data)
+        except ValueError as error:
+            raise IntegrityError(f"{self.uri}/{where}/{MANIFEST}: {error}; {self._remedy(where)}") from None
+        if where.split("/")[1:3] != [manifest.stage, manifest.key]:
+            raise IntegrityError(
+                f"{self.uri}/{where}/{MANIFEST}: belongs to {manifest.stage} {manifest.key}; {self._remedy(where)}"
+            )
+        return manifest
+
+    def _publish(self, where: str, folder: Path, draft: Manifest) -> Manifest:
+        standing = self._manifest(where)
+        if standing is not None:
+            return standing
+        attempt = secrets.token_hex(8)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        try:
+            files = _in_parallel(lambda path: self._upload(f"{where}/{attempt}", folder, path), paths)
+            mine = draft.model_copy(update={"attempt": attempt, "files": tuple(files)})
+            won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
+        except BaseException:
+            self._remove_quietly(f"{where}/{attempt}")
+            raise
+        if won:
+            return mine
+        self._remove_quietly(f"{where}/{attempt}")
+        winner = self._manifest(where)
+        if winner is None:
+            raise IntegrityError(f"{self.uri}/{where}: its manifest vanished while it was published")
+        return winner
+
+    def _upload(self, where: str, folder: Path, path: Path) -> File:
+        name = path.relative_to(folder).as_posix()
+        digest = hashlib.sha256()
+        self.objects.upload(f"{where}/{name}", path, digest.update)
+        return File(path=name, size_bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+    def _fetch(self, where: str, manifest: Manifest, into: Path, prefixes: tuple[str, ...]) -> Path:
+        partial = into.parent / f".fetching-{into.name}-{secrets.token_hex(4)}"
+        try:
+            partial.mkdir(parents=True)
+            _in_parallel(
+                lambda file: self._read_verified(where, manifest, file, partial / file.path), manifest.part(*prefixes)
+            )
+            partial.rename(into)
+        except OSError as error:
+            raise from_os_error(error) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return into
+
+    def _read_verified(self, where: str, manifest: Manifest, file: File, target: Path) -> None:
+        name = f"{self.uri}/{where}/{manifest.attempt}/{file.path}"
+        digest = hashlib.sha256()
+        size_bytes = 0
+
+        def check(chunk: bytes) -> None:
+            nonlocal size_bytes
+            size_bytes += len(chunk)
+            digest.update(chunk)
+            if size_bytes > file.size_bytes:
+                raise IntegrityError(f"{name}: expected {file.size_bytes} bytes, found more; {self._remedy(where)}")
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as into:
+            found = self.objects.download(f"{where}/{manifest.attempt}/{file.path}", into, check)
+        if not found:
+            raise IntegrityError(f"{name}: is missing, though the manifest lists it; {self._remedy(where)}")
+        if size_bytes != file.size_bytes:
+            raise IntegrityError(
+                f"{name}: expected {file.size_bytes} bytes, found {size_bytes}; {self._remedy(where)}"
+            )
+        if digest.hexdigest() != file.sha256:
+            raise IntegrityError(
+                f"{name}: expected sha256 {file.sha256}, found {digest.hexdigest()}; {self._remedy(where)}"
+            )
+
+    def _remedy(self, where: str) -> str:
+        return f"to make it anew, remove {self.uri}/{where} and run again"
+
+    def _checkpoint_steps(self, stage: str, key: str) -> list[int]:
+        prefix = checkpoint_path(stage, key) + "/"
+        folders = {entry.path[len(prefix) :].split("/")[0] for entry in self.objects.entries(prefix)}
+        return sorted(int(folder) for folder in folders if folder.isdigit())
+
+    def _remove(self, where: str) -> None:
+        """Remove an artifact or a checkpoint, its manifest first: it is gone at once, then its files go."""
+        self.objects.delete(f"{where}/{MANIFEST}")
+        for entry in list(self.objects.entries(f"{where}/")):
+            self.objects.delete(entry.path)
+
+    def _remove_quietly(self, where: str) -> None:
+        """Remove an attempt's files. What cannot be removed is in nobody's manifest, hence harmless."""
+        try:
+            for entry in list(self.objects.entries(f"{where}/")):
+                self.objects.delete(entry.path)
+        except Exception:
+            return
+
+
+def _in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`work` on each item, a few at a time, in order; the first error ends it."""
+    with ThreadPoolExecutor(_TRANSFERS) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

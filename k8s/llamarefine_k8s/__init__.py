@@ -1,0 +1,1 @@
+"""What talks to Kubernetes, and to this machine: the launcher."""
