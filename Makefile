@@ -1,0 +1,59 @@
+# Everything a contributor types. Each target makes what it needs first, so `make demo` works on a fresh clone.
+# Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+PYTHON ?= python3
+DEMO   ?= demo
+ARGS   ?=
+
+# The uv on the PATH where one runs, else one of our own in .uv/.
+UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+RUN   := $(UV) run --no-sync
+READY := .venv/.ready
+
+FIND_PYTHON = for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && break; python=; done; \
+	[ -n "$$python" ] || { echo "make: expected Python 3.11 to 3.14, found $$($(PYTHON) --version 2>&1 | head -n 1);" \
+	"install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv (with uv, which is fetched into .uv where missing)
+
+demo: $(READY) ## the whole pipeline on this machine, in minutes; CSV=rows.csv PREFERENCES=pairs.jsonl ARGS="--set …"
+	@$(RUN) llamarefine run jobs/recipes/demo.yaml --store "$(DEMO)/store" --into "$(DEMO)" \
+		$(if $(CSV),--set "prepare.questions.source=$(CSV)") \
+		$(if $(PREFERENCES),--set "prepare.preferences.source=$(PREFERENCES)") $(ARGS)
+
+test: $(READY) ## run every test that this machine can; ARGS="-k sft -x" goes to pytest
+	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+lint: $(READY) ## check style, types, security rules and who imports whom; changes nothing
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+	$(RUN) lint-imports --no-logo
+
+format: $(READY) ## let ruff write the code's style
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
+	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
+
+clean: ## remove what the targets above made: environment, caches, the demo with its models
+	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
+
+$(READY): pyproject.toml uv.lock $(filter .uv/%,$(UV))
+	@$(FIND_PYTHON)
+	$(UV) sync --locked --extra train $(if $(filter command environment,$(origin PYTHON)),--python "$(PYTHON)")
+	@touch $@
+
+.uv/bin/uv:
+	@$(FIND_PYTHON); \
+	{ "$$python" -m venv .uv && .uv/bin/python -m pip install --quiet uv; } || \
+	"$$python" -m pip install --quiet --target .uv uv || \
+	{ rm -rf .uv; echo "make: uv could not be installed; install python3-venv, or uv itself (https://docs.astral.sh/uv/)" >&2; exit 1; }
