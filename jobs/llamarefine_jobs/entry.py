@@ -131,6 +131,7 @@ def main(stage_name: str, work: Work) -> None:
     parser.add_argument("--store", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat")
     options = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with _exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set))
         run(stage_name, work, recipe, Store(options.store))

@@ -142,6 +142,7 @@ class _Training(Section):
     batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
     micro_batch_rows: Count = Field(8, description="rows in one forward pass; batch_rows is a multiple of it")
     evaluate_every_steps: Count | None = Field(None, description="measure the validation split; null: four times a run")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: slower, less memory")
     checkpoint_every_s: Count | None = Field(600, description="publish a checkpoint so often", json_schema_extra=_FREE)
     checkpoint_every_steps: Count | None = Field(None, description="and every so many steps", json_schema_extra=_FREE)
     log_every_steps: Count = Field(5, json_schema_extra=_FREE)

@@ -1,0 +1,153 @@
+"""Direct preference optimisation: a second LoRA adapter, with the SFT policy as the reference.
+
+    python -m llamarefine_jobs.dpo --recipe recipe.yaml --store s3://bucket/prefix
+
+Reads prepare's base/ and preferences/ and sft's adapter/, writes adapter/ (PEFT's format). The SFT
+adapter is merged into the base in fp32, a fresh adapter goes on top; with that adapter switched off
+the model *is* the reference. Before the first step step_zero.py proves it, or nothing is trained.
+"""
+
+from typing import Any
+
+from llamarefine_jobs import entry
+from llamarefine_jobs import model as models
+from llamarefine_jobs.contract.errors import IntegrityError, ProofError
+from llamarefine_jobs.contract.prompt import answer
+from llamarefine_jobs.contract.recipe import Dpo
+from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.entry import Context
+
+_COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
+
+
+def work(context: Context) -> None:
+    """Train the DPO adapter."""
+    # Backend: before anything imports trl, transformers or peft.
+    backend = models.choose_backend()
+    context.backend, context.accelerator = backend.name, backend.accelerator
+    context.note(models.describe(backend))
+    from llamarefine_jobs import step_zero, training
+
+    recipe, section = context.recipe, context.recipe.dpo
+    base, preferences = context.inputs["prepare"] / "base", context.inputs["prepare"] / "preferences"
+    adapter = context.inputs["sft"] / "adapter"
+    check_lineage(context)
+
+    # Data.
+    tokenizer = load_tokenizer(base)
+    train_rows = training.read_rows(preferences, "train")
+    validation_rows = training.read_rows(preferences, "validation")
+    pairs = encode_pairs(tokenizer, train_rows)
+    tokens = sum(len(chosen) + len(rejected) for chosen, rejected in pairs)
+    context.note(f"{len(train_rows)} pairs to train on, {tokens} tokens; {len(validation_rows)} to validate")
+
+    # What the reference must say, computed apart from the model that is trained.
+    witness = step_zero.ask_apart(backend, base, adapter, pairs, tokenizer.pad_token_id, section.micro_batch_rows)
+
+    # Model: base + SFT adapter in one, frozen; a fresh adapter on top.
+    policy = models.merge_in_memory(base, adapter, context.work / "sft_policy", bf16=backend.bf16)
+    model = backend.load(policy, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
+    training.settle_model(model, tokenizer)
+    model = backend.add_adapter(
+        model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
+    )
+
+    # Training.
+    watch = training.Watch(section, context, tokens / len(train_rows))
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
+    check_rows(trainer, pairs)
+    context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
+    training.train(trainer, watch, context)
+
+
+def check_lineage(context: Context) -> None:
+    """Refuse an SFT adapter that was trained on another base."""
+    prepare, sft = context.parents["prepare"], context.parents["sft"]
+    parent = sft.parents.get("prepare")
+    if parent is None or parent.key != prepare.key:
+        found = f"prepare {parent.key[:12]}" if parent else "no parent"
+        trained_on = context.store.manifest("prepare", parent.key) if parent else None
+        # The same base prepared again, beside other preference pairs, is the same base.
+        if trained_on is None or trained_on.content_sha256("base/") != prepare.content_sha256("base/"):
+            raise IntegrityError(
+                f"the SFT adapter {sft.key[:12]} was trained on another base: expected that of prepare "
+                f"{prepare.key[:12]}, found {found}; run sft on this recipe first"
+            )
+
+
+def encode_pairs(tokenizer: Any, rows: list[dict[str, Any]]) -> list[tuple[Encoded, Encoded]]:
+    """Each row's prompt with its chosen and with its rejected answer, tokenised."""
+    return [
+        (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))
+        for row in rows
+    ]
+
+
+def build_trainer(
+    context: Context,
+    section: Dpo,
+    backend: models.Backend,
+    model: Any,
+    tokenizer: Any,
+    train_rows: list[dict[str, Any]],
+    validation_rows: list[dict[str, Any]],
+    watch: Any,
+) -> Any:
+    """TRL's DPOTrainer whose reference is `model` with its adapter switched off."""
+    from trl import DPOConfig, DPOTrainer
+
+    from llamarefine_jobs import training
+
+    settings = DPOConfig(
+        **training.arguments(section, context, backend),
+        beta=section.beta,
+        max_length=None,  # prepare saw to it; a row cut here would be cut silently
+        # Saves the reference's forward pass from the second epoch on.
+        precompute_ref_log_probs=section.epochs > 1,
+    )
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=None,
+        args=settings,
+        train_dataset=_as_messages(train_rows),
+        eval_dataset=_as_messages(validation_rows),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    # TRL copies the adapter of a PeftModel as the reference. The copy would end up in every
+    # checkpoint, and a training that goes on from there would take it for the policy.
+    if "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def check_rows(trainer: Any, pairs: list[tuple[Encoded, Encoded]]) -> None:
+    """Refuse to train unless the trainer is fed our tokens and counts exactly the answers', EOS included."""
+    if len(trainer.train_dataset) != len(pairs):
+        raise ProofError(f"the trainer holds {len(trainer.train_dataset)} pairs, expected {len(pairs)}")
+    step = max(1, len(pairs) // _COMPARED_ROWS)
+    for index in range(0, len(pairs), step):
+        batch = trainer.data_collator([trainer.train_dataset[index]])  # (2, T): chosen, then rejected
+        for place, expected in enumerate(pairs[index]):
+            ids = batch["input_ids"][place][batch["attention_mask"][place].bool()].tolist()
+            counted = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
+            if ids != expected.prompt_ids + expected.answer_ids or counted != expected.answer_ids:
+                raise ProofError(
+                    f"pair {index}: the trainer's tokens are not those of the chat template; the installed trl "
+                    "renders or cuts rows in its own way"
+                )
+
+
+def _as_messages(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "chosen": answer(row["chosen"]), "rejected": answer(row["rejected"])}
+            for row in rows
+        ]
+    )
+
+
+if __name__ == "__main__":
+    entry.main("dpo", work)

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: a LoRA adapter on the base that learns the answers of the questions.
+
+    python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix
+
+Reads prepare's base/ and questions/, writes adapter/ (PEFT's format, safetensors). The loss counts
+the answer's tokens and its EOS, never the prompt's. The adapter kept is the one of the lowest
+validation loss.
+"""
+
+from typing import Any
+
+from llamarefine_jobs import entry
+from llamarefine_jobs import model as models
+from llamarefine_jobs.contract.errors import ProofError
+from llamarefine_jobs.contract.recipe import Sft
+from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.entry import Context
+
+NO_LOSS = -100  # the label that cross entropy leaves out
+
+
+def work(context: Context) -> None:
+    """Train the SFT adapter."""
+    # Backend: before anything imports trl, transformers or peft.
+    backend = models.choose_backend()
+    context.backend, context.accelerator = backend.name, backend.accelerator
+    context.note(models.describe(backend))
+    from llamarefine_jobs import training
+
+    recipe, section = context.recipe, context.recipe.sft
+    base, questions = context.inputs["prepare"] / "base", context.inputs["prepare"] / "questions"
+
+    # Data: tokenised here, so what carries a loss is decided in one place for both backends.
+    tokenizer = load_tokenizer(base)
+    train_rows = encode_questions(tokenizer, training.read_rows(questions, "train"))
+    validation_rows = encode_questions(tokenizer, training.read_rows(questions, "validation"))
+    tokens = sum(len(row) for row in train_rows)
+    context.note(f"{len(train_rows)} rows to train on, {tokens} tokens; {len(validation_rows)} to validate")
+
+    # Model: the base frozen, a fresh adapter on top.
+    model = backend.load(base, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
+    training.settle_model(model, tokenizer)
+    model = backend.add_adapter(
+        model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
+    )
+
+    # Training.
+    watch = training.Watch(section, context, tokens / len(train_rows))
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
+    check_labels(trainer, train_rows)
+    training.train(trainer, watch, context)
+
+
+def encode_questions(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Encoded]:
+    """Prompt and answer of each row, tokenised: the last message is the answer."""
+    return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+
+
+def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:
+    """Columns for the trainer, one list of T tokens a row: the prompt's labels are NO_LOSS."""
+    return {
+        "input_ids": [row.prompt_ids + row.answer_ids for row in rows],
+        "labels": [[NO_LOSS] * len(row.prompt_ids) + row.answer_ids for row in rows],
+    }
+
+
+def build_trainer(
+    context: Context,
+    section: Sft,
+    backend: models.Backend,
+    model: Any,
+    tokenizer: Any,
+    train_rows: list[Encoded],
+    validation_rows: list[Encoded],
+    watch: Any,
+) -> Any:
+    """TRL's SFTTrainer over rows that are tokenised and labelled already."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from llamarefine_jobs import training
+
+    settings = SFTConfig(
+        **training.arguments(section, context, backend),
+        max_length=None,  # prepare saw to it; a row cut here would be cut silently
+        packing=False,
+        padding_free=section.packing == "auto" and backend.flattens,
+        loss_type="nll",
+    )
+    return SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict(labelled(train_rows)),
+        eval_dataset=Dataset.from_dict(labelled(validation_rows)),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+
+
+def check_labels(trainer: Any, rows: list[Encoded]) -> None:
+    """Refuse to train unless the trainer holds every answer token, EOS included, and no prompt token, as labels."""
+    expected = sum(len(row.answer_ids) for row in rows)
+    found = sum(label != NO_LOSS for labels in trainer.train_dataset["labels"] for label in labels)
+    if found != expected or len(trainer.train_dataset) != len(rows):
+        raise ProofError(
+            f"the trainer would learn {found} tokens of {len(trainer.train_dataset)} rows, "
+            f"the answers hold {expected} of {len(rows)}; the installed trl rewrites the rows"
+        )
+
+
+if __name__ == "__main__":
+    entry.main("sft", work)

@@ -1,0 +1,236 @@
+"""What SFT and DPO share around their trainer: settings, progress, checkpoints, the best adapter, stopping."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llamarefine_jobs import model as models
+from llamarefine_jobs import sources
+from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
+from llamarefine_jobs.contract.recipe import Dpo, Sft
+from llamarefine_jobs.entry import Context
+
+_EVALUATIONS_A_RUN = 4
+_BEST = "best"
+
+
+def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> dict[str, Any]:
+    """The trainer's settings that SFT and DPO share. When to log, evaluate and save is `Watch`'s to say."""
+    return {
+        "output_dir": str(context.work / "trainer"),
+        "seed": context.recipe.seed,
+        "data_seed": context.recipe.seed,
+        "num_train_epochs": section.epochs,
+        "max_steps": section.max_steps or -1,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": section.lr_schedule,
+        "warmup_steps": section.warmup_fraction,  # under 1 it is a fraction of all steps
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_gradient_norm,
+        "per_device_train_batch_size": section.micro_batch_rows,
+        "per_device_eval_batch_size": section.micro_batch_rows,
+        "gradient_accumulation_steps": section.batch_rows // section.micro_batch_rows,
+        "gradient_checkpointing": section.gradient_checkpointing,
+        "use_cpu": backend.accelerator == "cpu",
+        "bf16": backend.bf16,
+        "optim": "adamw_torch",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,  # it would hide a diverging loss behind the last good one
+        "prediction_loss_only": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+class Watch(TrainerCallback):
+    """Follows a training: reports, evaluates, keeps the best adapter, publishes checkpoints, stops on request.
+
+    The best adapter is the one of the lowest validation loss. It travels inside the checkpoints, so
+    a training that was killed and goes on ends with the same one.
+    """
+
+    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float) -> None:
+        self.section = section
+        self.context = context
+        self.tokens_per_row = tokens_per_row
+        self.best = context.work / _BEST
+        self.best_loss = math.inf
+        self.best_step = 0
+        self.last_loss: float | None = None
+        self.preempted = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first_step = state.global_step
+        self.began_s = self.saved_s = time.monotonic()
+        self.context.progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
+        control.should_log = last or step % self.section.log_every_steps == 0
+        control.should_evaluate = last or step % every == 0
+        self.preempted = self.context.stop.is_set() and not last
+        control.should_training_stop = control.should_training_stop or self.preempted
+        control.should_save = not last and (self.preempted or self._is_checkpoint_due(step))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss} at step {state.global_step} of {state.max_steps}; "
+                f"lower {self.context.stage.name}.learning_rate (now {self.section.learning_rate:g})"
+            )
+        self.last_loss = loss
+        seconds = time.monotonic() - self.began_s
+        steps = max(1, state.global_step - self.first_step)
+        self.context.progress(
+            state.global_step,
+            state.max_steps,
+            loss=loss,
+            tokens_per_s=round(steps * self.section.batch_rows * self.tokens_per_row / seconds, 1),
+            eta_s=round((state.max_steps - state.global_step) * seconds / steps, 1),
+        )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        loss = (metrics or {})["eval_loss"]
+        self.context.note(f"validation loss {loss:.4f} at step {state.global_step}")
+        if loss < self.best_loss:
+            from safetensors.torch import save_file
+
+            self.best_loss, self.best_step = loss, state.global_step
+            self.best.mkdir(exist_ok=True)
+            save_file(models.adapter_state(model), self.best / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.best.exists():
+            shutil.copytree(self.best, folder / _BEST)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
+        self.context.publish_checkpoint(state.global_step, folder)
+        shutil.rmtree(folder)
+        self.saved_s = time.monotonic()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up the best adapter that a checkpoint carries."""
+        if (checkpoint / _BEST).exists():
+            shutil.copytree(checkpoint / _BEST, self.best)
+            best = json.loads((self.best / "best.json").read_text())
+            self.best_loss, self.best_step = best["loss"], best["step"]
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
+        return bool(
+            (every_steps and step % every_steps == 0) or (every_s and time.monotonic() - self.saved_s >= every_s)
+        )
+
+
+def train(trainer: Trainer, watch: Watch, context: Context) -> None:
+    """Train to the end, from the newest checkpoint where there is one, and leave the best adapter in the output."""
+    checkpoint = context.fetch_checkpoint()
+    if checkpoint:
+        watch.resume(checkpoint)
+    context.check_stop()
+    trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
+    began_s = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    if watch.preempted:
+        raise PreemptedError(
+            f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
+            "is in the store, and the same command goes on from there"
+        )
+    _save_best(trainer, watch, context)
+    seconds = time.monotonic() - began_s
+    steps = state.global_step - watch.first_step
+    context.metrics |= {
+        "steps": state.global_step,
+        "best_step": watch.best_step,
+        "train_loss": watch.last_loss,
+        "validation_loss": watch.best_loss,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
+        "resumed_at_step": watch.first_step or None,
+        "history": list(_history(state.log_history)),
+    }
+    context.note(f"kept the adapter of step {watch.best_step}, validation loss {watch.best_loss:.4f}")
+
+
+def settle_model(model: Any, tokenizer: Any) -> Any:
+    """Let the model's configuration name the tokenizer's EOS and pad tokens; refuse a vocabulary that is too small."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise DataError(f"the tokenizer has {len(tokenizer)} tokens, the base {rows}; they do not belong together")
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model
+
+
+def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The rows of one split, as prepare wrote them."""
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not math.isfinite(watch.best_loss):
+        raise DivergedError(
+            f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate"
+        )
+    state = load_file(watch.best / models.ADAPTER_WEIGHTS)
+    set_peft_model_state_dict(trainer.model, state)
+    config = trainer.model.peft_config["default"]
+    models.save_adapter(config, state, context.output / "adapter", _base_name(context))
+
+
+def _base_name(context: Context) -> str | None:
+    """The Hub's name of the base, for whoever loads the adapter elsewhere; None where it has none."""
+    source = context.recipe.prepare.base.source
+    known = context.stage.name == "sft" and sources.kind(source, hub_id_allowed=True) is sources.Kind.HUB
+    return source.removeprefix("hf://") if known else None
+
+
+def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
+    """The logged steps in the names that the report draws."""
+    names = {
+        "step": "step",
+        "loss": "loss",
+        "eval_loss": "eval_loss",
+        "learning_rate": "learning_rate",
+        "rewards/accuracies": "reward_accuracy",
+        "rewards/margins": "reward_margin",
+        "eval_rewards/accuracies": "eval_reward_accuracy",
+        "eval_rewards/margins": "eval_reward_margin",
+    }
+    for entry in log:
+        row = {names[name]: value for name, value in entry.items() if name in names}
+        if "loss" in row or "eval_loss" in row:
+            yield row
