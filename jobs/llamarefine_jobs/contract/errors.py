@@ -82,6 +82,13 @@ class ProofError(LlamaRefineError):
     reason = "proof"
 
 
+class GateError(LlamaRefineError):
+    """A quality gate of the recipe does not hold; model and report are kept."""
+
+    exit_code = 18
+    reason = "quality gate"
+
+
 class StoreError(LlamaRefineError):
     """The bucket or the network failed after the client's own retries."""
 

@@ -1,0 +1,163 @@
+"""Executor: a stage as a process on this machine.
+
+A stage gets a session of its own, so the terminal's Ctrl-C reaches only the launcher, which asks the stage
+to stop. Its output goes to a file that is followed here: should the launcher die, the stage still has where
+to write, sees its standard input end, saves a checkpoint and stops.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError, by_exit_code
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_k8s.pipeline import Task
+
+GRACE_S = 120.0  # a checkpoint of a billion parameters goes to a slow disk in less
+_POLL_S = 0.05
+_NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
+
+Command = Callable[[str], Sequence[str]]
+
+
+def stage_command(stage: str) -> Sequence[str]:
+    """How a stage is started with this very Python."""
+    return (sys.executable, "-m", STAGES[stage].module)
+
+
+class LocalExecutor:
+    """Runs stages as processes, one at a time."""
+
+    def __init__(self, grace_s: float = GRACE_S, command: Command = stage_command) -> None:
+        self._grace_s = grace_s
+        self._command = command
+        self._running = False
+        self._cancels = 0
+
+    def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Run a stage; see `pipeline.Executor`."""
+        self._running = True
+        try:
+            require_train_extra()
+            with tempfile.TemporaryDirectory(prefix="llamarefine-launcher-") as folder:
+                self._run(task, Path(folder), on_line)
+        finally:
+            self._running = False
+
+    def cancel(self) -> bool:
+        """Take note that the stage shall stop; see `pipeline.Executor`."""
+        self._cancels += 1
+        return self._running
+
+    def _run(self, task: Task, folder: Path, on_line: Callable[[str], None]) -> None:
+        recipe, output, last_words = folder / "recipe.yaml", folder / "output", folder / "last-words"
+        recipe.write_text(to_yaml(task.recipe), encoding="utf-8")
+        last_words.touch()
+        arguments = [*self._command(task.stage), "--recipe", str(recipe), "--store", task.store_uri]
+        with output.open("wb") as into:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=into,
+                stderr=subprocess.STDOUT,
+                env=stage_environment(task.recipe, LLAMAREFINE_TERMINATION_MESSAGE=str(last_words)),
+                start_new_session=True,
+            )
+        last_line = ""
+        with process, output.open("rb") as lines, _killed_at_the_end(process):
+            for line in self._follow(process, lines.read, task.stage):
+                last_line = line or last_line
+                on_line(line)
+        if process.returncode:
+            raise self._error(task.stage, process.returncode, last_words, last_line)
+
+    def _follow(self, process: subprocess.Popen[bytes], read: Callable[[], bytes], stage: str) -> Iterator[str]:
+        """The lines that the process writes, until it ends; meanwhile it is stopped when asked."""
+        pending = b""
+        kill_at_s = float("inf")
+        while True:
+            ended = process.poll() is not None  # asked first: all it wrote is then there to read
+            *lines, pending = (pending + read()).split(b"\n")
+            yield from map(_text, lines)
+            if ended:
+                break
+            if self._cancels and kill_at_s == float("inf"):
+                kill_at_s = time.monotonic() + self._grace_s
+                process.terminate()
+                yield f"{stage}: {_stopping(stage)}; Ctrl-C again ends it at once"
+            if self._cancels > 1 or time.monotonic() > kill_at_s:
+                _kill(process)
+            time.sleep(_POLL_S)
+        if pending:
+            yield _text(pending)
+
+    def _error(self, stage: str, returncode: int, last_words: Path, last_line: str) -> LlamaRefineError:
+        if returncode < 0:
+            return _ended_by_signal(stage, -returncode, asked=self._cancels > 0)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return by_exit_code(returncode)(str(json.loads(last_words.read_bytes())["message"]))
+        said = last_line.removeprefix(f"{stage}: error: ") or "it said nothing"
+        return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {said}")
+
+
+def require_train_extra() -> None:
+    """Raise in one line where what stages stand on is not installed. Imports none of it."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LlamaRefineError(
+            f"stages cannot run on this machine: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "installed; pip install 'llamarefine[train]'"
+        )
+
+
+def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
+    """This process's environment, and what a stage on this machine is told on top."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "LLAMAREFINE_STOP_AT_EOF": "1"} | more
+    if recipe.cpu_threads:
+        environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
+    return environment
+
+
+def _ended_by_signal(stage: str, number: int, asked: bool) -> LlamaRefineError:
+    if asked:
+        return PreemptedError(f"{stage} was ended before it had saved")
+    if number == signal.SIGKILL:
+        return LlamaRefineError(
+            f"{stage} was killed by signal 9 (SIGKILL), often for lack of memory: a smaller micro_batch_rows or "
+            "max_length_tokens needs less, and the same command goes on from the last checkpoint"
+        )
+    return LlamaRefineError(f"{stage} was ended by signal {number} ({signal.strsignal(number)}); its log may say more")
+
+
+@contextlib.contextmanager
+def _killed_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave no stage behind when following it fails here."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stopping(stage: str) -> str:
+    return "stopping, a checkpoint is saved first" if STAGES[stage].has_checkpoints else "stopping"
+
+
+def _text(line: bytes) -> str:
+    """A line as text, of a redrawn one what stood there last."""
+    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()

@@ -1,0 +1,257 @@
+"""Run the stages that are due, in order. The same loop drives them on this machine and on a cluster.
+
+The store decides what is due: a stage whose artifact is there is never run again, so the same command
+goes on wherever an earlier one ended. Who runs a stage, and where, is an `Executor`'s business.
+"""
+
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Protocol, Self
+
+from llamarefine_jobs.contract import progress
+from llamarefine_jobs.contract.artifact import Manifest, artifact_key, run_path, short
+from llamarefine_jobs.contract.errors import Disposition, IntegrityError, LlamaRefineError, PreemptedError
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from llamarefine_jobs.objects import FileObjects
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.plan import newest_checkpoint
+from llamarefine_k8s.runs import Journal, RunRecord
+
+RETRY_AFTER_S = (2.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage of one run, as an executor is given it. The recipe is pinned."""
+
+    run: str
+    stage: str
+    recipe: Recipe
+    store_uri: str
+
+
+class Executor(Protocol):
+    """Runs one stage at a time."""
+
+    def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Run a stage to its end, giving each line of its log to `on_line`.
+
+        Raises the kind of LlamaRefineError that the stage's exit code means, with the stage's own message.
+        """
+
+    def cancel(self) -> bool:
+        """Ask the stage that runs to save and stop, the second time to stop at once; False where none runs.
+
+        Called from a signal handler: it only takes note. `execute` does the rest and raises PreemptedError.
+        """
+
+
+class Watcher(Protocol):
+    """Shows a run to a person."""
+
+    def show(self, record: RunRecord) -> None:
+        """The run as it now stands."""
+
+    def note(self, stage: str, text: str) -> None:
+        """Something a stage says of itself."""
+
+
+class InterruptedRunError(PreemptedError):
+    """Ctrl-C or SIGTERM ended the run."""
+
+    exit_code = 130
+    reason = "interrupted"
+
+
+class Pipeline:
+    """One drive of one run. `recipe` is pinned."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        executor: Executor,
+        watcher: Watcher,
+        retry_after_s: tuple[float, ...] = RETRY_AFTER_S,
+    ) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.executor = executor
+        self.watcher = watcher
+        self.retry_after_s = retry_after_s
+        self.made: dict[str, Manifest] = {}
+        self._told: set[str] = set()
+
+    def drive(self) -> RunRecord:
+        """Bring every stage of the recipe into the store; the run's record, state `done`.
+
+        Raises what the first failing stage raised, and InterruptedRunError after Ctrl-C or SIGTERM. Both leave
+        a store from which the next drive goes on, and a record that says how far this one came.
+        """
+        with Journal(self.store, self.recipe, self.watcher.show) as self.journal:
+            stage = SEQUENCE[0]
+            try:
+                with _Signals(self.executor) as signals:
+                    for stage in SEQUENCE:
+                        signals.check()
+                        self.made[stage] = self._bring(stage)
+                    publish_report(self.store, self.journal.record.run, self.made["evaluate"])
+            except (KeyboardInterrupt, PreemptedError) as error:
+                asked = isinstance(error, KeyboardInterrupt) or signals.asked
+                raise self._end(stage, "interrupted", self._interruption(stage, asked)) from None
+            except LlamaRefineError as error:
+                raise self._end(stage, "failed", error) from None
+            except BaseException as error:
+                self._end(stage, "failed", LlamaRefineError(f"{type(error).__name__}: {error}"))
+                raise
+            self.journal.run(state="done")
+        return self.journal.record
+
+    def _bring(self, stage: str) -> Manifest:
+        """The manifest of `stage` for this recipe: the one that stands, or that of what runs now."""
+        key = artifact_key(stage, self.recipe, {name: self.made[name] for name in STAGES[stage].reads})
+        standing = self.store.manifest(stage, key)
+        if standing:
+            if isinstance(self.store.objects, FileObjects):  # a bucket keeps its own checksums
+                self.store.verify(standing)
+            self.journal.stage(
+                stage, state="reused", key=key, started_at=standing.started_at, finished_at=standing.finished_at
+            )
+            return standing
+        self.journal.stage(stage, state="running", key=key, started_at=datetime.now(UTC))
+        self._execute(stage)
+        manifest = self.store.manifest(stage, key)
+        if manifest is None:
+            raise IntegrityError(
+                f"{stage} ended well, but {self.store.uri} has no artifact {short(key)} of it; "
+                "is it the same store, and the same version of llamarefine?"
+            )
+        self.journal.stage(stage, state="done", finished_at=datetime.now(UTC))
+        return manifest
+
+    def _execute(self, stage: str) -> None:
+        """Run a stage, again after trouble that may pass by itself."""
+        task = Task(self.journal.record.run, stage, self.recipe, self.store.uri)
+        with StageLog(self.store, task.run, stage) as log:
+            self.journal.stage(stage, log=log.path)
+
+            def on_line(line: str) -> None:
+                log.write(line)
+                self._hear(stage, line)
+
+            for attempt, pause_s in enumerate((*self.retry_after_s, None), start=1):
+                self.journal.stage(stage, attempts=attempt)
+                try:
+                    self.executor.execute(task, on_line)
+                    return
+                except LlamaRefineError as error:
+                    if error.disposition is not Disposition.RETRY or pause_s is None:
+                        raise
+                    self.watcher.note(stage, f"{error}; trying again in {pause_s:g} s")
+                    time.sleep(pause_s)
+
+    def _hear(self, stage: str, line: str) -> None:
+        """Progress into the record, what the stage says of itself to the watcher, once; the rest is the log's."""
+        now = progress.parse(line)
+        if now:
+            self.journal.progress(stage, now)
+            return
+        speaker, colon, text = line.partition(": ")
+        if colon and speaker == stage and not text.startswith("error: ") and text not in self._told:
+            self._told.add(text)
+            self.watcher.note(stage, text)
+
+    def _interruption(self, stage: str, asked: bool) -> PreemptedError:
+        """What is kept, and how it goes on."""
+        key = self.journal.record.stages[stage].key
+        step = newest_checkpoint(self.store, stage, key) if key and STAGES[stage].has_checkpoints else None
+        kept = [name for name in SEQUENCE if name in self.made]
+        kept += [f"{stage}'s checkpoint at step {step}"] if step is not None and stage not in self.made else []
+        text = f"in {stage}; kept: {', '.join(kept) or 'nothing yet'}; the same command goes on from there"
+        if asked:
+            return InterruptedRunError(f"interrupted {text}")
+        return PreemptedError(f"stopped from outside {text}")
+
+    def _end(self, stage: str, state: str, error: LlamaRefineError) -> LlamaRefineError:
+        """Write down how the run ended; the error, with the stage's name before it."""
+        shown = str(error) if isinstance(error, PreemptedError) else _named(stage, str(error))
+        if stage not in self.made:
+            self.journal.stage(stage, state=state, finished_at=datetime.now(UTC), error=shown)
+        self.journal.run(state=state, error=shown)
+        return type(error)(shown)
+
+
+class StageLog:
+    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes when it is closed."""
+
+    def __init__(self, store: Store, run: str, stage: str) -> None:
+        self.path = run_path(run, "logs", f"{stage}.log")
+        self._store = store
+        self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
+
+    def __enter__(self) -> Self:
+        earlier = self._store.read(self.path) or b""
+        if isinstance(self._store.objects, FileObjects):
+            self._store.write(self.path, earlier)
+            self.file = self._store.objects.path_of(self.path)
+        else:
+            self.file = Path(self._folder.name, "log")
+            self.file.write_bytes(earlier)
+        self._lines = self.file.open("a", encoding="utf-8", buffering=1)
+        return self
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        self._lines.write(f"{line}\n")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lines.close()
+        if not isinstance(self._store.objects, FileObjects):
+            self._store.write(self.path, self.file.read_bytes())
+        self._folder.cleanup()
+
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP go to the stage that runs; where none does, they are a KeyboardInterrupt."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self._executor.cancel():
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Stop before the next stage: the signal came when the last one was all but done."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def publish_report(store: Store, run: str, evaluate: Manifest) -> None:
+    """Copy the report of an evaluation, verified, into the run's folder."""
+    with tempfile.TemporaryDirectory(prefix="llamarefine-report-") as folder:
+        fetched = store.fetch(evaluate, Path(folder, "report"), *STAGES["evaluate"].writes)
+        for name in STAGES["evaluate"].writes:
+            store.write(run_path(run, "report", name), (fetched / name).read_bytes())
+
+
+def _named(stage: str, text: str) -> str:
+    return text if text.startswith((f"{stage} ", f"{stage}: ")) else f"{stage}: {text}"

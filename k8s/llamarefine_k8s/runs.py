@@ -1,0 +1,233 @@
+"""The record of a run, ``runs/<run>/run.json``: written by whoever drives the run, read by anybody.
+
+A record says how a run went, never what is there: that is the artifacts' own business. So a lost or
+stale record costs nothing but its story.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ValidationError
+
+from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.artifact import run_path
+from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError, RecipeError
+from llamarefine_jobs.contract.progress import Progress
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import SEQUENCE
+from llamarefine_jobs.objects import FileObjects
+from llamarefine_jobs.store import Store
+
+RECORD = "run.json"
+PROGRESS_S = 2.0  # progress is written so often at most
+HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
+STALE_S = 90.0
+
+
+class StageRecord(BaseModel):
+    """How one stage of a run went."""
+
+    state: Literal["pending", "running", "reused", "done", "failed", "interrupted"] = "pending"
+    key: str | None = None
+    attempts: int = 0
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    progress: Progress | None = None
+    error: str | None = None
+    log: str | None = None
+
+
+class Driver(BaseModel):
+    """The process that drives a run."""
+
+    pid: int
+    host: str
+
+    @classmethod
+    def this_process(cls) -> Self:
+        """The one that asks."""
+        return cls(pid=os.getpid(), host=platform.node())
+
+
+class RunRecord(BaseModel):
+    """How a run went, or goes."""
+
+    format: Literal[1] = 1
+    run: str
+    state: Literal["running", "done", "failed", "interrupted"] = "running"
+    error: str | None = None
+    gates_passed: bool | None = None
+    package_version: str = __version__
+    created_at: datetime
+    updated_at: datetime
+    driver: Driver
+    stages: dict[str, StageRecord] = {}
+    recipe: dict[str, Any]
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether its driver is alive: it wrote lately, and where it ran here its process is there."""
+        if self.state != "running" or (datetime.now(UTC) - self.updated_at).total_seconds() > STALE_S:
+            return False
+        return self.driver.host != platform.node() or _is_alive(self.driver.pid)
+
+    def settled(self) -> "RunRecord":
+        """This record, its state `interrupted` where it says `running` and nobody drives it any more."""
+        if self.state != "running" or self.is_driven:
+            return self
+        stages = {
+            name: stage.model_copy(update={"state": "interrupted"}) if stage.state == "running" else stage
+            for name, stage in self.stages.items()
+        }
+        return self.model_copy(update={"state": "interrupted", "stages": stages})
+
+
+def run_id(recipe: Recipe) -> str:
+    """The run of a pinned recipe: the same recipe on the same version is the same run."""
+    payload = json.dumps({"recipe": recipe.model_dump(mode="json"), "package_version": __version__}, sort_keys=True)
+    return f"{recipe.name}-{hashlib.sha256(payload.encode()).hexdigest()[:8]}"
+
+
+def find(store: Store, name: str | None) -> RunRecord:
+    """The run that `name` begins, the newest without a name. RecipeError where there is none or more than one."""
+    records = all_runs(store)
+    if not records:
+        raise RecipeError(f"{store.uri} holds no runs yet; `llamarefine run RECIPE` makes one (another store: --store)")
+    if name is None:
+        return records[0]
+    found = [record for record in records if record.run == name] or [r for r in records if r.run.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(record.run for record in (found or records)[:5])
+    if found:
+        raise RecipeError(f"`{name}` begins {len(found)} runs: {names}; give more of the name")
+    raise RecipeError(f"{store.uri} holds no run `{name}`; its newest are {names}")
+
+
+def all_runs(store: Store) -> list[RunRecord]:
+    """Every run whose record can be read, as it stands now, the one last driven first."""
+    paths = [entry.path for entry in store.entries("runs/") if entry.path.count("/") == 2]
+    records = []
+    for path in paths:
+        if path.endswith(f"/{RECORD}"):
+            with contextlib.suppress(IntegrityError):
+                record = load(store, path.split("/")[1])
+                records += [record] if record else []
+    return sorted(records, key=lambda record: record.updated_at, reverse=True)
+
+
+def load(store: Store, run: str) -> RunRecord | None:
+    """The record of a run as it stands now, or None."""
+    data = store.read(run_path(run, RECORD))
+    if data is None:
+        return None
+    try:
+        return RunRecord.model_validate_json(data).settled()
+    except ValidationError:
+        raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is no run record of this version") from None
+
+
+def where(store: Store, path: str) -> str:
+    """Where an object lies, as a person types it: a path, from here where it is below, or the bucket's URI."""
+    if not isinstance(store.objects, FileObjects):
+        return f"{store.uri}/{path}"
+    place = store.objects.path_of(path)
+    return os.path.relpath(place) if place.is_relative_to(os.getcwd()) else str(place)
+
+
+class Journal:
+    """The writer of a run's record while it is driven.
+
+    Each change is written at once, progress within PROGRESS_S, and every HEARTBEAT_S a sign of life.
+    `on_change` is called with the record after each change, in the caller's thread.
+    """
+
+    def __init__(self, store: Store, recipe: Recipe, on_change: Callable[[RunRecord], None]) -> None:
+        now = datetime.now(UTC)
+        run = run_id(recipe)
+        before = None
+        with contextlib.suppress(IntegrityError):
+            before = load(store, run)
+        if before and before.is_driven and before.driver != Driver.this_process():
+            raise LlamaRefineError(
+                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
+                f"`llamarefine status {run}` shows how far it is"
+            )
+        self.record = RunRecord(
+            run=run,
+            created_at=before.created_at if before else now,
+            updated_at=now,
+            driver=Driver.this_process(),
+            stages={name: StageRecord() for name in SEQUENCE},
+            recipe=recipe.model_dump(mode="json"),
+        )
+        self._store = store
+        self._on_change = on_change
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._unwritten = False
+        self._written_at_s = 0.0
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.run()
+        self._heart.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._closed.set()
+        self._heart.join()
+
+    def run(self, **changes: Any) -> None:
+        """Change and write the run's own fields."""
+        self.record = self.record.model_copy(update=changes)
+        self._write()
+        self._on_change(self.record)
+
+    def stage(self, name: str, **changes: Any) -> None:
+        """Change and write a stage's fields."""
+        self._update(name, changes)
+        self._write()
+        self._on_change(self.record)
+
+    def progress(self, name: str, progress: Progress) -> None:
+        """Take note of a stage's progress; it is written soon."""
+        self._update(name, {"progress": progress})
+        self._unwritten = True
+        self._on_change(self.record)
+
+    def _update(self, name: str, changes: dict[str, Any]) -> None:
+        stages = self.record.stages | {name: self.record.stages[name].model_copy(update=changes)}
+        self.record = self.record.model_copy(update={"stages": stages})
+
+    def _write(self) -> None:
+        with self._lock:
+            self._unwritten = False
+            self._written_at_s = time.monotonic()
+            record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
+            self._store.write(run_path(record.run, RECORD), f"{record.model_dump_json(indent=2)}\n".encode())
+
+    def _beat(self) -> None:
+        while not self._closed.wait(PROGRESS_S):
+            if self._unwritten or time.monotonic() - self._written_at_s > HEARTBEAT_S:
+                with contextlib.suppress(LlamaRefineError):  # the next change meets the same trouble and says so
+                    self._write()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
