@@ -35,7 +35,9 @@ class Display(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
 
     def show(self, record: RunRecord) -> None:
         """The run as it now stands."""
@@ -137,7 +139,9 @@ def stage_table(record: RunRecord, spinner: Spinner | None = None) -> Table:
     for name, stage in record.stages.items():
         sign, style = _MARKS[stage.state]
         mark: RenderableType = spinner if spinner and stage.state == "running" else Text(sign, style)
-        table.add_row(mark, Text(name, "dim" if stage.state == "pending" else ""), Text(_took(stage), "dim"), _told(stage))
+        table.add_row(
+            mark, Text(name, "dim" if stage.state == "pending" else ""), Text(_took(stage), "dim"), _told(stage)
+        )
     return table
 
 

@@ -25,7 +25,8 @@ from llamarefine_k8s.pipeline import Task
 
 GRACE_S = 120.0  # a checkpoint of a billion parameters goes to a slow disk in less
 _POLL_S = 0.05
-_NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
+INSTALL = "pip install 'llamarefine[train]'"
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
 
 Command = Callable[[str], Sequence[str]]
 
@@ -70,7 +71,9 @@ class LocalExecutor:
                 stdin=subprocess.PIPE,
                 stdout=into,
                 stderr=subprocess.STDOUT,
-                env=stage_environment(task.recipe, LLAMAREFINE_TERMINATION_MESSAGE=str(last_words)),
+                env=stage_environment(
+                    task.recipe, LLAMAREFINE_STOP_AT_EOF="1", LLAMAREFINE_TERMINATION_MESSAGE=str(last_words)
+                ),
                 start_new_session=True,
             )
         last_line = ""
@@ -110,19 +113,52 @@ class LocalExecutor:
         return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {said}")
 
 
+def infer(recipe: Recipe, store_uri: str, arguments: Sequence[str]) -> int:
+    """Answer prompts in a process that has this terminal; its exit code, its own words stand there already."""
+    require_train_extra()
+    with tempfile.TemporaryDirectory(prefix="llamarefine-launcher-") as folder:
+        file = Path(folder, "recipe.yaml")
+        file.write_text(to_yaml(recipe), encoding="utf-8")
+        command = [*stage_command("infer"), "--recipe", str(file), "--store", store_uri, *arguments]
+        return subprocess.run(command, env=stage_environment(recipe), check=False).returncode
+
+
+def infer_arguments(
+    questions: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    prompts: str | None = None,
+    answers: str | None = None,
+    model: str,
+    max_new_tokens: int | None = None,
+) -> list[str]:
+    """What the stage infer is told on its command line; a conversation where nothing is asked."""
+    arguments = ["--model", model]
+    arguments += ["--prompts", prompts] if prompts else []
+    arguments += ["--answers", answers] if answers else []
+    arguments += ["--set", f"infer.max_new_tokens={max_new_tokens}"] if max_new_tokens else []
+    arguments += [word for override in overrides for word in ("--set", override)]
+    return [*arguments, "--", *questions] if questions or prompts else [*arguments, "--interactive"]
+
+
 def require_train_extra() -> None:
     """Raise in one line where what stages stand on is not installed. Imports none of it."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = missing_libraries()
     if missing:
         raise LlamaRefineError(
             f"stages cannot run on this machine: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            "installed; pip install 'llamarefine[train]'"
+            f"installed; {INSTALL}"
         )
+
+
+def missing_libraries() -> list[str]:
+    """What stages stand on and this Python lacks."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
     """This process's environment, and what a stage on this machine is told on top."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "LLAMAREFINE_STOP_AT_EOF": "1"} | more
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
     if recipe.cpu_threads:
         environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
     return environment

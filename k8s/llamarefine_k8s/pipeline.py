@@ -22,6 +22,7 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.objects import FileObjects
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.plan import newest_checkpoint
+from llamarefine_k8s.results import Report, read_report
 from llamarefine_k8s.runs import Journal, RunRecord
 
 RETRY_AFTER_S = (2.0, 10.0)
@@ -102,7 +103,7 @@ class Pipeline:
                     for stage in SEQUENCE:
                         signals.check()
                         self.made[stage] = self._bring(stage)
-                    publish_report(self.store, self.journal.record.run, self.made["evaluate"])
+                    report = publish_report(self.store, self.journal.record.run, self.made["evaluate"])
             except (KeyboardInterrupt, PreemptedError) as error:
                 asked = isinstance(error, KeyboardInterrupt) or signals.asked
                 raise self._end(stage, "interrupted", self._interruption(stage, asked)) from None
@@ -111,7 +112,8 @@ class Pipeline:
             except BaseException as error:
                 self._end(stage, "failed", LlamaRefineError(f"{type(error).__name__}: {error}"))
                 raise
-            self.journal.run(state="done")
+            passed = all(gate.passed for gate in report.gates) if report.gates else None
+            self.journal.run(state="done", gates_passed=passed)
         return self.journal.record
 
     def _bring(self, stage: str) -> Manifest:
@@ -245,12 +247,13 @@ class _Signals:
             raise KeyboardInterrupt
 
 
-def publish_report(store: Store, run: str, evaluate: Manifest) -> None:
+def publish_report(store: Store, run: str, evaluate: Manifest) -> Report:
     """Copy the report of an evaluation, verified, into the run's folder."""
     with tempfile.TemporaryDirectory(prefix="llamarefine-report-") as folder:
         fetched = store.fetch(evaluate, Path(folder, "report"), *STAGES["evaluate"].writes)
         for name in STAGES["evaluate"].writes:
             store.write(run_path(run, "report", name), (fetched / name).read_bytes())
+    return read_report(store, run)
 
 
 def _named(stage: str, text: str) -> str:

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -113,6 +114,15 @@ def find(store: Store, name: str | None) -> RunRecord:
     raise RecipeError(f"{store.uri} holds no run `{name}`; its newest are {names}")
 
 
+def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str, ...]]:
+    """The run that the first word names, and the other words; the newest run and all words where it names none."""
+    if words and re.fullmatch(r"[a-z0-9-]+", words[0]):
+        names_one = sum(record.run.startswith(words[0]) for record in all_runs(store)) == 1
+        if names_one or re.search(r"-[0-9a-f]{8}$", words[0]):
+            return find(store, words[0]), tuple(words[1:])
+    return find(store, None), tuple(words)
+
+
 def all_runs(store: Store) -> list[RunRecord]:
     """Every run whose record can be read, as it stands now, the one last driven first."""
     paths = [entry.path for entry in store.entries("runs/") if entry.path.count("/") == 2]
@@ -140,7 +150,7 @@ def where(store: Store, path: str) -> str:
     """Where an object lies, as a person types it: a path, from here where it is below, or the bucket's URI."""
     if not isinstance(store.objects, FileObjects):
         return f"{store.uri}/{path}"
-    place = store.objects.path_of(path)
+    place = store.objects.root / path
     return os.path.relpath(place) if place.is_relative_to(os.getcwd()) else str(place)
 
 

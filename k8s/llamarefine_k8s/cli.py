@@ -1,0 +1,308 @@
+"""The command `llamarefine`: translate options, call, print. What is heavy is imported where it is used."""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.errors import LlamaRefineError, from_os_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llamarefine_jobs.store import Store
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def option(flag: str, *names: str, **attributes: Any) -> Decorator:
+    """A click option with an environment variable: --max-new-tokens is LLAMAREFINE_MAX_NEW_TOKENS."""
+    variable = "LLAMAREFINE_" + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(flag, *names, envvar=variable, show_envvar=True, **attributes)
+
+
+store_option = option(
+    "--store",
+    metavar="URI",
+    help="Where artifacts and runs are: s3://bucket/prefix, file:///folder or a path.  [default: `store` in "
+    "llamarefine.yaml, else ./llamarefine-store]",
+)
+set_option = option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as in sft.epochs=2; may repeat."
+)
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
+recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+run_argument = click.argument("run", required=False)
+
+
+class _InOrder(click.Group):
+    """Lists its commands in the order of a person's work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", "-V", message="%(version)s")
+def cli() -> None:
+    """Fine-tune a small Llama in stages: SFT, DPO, one merge, a measured before/after report.
+
+    \b
+    llamarefine init --demo            write a recipe to start from
+    llamarefine run recipe.yaml        run its stages; what is in the store already is not run again
+    llamarefine infer "Your question"  ask the model it made
+    llamarefine pull --into ./model    bring that model here
+
+    RUN names a run: the beginning of its name is enough, and without one the newest is meant.
+    """
+
+
+@cli.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="recipe.yaml")
+@option("--name", help="Names the runs: lower case, digits, -.")
+@option("--base", metavar="SOURCE", help="Base model: a Hub id, a folder, s3://…, or tiny-llama.")
+@option("--questions", metavar="SOURCE", help="Questions and answers: a CSV, JSONL or Parquet file, s3://…, https://…")
+@option("--preferences", metavar="SOURCE", help="Preference pairs: the same kinds, or hf://datasets/owner/name.")
+@option("--demo", is_flag=True, help="The small recipe that a CPU runs in minutes, on data it makes itself.")
+def init(path: Path, demo: bool, **sources: str | None) -> None:
+    """Write a commented recipe to PATH (recipe.yaml) to start from."""
+    from llamarefine_k8s import starter
+
+    values = {starter.KEYS[name]: value for name, value in sources.items() if value is not None}
+    starter.write_recipe(path, values, demo=demo)
+    click.echo(f"wrote {path}; next: llamarefine plan {path}, then llamarefine run {path}")
+
+
+@cli.command()
+@recipe_argument
+@set_option
+@store_option
+@json_option
+def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: bool) -> None:
+    """Show which stages of RECIPE would run, and why; runs none."""
+    from llamarefine_jobs.recipe_file import load_recipe
+    from llamarefine_jobs.sources import pin
+    from llamarefine_k8s import plan, runs, summary
+
+    opened = _open_store(store)
+    pinned = pin(load_recipe(recipe, overrides))
+    planned = plan.plan(pinned, opened)
+    if as_json:
+        _print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": [asdict(stage) for stage in planned]})
+    else:
+        summary.print_plan(_console(), runs.run_id(pinned), opened, planned)
+
+
+@cli.command()
+@recipe_argument
+@set_option
+@store_option
+@option("--into", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Bring model/ and report here.")
+@json_option
+def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path | None, as_json: bool) -> None:
+    """Run the pipeline of RECIPE on this machine, stage by stage.
+
+    A stage whose result is in the store already is not run again. After Ctrl-C, or a failure that
+    was put right, the same command goes on where it stopped: trainings from their last checkpoint.
+    """
+    from llamarefine_jobs.recipe_file import load_recipe
+    from llamarefine_jobs.sources import pin
+    from llamarefine_k8s import results, runs, summary
+    from llamarefine_k8s.display import open_display
+    from llamarefine_k8s.local import LocalExecutor
+    from llamarefine_k8s.pipeline import Pipeline
+
+    opened = _open_store(store)
+    if into:
+        results.check_replaceable(opened, "model", into / "model")
+    pinned = pin(load_recipe(recipe, overrides))
+    progress = _console(stderr=True)
+    summary.print_header(progress, runs.run_id(pinned), opened)
+    with open_display(progress, lambda path: runs.where(opened, path)) as display:
+        record = Pipeline(pinned, opened, LocalExecutor(), display).drive()
+    if into:
+        results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
+        results.pull_report(opened, results.part_of(opened, record, "report"), into)
+    report = results.read_report(opened, record.run)
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+    else:
+        summary.print_report(_console(), report)
+        summary.print_results(_console(), opened, record, ["--store", store] if store else [], into)
+    results.check_gates(report)
+
+
+@cli.command()
+@run_argument
+@store_option
+@json_option
+def status(run: str | None, store: str | None, as_json: bool) -> None:
+    """Show how far RUN is, stage by stage."""
+    from llamarefine_k8s import runs, summary
+
+    opened = _open_store(store)
+    record = runs.find(opened, run)
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+    else:
+        summary.print_status(_console(), opened, record)
+
+
+@cli.command(name="runs")
+@store_option
+@json_option
+def list_runs(store: str | None, as_json: bool) -> None:
+    """List the runs of the store, the newest first."""
+    from llamarefine_k8s import runs, summary
+
+    records = runs.all_runs(_open_store(store))
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in records])
+    else:
+        summary.print_runs(_console(), records)
+
+
+@cli.command()
+@run_argument
+@option(
+    "--into", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", required=True, help="The new folder."
+)
+@option(
+    "--what",
+    type=click.Choice(["model", "sft", "dpo", "report"]),
+    default="model",
+    show_default=True,
+    help="The merged model, an adapter, or the report.",
+)
+@option("--force", is_flag=True, help="Replace the folder, whatever it holds.")
+@store_option
+def pull(run: str | None, into: Path, what: str, force: bool, store: str | None) -> None:
+    """Bring the model of RUN to a folder here, every byte verified."""
+    from llamarefine_k8s import results, runs, summary
+
+    opened = _open_store(store)
+    manifest = results.part_of(opened, runs.find(opened, run), what)
+    results.pull(opened, manifest, what, into, force=force)
+    summary.print_pulled(_console(), manifest, what, into)
+
+
+@cli.command()
+@run_argument
+@option("--open", "in_browser", is_flag=True, help="Open the page in the browser instead.")
+@store_option
+def report(run: str | None, in_browser: bool, store: str | None) -> None:
+    """Print the before/after report of RUN as Markdown."""
+    from llamarefine_k8s import results, runs
+
+    opened = _open_store(store)
+    name = runs.find(opened, run).run
+    if in_browser:
+        page = results.report_page(opened, name)
+        click.echo(f"opening {page}")
+        click.launch(str(page))
+    else:
+        click.echo(results.report_text(opened, name))
+
+
+@cli.command()
+@click.argument("run_and_questions", nargs=-1, metavar="[RUN] [QUESTION]...")
+@option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Questions: .jsonl, or .txt with one a line.",
+)
+@option(
+    "--answers", type=click.Path(dir_okay=False), metavar="FILE", help="Write the answers to a .jsonl file as well."
+)
+@option(
+    "--model",
+    type=click.Choice(["merged", "sft", "base"]),
+    default="merged",
+    show_default=True,
+    help="Which one answers.",
+)
+@option("--max-new-tokens", type=click.IntRange(min=1), help="The longest answer.  [default: the recipe's]")
+@set_option
+@store_option
+def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store: str | None, **options: Any) -> int:
+    """Ask the model of RUN. Without a QUESTION or --prompts it is a conversation, question by question."""
+    from llamarefine_jobs.contract.recipe import Recipe
+    from llamarefine_k8s import local, runs
+
+    opened = _open_store(store)
+    record, questions = runs.find_first(opened, run_and_questions)
+    arguments = local.infer_arguments(questions, overrides, **options)
+    return local.infer(Recipe.model_validate(record.recipe), opened.uri, arguments)
+
+
+@cli.command()
+def version() -> None:
+    """Print the versions of what runs here."""
+    from importlib import metadata
+
+    from llamarefine_k8s import local
+
+    missing = local.missing_libraries()
+    click.echo(f"llamarefine {__version__}\nPython {sys.version.split()[0]}")
+    if missing:
+        click.echo(f"stages cannot run here: no {', '.join(missing)}; {local.INSTALL}")
+    else:
+        click.echo("\n".join(f"{name} {metadata.version(name)}" for name in local.NEEDED))
+
+
+def main() -> None:
+    """Run the command: a mistake is one line and the exit code of its kind, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a screen without our signs shows others
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        code: int | None = cli.main(prog_name="llamarefine", standalone_mode=False)
+        return code or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except LlamaRefineError as error:
+        click.echo(f"{'' if error.reason == 'interrupted' else 'error: '}{error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:  # `llamarefine report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds an open end
+        return 0
+    except OSError as error:
+        known = from_os_error(error)
+        click.echo(f"error: {known}", err=True)
+        return known.exit_code
+
+
+def _open_store(given: str | None) -> "Store":
+    from llamarefine_jobs.store import Store
+    from llamarefine_k8s import settings
+
+    return Store(settings.load(store=given).store)
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120  # nobody's window: wide enough for every table
+    return console
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,171 @@
+"""What is printed of runs: the comparison a run ends with, plans, lists."""
+
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llamarefine_jobs.contract.artifact import Manifest, run_path, short
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.plan import PlannedStage
+from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
+from llamarefine_k8s.runs import RunRecord, where
+
+_SHOWN_CHARACTERS = 240
+_NAMES = {"base": "base", "sft": "base + SFT", "merged": "merged"}
+_VERDICTS = {"better": "green", "worse": "red"}
+_ARROWS = {"lower": " ↓", "higher": " ↑"}
+
+
+def print_header(console: Console, run: str, store: Store) -> None:
+    """Which run this is, and where it is kept."""
+    console.print(Text.assemble((run, "bold"), (f"  in {where(store, '.')}", "dim")), soft_wrap=True)
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The before/after table, one example, the gates, the caveats."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(f"held-out, ± {report.confidence:.0%} interval")
+    for model in report.models:
+        table.add_column(_NAMES[model], justify="right", no_wrap=True)
+    table.add_column("base → merged")
+    for metric in report.metrics:
+        cells = [_value(metric.values.get(model), metric.digits) for model in report.models]
+        table.add_row(metric.title + _ARROWS.get(metric.better or "", ""), *cells, _verdict(metric))
+    console.print(table)
+    for example in report.examples[:1]:
+        _print_example(console, example)
+    for gate in report.gates:
+        sign, style = ("✓", "green") if gate.passed else ("✗", "red")
+        bound = gate.bound.replace("_", " ")
+        console.print(Text(f"{sign} gate: {gate.metric} of {gate.model} {bound}, measured {gate.value:.4g}", style))
+    for caveat in report.caveats:
+        console.print(Text(f"! {caveat}", "yellow"))
+
+
+def print_results(console: Console, store: Store, record: RunRecord, flags: Sequence[str], into: Path | None) -> None:
+    """Where model and report lie, and what to type next; `flags` is what leads to this store."""
+    if into:
+        report, model = into / "report.html", str(into / "model")
+    else:
+        report = Path(where(store, run_path(record.run, "report", "report.html")))
+        model = part_place(store, part_of(store, record, "model"), "model")
+    rows = [("report", str(report)), ("model", model)]
+    command = ["llamarefine", "{}", *flags, record.run]
+    _print_pairs(console, rows)
+    console.print("\nnext:")
+    for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
+        if words != "pull" or not into:
+            console.print(
+                f"  {shlex.join([word.format(words) for word in command] + more)}", soft_wrap=True, highlight=False
+            )
+
+
+def print_status(console: Console, store: Store, record: RunRecord) -> None:
+    """A run and its stages."""
+    style = {"done": "green", "failed": "red", "interrupted": "yellow"}.get(record.state, "cyan")
+    head = Text.assemble((record.run, "bold"), "  ", (record.state, style), (f"  {_ago(record.updated_at)}", "dim"))
+    if record.state == "running":
+        head.append(f", driven by process {record.driver.pid} on {record.driver.host}", "dim")
+    if record.gates_passed is False:
+        head.append("  quality gates failed", "red")
+    console.print(head, soft_wrap=True)
+    console.print(stage_table(record))
+    for stage in record.stages.values():
+        if stage.state == "failed" and stage.log:
+            console.print(Text(f"log: {where(store, stage.log)}", "dim"), soft_wrap=True)
+    if record.state == "interrupted":
+        console.print("The same `llamarefine run` goes on from there.")
+
+
+def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
+    """One line a run, the newest first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("RUN", "STATE", "STAGES", "LAST CHANGE"):
+        table.add_column(title, no_wrap=True)
+    for record in records:
+        ready = sum(stage.state in ("done", "reused") for stage in record.stages.values())
+        state = record.state if record.gates_passed is not False else f"{record.state}, gates failed"
+        table.add_row(record.run, state, f"{ready}/{len(record.stages)}", _ago(record.updated_at))
+    console.print(table)
+
+
+def print_plan(console: Console, run: str, store: Store, planned: Sequence[PlannedStage]) -> None:
+    """What a run would do, one line a stage."""
+    states = {"there": ("is there", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
+    print_header(console, run, store)
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for stage in planned:
+        key = short(stage.key) if stage.key else "key not known yet"
+        table.add_row(stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
+    console.print(table)
+    due = sum(stage.state != "there" for stage in planned)
+    if not due:
+        console.print("Nothing to run.")
+
+
+def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) -> None:
+    """What was brought where, and how it is used."""
+    files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
+    size_mb = sum(file.size_bytes for file in files) / 1e6
+    console.print(
+        f"{into}: {what} {short(manifest.key)}, {len(files)} files, {size_mb:,.1f} MB, every byte verified",
+        soft_wrap=True,
+    )
+    loads = {
+        "model": f'AutoModelForCausalLM.from_pretrained("{into}")',
+        "sft": f'PeftModel.from_pretrained(base, "{into}")',
+        "dpo": f'PeftModel.from_pretrained(base_with_sft_merged, "{into}")',
+        "report": f"open {into / 'report.html'}",
+    }
+    console.print(f"  {loads[what]}", soft_wrap=True)
+
+
+def _print_example(console: Console, example: Example) -> None:
+    console.print(Text("\none held-out question, answered", "bold"))
+    texts = {"question": example.question, "reference": example.reference}
+    texts |= {_NAMES[model]: answer for model, answer in example.answers.items()}
+    _print_pairs(console, [(name, _shortened(text)) for name, text in texts.items()])
+    console.print()
+
+
+def _print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for name, text in pairs:
+        grid.add_row(name, Text(text))
+    console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _value(measured: Interval | None, digits: int) -> Text:
+    if measured is None:
+        return Text("—", "dim")
+    reach = max(measured.high - measured.value, measured.value - measured.low)
+    return Text.assemble(f"{measured.value:,.{digits}f}", (f" ±{reach:,.{digits}f}", "dim"))
+
+
+def _verdict(metric: Metric) -> Text:
+    for change in metric.changes:
+        if (change.source, change.target) == ("base", "merged"):
+            return Text(change.verdict, _VERDICTS.get(change.verdict, "dim"))
+    return Text("")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(clean(text.replace("\n", " ⏎ ")).split()) or "(nothing)"
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
+
+
+def _ago(then: datetime) -> str:
+    seconds = (datetime.now(UTC) - then).total_seconds()
+    if seconds < 5:
+        return "just now"
+    return f"{duration(seconds)} ago" if seconds < 86_400 else f"{then:%Y-%m-%d %H:%M} UTC"
