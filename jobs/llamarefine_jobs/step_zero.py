@@ -80,8 +80,8 @@ def judge(loss: float, margin: float, reference: list[float], witness: Witness, 
     learned = _distance(witness.sft, witness.base)
     if learned <= _NOTHING_LEARNED:
         raise ProofError(
-            f"the SFT adapter moves the base's log-probabilities by {learned:.1e} nats a token: it has learned nothing, "
-            "so a reference with it cannot be told from one without; train SFT longer or at a higher learning rate"
+            f"the SFT adapter moves the base's log-probabilities by {learned:.1e} nats a token: it learned nothing, so "
+            "a reference with it cannot be told from one without; train SFT longer or at a higher learning rate"
         )
     if error > tolerance or error > learned / 3:
         raise ProofError(

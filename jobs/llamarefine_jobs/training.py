@@ -137,9 +137,9 @@ class Watch(TrainerCallback):
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up the best adapter that a checkpoint carries."""
+        """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
         if (checkpoint / _BEST).exists():
-            shutil.copytree(checkpoint / _BEST, self.best)
+            shutil.move(checkpoint / _BEST, self.best)
             best = json.loads((self.best / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
 
@@ -202,9 +202,7 @@ def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from safetensors.torch import load_file
 
     if not math.isfinite(watch.best_loss):
-        raise DivergedError(
-            f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate"
-        )
+        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     state = load_file(watch.best / models.ADAPTER_WEIGHTS)
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]

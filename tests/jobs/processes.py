@@ -1,0 +1,61 @@
+"""Stages as processes, as users and Kubernetes run them."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_STEP = re.compile(r"^progress .*\bstep=(\d+)")
+
+
+def start(stage: str, recipe: Path, store: str, *options: str) -> subprocess.Popen[str]:
+    """Start a stage; its output and errors come as one stream of lines."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"llamarefine_jobs.{stage}", "--recipe", recipe, "--store", store, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(stage: str, recipe: Path, store: str, *options: str) -> tuple[int, list[str]]:
+    """Run a stage to its end: exit code and lines."""
+    process = start(stage, recipe, store, *options)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output.splitlines()
+
+
+def signal_when(process: subprocess.Popen[str], number: signal.Signals, due: Callable[[str], bool]) -> list[str]:
+    """Read lines until one is `due`, send the signal, read the rest; all lines."""
+    lines = []
+    sent = False
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if not sent and due(line):
+            process.send_signal(number)
+            sent = True
+    process.wait(timeout=60)
+    assert sent, "the moment to send the signal never came:\n" + "\n".join(lines)
+    return lines
+
+
+def step(line: str) -> int | None:
+    """The optimizer step that a progress line tells."""
+    found = _STEP.match(line)
+    return int(found[1]) if found else None
+
+
+def sha256s(store: Path, stage: str) -> dict[str, str]:
+    """The digest of every published file of a stage, by its path below the attempt's folder."""
+    files = sorted(path for path in (store / "artifacts" / stage).rglob("*") if path.is_file())
+    return {
+        "/".join(path.relative_to(store / "artifacts" / stage).parts[2:]): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != "manifest.json"
+    }
