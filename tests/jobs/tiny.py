@@ -129,7 +129,6 @@ def publish(
     store: Store, folder: Path, stage: str, recipe: Recipe, parents: dict[str, Manifest], **more: Any
 ) -> Manifest:
     """Publish `folder` as the artifact of `stage`."""
-    from llamarefine_jobs.contract.artifact import Parent
 
     now = datetime.now(UTC)
     return store.publish(
