@@ -7,7 +7,10 @@ adapter is merged into the base in fp32, a fresh adapter goes on top; with that 
 the model *is* the reference. Before the first step step_zero.py proves it, or nothing is trained.
 """
 
+from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from llamarefine_jobs import entry
 from llamarefine_jobs import model as models
@@ -16,6 +19,8 @@ from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
 from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.intervals import Bootstrap, Interval
+from llamarefine_jobs.scoring import score
 
 _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
 
@@ -58,6 +63,9 @@ def work(context: Context) -> None:
     check_rows(trainer, pairs)
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
     training.train(trainer, watch, context)
+
+    # What it learned, on pairs it was not trained on.
+    context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
 
 
 def check_lineage(context: Context) -> None:
@@ -136,6 +144,32 @@ def check_rows(trainer: Any, pairs: list[tuple[Encoded, Encoded]]) -> None:
                     f"pair {index}: the trainer's tokens are not those of the chat template; the installed trl "
                     "renders or cuts rows in its own way"
                 )
+
+
+def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+    """The kept adapter's reward accuracy (a tie counts one half) and margin on held-out pairs, with intervals."""
+    section, confidence = context.recipe.dpo, context.recipe.evaluate.confidence
+    answers = [encoded for pair in encode_pairs(tokenizer, rows) for encoded in pair]
+    policy = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
+    with model.disable_adapter():
+        reference = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
+    rewards = section.beta * (np.array([one.logprob for one in policy]) - np.array([one.logprob for one in reference]))
+    margins = rewards[0::2] - rewards[1::2]  # chosen and rejected take turns
+    bootstrap = Bootstrap(
+        [row["group"] for row in rows], resamples=context.recipe.evaluate.bootstrap_resamples, seed=context.recipe.seed
+    )
+    each = np.ones(len(rows))
+    accuracy = bootstrap.ratio((np.sign(margins) + 1) / 2, each, (0, 1)).interval(confidence)
+    margin = bootstrap.ratio(margins, each).interval(confidence)
+    context.note(f"on {len(rows)} held-out pairs: accuracy {_shown(accuracy)}, margin {_shown(margin)}")
+    return {"pairs": len(rows), "accuracy": asdict(accuracy), "margin": asdict(margin), "confidence": confidence}
+
+
+def _shown(interval: Interval) -> str:
+    bounds = (
+        f" ({interval.low:.3f} to {interval.high:.3f})" if interval.low is not None else " (too few for an interval)"
+    )
+    return f"{interval.value:.3f}{bounds}"
 
 
 def _as_messages(rows: list[dict[str, Any]]) -> Any:

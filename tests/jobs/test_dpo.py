@@ -60,6 +60,11 @@ def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -
     dpo.work(context)
     margins = [row["eval_reward_margin"] for row in context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > margins[0] > 0
+    held_out = context.metrics["validation"]
+    assert held_out["pairs"] == 10
+    assert held_out["accuracy"]["value"] == 1
+    assert held_out["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
+    assert 0 < held_out["margin"]["low"] < held_out["margin"]["value"] < held_out["margin"]["high"]
     adapter = load_file(context.output / "adapter" / models.ADAPTER_WEIGHTS)
     given = load_file(context.inputs["sft"] / "adapter" / models.ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
