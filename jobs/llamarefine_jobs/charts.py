@@ -1,0 +1,101 @@
+"""The geometry of the report's charts. The template draws them as SVG; nothing here knows colours or words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: the path of its line and its points, in the chart's pixels."""
+
+    name: str
+    path: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over a common scale; ticks are (position, label)."""
+
+    width: int
+    height: int
+    left: int
+    bottom: float
+    lines: tuple[Line, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    guide: float | None  # the height of a line to compare with
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """One model's value and interval on a strip; `low` and `high` are None where there is no interval."""
+
+    model: str
+    y: float
+    value: float
+    low: float | None
+    high: float | None
+
+
+def draw_chart(
+    series: Mapping[str, Sequence[Point]], *, guide: float | None = None, width: int = 460, height: int = 230
+) -> Chart | None:
+    """The series that have points, over scales that hold them all; None where none has any."""
+    drawn = {name: points for name, points in series.items() if points}
+    if not drawn:
+        return None
+    left, right, top, bottom = 44, 8, 10, height - 24
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points] + ([] if guide is None else [guide])
+    y_ticks = _ticks(min(ys), max(ys), 4)
+    low_y, high_y = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
+    last_x = max(xs) or 1.0
+
+    def place(point: Point) -> Point:
+        x = left + (width - left - right) * point[0] / last_x
+        return round(x, 1), round(bottom - (bottom - top) * (point[1] - low_y) / (high_y - low_y), 1)
+
+    lines = []
+    for name, points in drawn.items():
+        placed = tuple(place(point) for point in sorted(points))
+        lines.append(Line(name, "M" + "L".join(f"{x} {y}" for x, y in placed), placed))
+    x_ticks = [tick for tick in _ticks(0, last_x, 5) if tick <= last_x]
+    return Chart(
+        width=width,
+        height=height,
+        left=left,
+        bottom=bottom,
+        lines=tuple(lines),
+        x_ticks=tuple((place((tick, low_y))[0], f"{tick:g}") for tick in x_ticks),
+        y_ticks=tuple((place((0, tick))[1], f"{tick:g}") for tick in y_ticks),
+        guide=None if guide is None else place((0, guide))[1],
+    )
+
+
+def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int = 180, row_height: int = 15) -> list[Whisker]:
+    """The models' values and intervals, one below the other on one scale."""
+    ends = [value[end] for value in values.values() for end in ("value", "low", "high") if value[end] is not None]
+    low, extent, margin = min(ends), (max(ends) - min(ends)) or 1.0, 6
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(margin + (width - 2 * margin) * (value - low) / extent, 1)
+
+    return [
+        Whisker(model, row_height * (row + 0.5), place(value["value"]) or 0.0, place(value["low"]), place(value["high"]))
+        for row, (model, value) in enumerate(values.items())
+    ]
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers that enclose `low` to `high`, steps of 1, 2 or 5 times a power of ten."""
+    extent = (high - low) or abs(high) or 1.0
+    rough = extent / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{index * step:.10g}") for index in range(first, max(last, first + 1) + 1)]
