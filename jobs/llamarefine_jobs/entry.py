@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ from llamarefine_jobs.contract.errors import (
     LlamaRefineError,
     OutOfMemoryError,
     PreemptedError,
-    RecipeError,
     from_os_error,
 )
 from llamarefine_jobs.contract.progress import Progress
@@ -41,7 +39,17 @@ from llamarefine_jobs.contract.stages import STAGES, Stage
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers", "safetensors", "unsloth", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "unsloth",
+    "bitsandbytes",
+)
 
 
 @dataclass
@@ -102,7 +110,9 @@ class Context:
         return Manifest(
             stage=self.stage.name,
             key=self.key,
-            parents={name: Parent(key=parent.key, manifest_sha256=parent.sha256()) for name, parent in self.parents.items()},
+            parents={
+                name: Parent(key=parent.key, manifest_sha256=parent.sha256()) for name, parent in self.parents.items()
+            },
             recipe=self.recipe.key_payload(self.stage.name),
             seed=self.recipe.seed,
             prompt_template_sha256=TEMPLATE_SHA256,
@@ -129,25 +139,29 @@ def main(stage_name: str, work: Work) -> None:
     )
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe, a YAML file")
     parser.add_argument("--store", required=True, help="file:///folder or s3://bucket/prefix")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat"
+    )
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with _exit_code(stage_name):
-        recipe = sources.pin(load_recipe(options.recipe, options.set))
+        recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
         run(stage_name, work, recipe, Store(options.store))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     """Do the work of one stage and publish it; what is there already is returned as it is."""
     stage = STAGES[stage_name]
+    stop = _stop_on_sigterm()
     parents = find_parents(stage_name, recipe, store)
     key = artifact_key(stage_name, recipe, parents)
     standing = store.manifest(stage_name, key)
     if standing is not None:
         print(f"{stage_name}: {short(key)} is in the store already; nothing to do", flush=True)
         return standing
-    stop = _stop_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")
+    ) as folder:
         work_folder = Path(folder)
         output = work_folder / "output"
         output.mkdir()
@@ -164,6 +178,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
             stop=stop,
         )
         context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
+        context.check_stop()
         with _settled_threads(recipe):
             work(context)
         manifest = context.publish()
@@ -193,7 +208,7 @@ def check_template(manifest: Manifest) -> None:
     if manifest.prompt_template_sha256 != TEMPLATE_SHA256:
         raise IntegrityError(
             f"{manifest.stage} {short(manifest.key)} was made with the chat template "
-            f"{short(manifest.prompt_template_sha256)}, this version renders with {short(TEMPLATE_SHA256)}; make it anew"
+            f"{short(manifest.prompt_template_sha256)}, this version uses {short(TEMPLATE_SHA256)}; make it anew"
         )
 
 
@@ -233,19 +248,25 @@ def _exit_code(stage_name: str) -> Iterator[None]:
         _end(stage_name, OutOfMemoryError(f"{stage_name} needs more memory than this machine gives it"))
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, named so as not to import torch here
-            _end(stage_name, OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"))
+            _end(
+                stage_name,
+                OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"),
+            )
         traceback.print_exc()
-        _end(stage_name, LlamaRefineError(f"{stage_name} failed unexpectedly: {type(error).__name__}: {_first_line(error)}"))
+        _end(
+            stage_name,
+            LlamaRefineError(f"{stage_name} failed unexpectedly: {type(error).__name__}: {_first_line(error)}"),
+        )
 
 
 def _end(stage_name: str, error: LlamaRefineError) -> None:
     """Say why, where a person and where Kubernetes looks, and leave."""
     print(f"{stage_name}: error: {error}", file=sys.stderr, flush=True)
-    message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)}
-    target = os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log")
+    message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
+    target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
     with contextlib.suppress(OSError):
-        if Path(target).exists():  # Kubernetes makes the file; elsewhere nobody asked for it
-            Path(target).write_text(json.dumps(message)[:4096], encoding="utf-8")
+        if target.exists():  # Kubernetes makes the file and reads 4,096 bytes of it; elsewhere nobody asked for it
+            target.write_text(json.dumps(message, ensure_ascii=False), encoding="utf-8")
     logging.shutdown()
     sys.exit(error.exit_code)
 

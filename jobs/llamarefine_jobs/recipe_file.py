@@ -1,9 +1,10 @@
 """A recipe as a YAML file: read with overrides on top, every mistake one line, written back whole."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import ValidationError
@@ -12,6 +13,24 @@ from pydantic_core import ErrorDetails
 from llamarefine_jobs.contract.errors import RecipeError
 from llamarefine_jobs.contract.recipe import Recipe, Section
 
+_LIMIT_BYTES = 1 << 20
+
+# A few lines of YAML can alias themselves into a value whose full repr fills the memory.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist, _BRIEF.maxstring, _BRIEF.maxother = 2, 3, 4, 80, 80
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, but a key that stands twice in one place is a mistake, not the later one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands here twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe, with ``section.key=value`` overrides on top.
@@ -19,21 +38,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError; one line a mistake, each with the key, what was found and what is allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(_LIMIT_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; `llamarefine init` writes one to start from") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(text) > _LIMIT_BYTES:
+        raise RecipeError(f"{path}: expected a recipe, found more than {_LIMIT_BYTES} bytes")
     return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` on the text itself; `where` names it in errors."""
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise RecipeError(f"{where}: not YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected keys such as `name` and `prepare`, found {_kind(values)}")
@@ -52,19 +74,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected key=value, such as sft.epochs=2")
     *sections, key = name.strip().split(".")
     for section in sections:
-        below = values.setdefault(section, {})
+        if values.get(section) is None:  # `sft:` with nothing below it reads as null
+            values[section] = {}
+        below = values[section]
         if not isinstance(below, dict):
             raise RecipeError(f"--set {override}: `{section}` holds {_kind(below)}, no keys")
         values = below
     try:
-        values[key] = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        values[key] = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from None
 
 
 def _explain(mistake: ErrorDetails) -> str:
-    location = [part for part in mistake["loc"]]
-    name = ".".join(str(part) for part in location)
+    location = mistake["loc"]
+    name = _one_line(".".join(str(part) for part in location))
     found = mistake.get("input")
     match mistake["type"]:
         case "extra_forbidden":
@@ -95,14 +119,17 @@ def _nearest(location: Sequence[int | str]) -> str:
     close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean `{prefix}{close[0]}`?"
-    elsewhere = [f"{name}.{wrong}" for name, field in Recipe.model_fields.items()
-                 if _is_section(field.annotation) and wrong in field.annotation.model_fields]  # type: ignore[union-attr]
+    elsewhere = [
+        f"{name}.{wrong}"
+        for name, field in Recipe.model_fields.items()
+        if _is_section(field.annotation) and wrong in field.annotation.model_fields
+    ]
     if elsewhere:
         return f"did you mean `{elsewhere[0]}`?"
     return f"there are {', '.join(names)}"
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
@@ -119,11 +146,10 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _BRIEF.repr(value)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 

@@ -6,14 +6,14 @@ changes in between is noticed, and one that only moved is known again.
 
 import hashlib
 import platform
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from llamarefine_jobs.contract.artifact import safe_relative_path
 from llamarefine_jobs.contract.errors import DataError, from_os_error
-from llamarefine_jobs.contract.recipe import Recipe, Source
-from llamarefine_jobs.objects import CHUNK_BYTES, Objects, open_objects
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.objects import Entry, Objects, open_objects
 
 DOCSTRINGS = "python-docstrings"
 TINY_LLAMA = "tiny-llama"
@@ -40,7 +40,8 @@ def kind(source: str, *, hub_id_allowed: bool = False) -> Kind:
             return Kind.HTTPS
         case "hf":
             return Kind.HUB
-    if hub_id_allowed and source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not Path(source).exists():
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    if hub_id_allowed and not is_path:
         return Kind.HUB
     return Kind.PATH
 
@@ -51,10 +52,11 @@ def local_path(source: str) -> Path:
     return Path(unquote(parts.path) if parts.scheme == "file" else source).expanduser().absolute()
 
 
-def pin(recipe: Recipe) -> Recipe:
+def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
     """`recipe` with a fingerprint at each source that can be looked at from here, and absolute paths.
 
-    Raises DataError where a file or an object is missing.
+    A source that has one already is looked at again only to `check` it. Raises DataError where a
+    file or an object is missing, or is not the one that was pinned.
     """
     pinned = {}
     for name, source in recipe.sources().items():
@@ -62,11 +64,14 @@ def pin(recipe: Recipe) -> Recipe:
         changes: dict[str, str] = {}
         if where is Kind.PATH:
             changes["source"] = str(local_path(source.source))
-        found = fingerprint(source.source, where, f"prepare.{name}.source")
-        if source.fingerprint and found and source.fingerprint != found:
-            raise DataError(f"prepare.{name}.source: {source.source} changed since the run was planned; submit it again")
-        if found:
-            changes["fingerprint"] = found
+        if check or not source.fingerprint:
+            found = fingerprint(source.source, where, f"prepare.{name}.source")
+            if source.fingerprint and found and source.fingerprint != found:
+                raise DataError(
+                    f"prepare.{name}.source: {source.source} changed since the run was planned; submit again"
+                )
+            if found:
+                changes["fingerprint"] = found
         pinned[name] = type(source).model_validate(source.model_dump() | changes)
     return recipe.with_sources(pinned)
 
@@ -83,8 +88,7 @@ def fingerprint(source: str, where: Kind, key: str) -> str | None:
                 raise DataError(f"{key}: there is no {path}")
             return _tree_sha256(path)
         case Kind.S3:
-            objects, prefix = _bucket(source)
-            entries = [entry for entry in objects.entries(prefix) if entry.path == prefix or entry.path.startswith(f"{prefix}/")]
+            _, prefix, entries = _listed(source)
             if not entries:
                 raise DataError(f"{key}: there is nothing at {source}")
             listing = [(entry.path[len(prefix) :], entry.size_bytes, entry.etag) for entry in entries]
@@ -95,25 +99,38 @@ def fingerprint(source: str, where: Kind, key: str) -> str | None:
 
 def download_s3(source: str, into: Path) -> Path:
     """Bring an object, or all objects under a prefix, to `into`; the file's or the folder's path."""
-    objects, prefix = _bucket(source)
-    for entry in objects.entries(prefix):
-        if entry.path == prefix:
-            name = Path(prefix).name
-        elif entry.path.startswith(f"{prefix}/"):
-            name = entry.path[len(prefix) + 1 :]
-        else:
-            continue
-        target = into / name
+    objects, prefix, entries = _listed(source)
+    single = into / Path(prefix).name
+    for entry in entries:
+        target = single if entry.path == prefix else into / _local_name(source, entry.path[len(prefix) + 1 :])
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            objects.download(entry.path, file, _ignore)
-    single = into / Path(prefix).name
+            if not objects.download(entry.path, file, lambda chunk: None):
+                raise DataError(f"{source}: {entry.path} was removed while it was read")
     return single if single.is_file() else into
 
 
-def _bucket(source: str) -> tuple[Objects, str]:
+def _listed(source: str) -> tuple[Objects, str, list[Entry]]:
+    """The bucket, the prefix, and the objects that are the source itself or lie below it."""
     parts = urlsplit(source)
-    return open_objects(f"s3://{parts.netloc}"), unquote(parts.path).strip("/")
+    objects, prefix = open_objects(f"s3://{parts.netloc}"), unquote(parts.path).strip("/")
+    return (
+        objects,
+        prefix,
+        [
+            entry
+            for entry in objects.entries(prefix)
+            if (entry.path == prefix or entry.path.startswith(f"{prefix}/"))
+            and not entry.path.endswith("/")  # what some clients write for a folder
+        ],
+    )
+
+
+def _local_name(source: str, name: str) -> str:
+    try:
+        return safe_relative_path(name)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}; rename that object") from None
 
 
 def _tree_sha256(path: Path) -> str:
@@ -131,6 +148,3 @@ def _tree_sha256(path: Path) -> str:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_ignore: Callable[[bytes], None] = lambda chunk: None  # noqa: E731

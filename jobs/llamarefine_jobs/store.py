@@ -10,6 +10,7 @@ What it promises, on ``file://`` and ``s3://`` alike (tests/store holds the same
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +24,12 @@ from llamarefine_jobs.contract.artifact import (
     Manifest,
     artifact_path,
     checkpoint_path,
+    safe_relative_path,
 )
-from llamarefine_jobs.contract.errors import IntegrityError, from_os_error
+from llamarefine_jobs.contract.errors import AccessError, DataError, DiskFullError, IntegrityError, from_os_error
 from llamarefine_jobs.objects import Entry, open_objects
 
 _TRANSFERS = 8
-_MANIFEST_LIMIT_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -107,8 +108,6 @@ class Store:
         data = self.objects.read(f"{where}/{MANIFEST}")
         if data is None:
             return None
-        if len(data) > _MANIFEST_LIMIT_BYTES:
-            raise IntegrityError(f"{self.uri}/{where}/{MANIFEST}: {len(data)} bytes are too many for a manifest")
         try:
             manifest = Manifest.from_bytes(data)
         except ValueError as error:
@@ -128,10 +127,14 @@ class Store:
         try:
             files = _in_parallel(lambda path: self._upload(f"{where}/{attempt}", folder, path), paths)
             mine = draft.model_copy(update={"attempt": attempt, "files": tuple(files)})
-            won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
         except BaseException:
             self._remove_quietly(f"{where}/{attempt}")
             raise
+        try:
+            won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
+        except (AccessError, DiskFullError):
+            self._remove_quietly(f"{where}/{attempt}")
+            raise  # after any other error the manifest may stand all the same, so its files stay
         if won:
             return mine
         self._remove_quietly(f"{where}/{attempt}")
@@ -142,9 +145,13 @@ class Store:
 
     def _upload(self, where: str, folder: Path, path: Path) -> File:
         name = path.relative_to(folder).as_posix()
-        digest = hashlib.sha256()
-        self.objects.upload(f"{where}/{name}", path, digest.update)
-        return File(path=name, size_bytes=path.stat().st_size, sha256=digest.hexdigest())
+        try:
+            safe_relative_path(name)
+        except ValueError as error:
+            raise DataError(f"{folder}: {error}, so it cannot be published; rename it") from None
+        tally = _Tally()
+        self.objects.upload(f"{where}/{name}", path, tally.add)
+        return File(path=name, size_bytes=tally.size_bytes, sha256=tally.sha256)
 
     def _fetch(self, where: str, manifest: Manifest, into: Path, prefixes: tuple[str, ...]) -> Path:
         partial = into.parent / f".fetching-{into.name}-{secrets.token_hex(4)}"
@@ -162,29 +169,21 @@ class Store:
 
     def _read_verified(self, where: str, manifest: Manifest, file: File, target: Path) -> None:
         name = f"{self.uri}/{where}/{manifest.attempt}/{file.path}"
-        digest = hashlib.sha256()
-        size_bytes = 0
-
-        def check(chunk: bytes) -> None:
-            nonlocal size_bytes
-            size_bytes += len(chunk)
-            digest.update(chunk)
-            if size_bytes > file.size_bytes:
-                raise IntegrityError(f"{name}: expected {file.size_bytes} bytes, found more; {self._remedy(where)}")
-
+        tally = _Tally(limit_bytes=file.size_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as into:
-            found = self.objects.download(f"{where}/{manifest.attempt}/{file.path}", into, check)
-        if not found:
-            raise IntegrityError(f"{name}: is missing, though the manifest lists it; {self._remedy(where)}")
-        if size_bytes != file.size_bytes:
-            raise IntegrityError(
-                f"{name}: expected {file.size_bytes} bytes, found {size_bytes}; {self._remedy(where)}"
-            )
-        if digest.hexdigest() != file.sha256:
-            raise IntegrityError(
-                f"{name}: expected sha256 {file.sha256}, found {digest.hexdigest()}; {self._remedy(where)}"
-            )
+        wrong = None
+        try:
+            with target.open("wb") as into:
+                if not self.objects.download(f"{where}/{manifest.attempt}/{file.path}", into, tally.add):
+                    wrong = "is missing, though the manifest lists it"
+        except _TooLongError:
+            wrong = f"expected {file.size_bytes} bytes, found more"
+        if wrong is None and tally.size_bytes != file.size_bytes:
+            wrong = f"expected {file.size_bytes} bytes, found {tally.size_bytes}"
+        if wrong is None and tally.sha256 != file.sha256:
+            wrong = f"expected sha256 {file.sha256}, found {tally.sha256}"
+        if wrong:
+            raise IntegrityError(f"{name}: {wrong}; {self._remedy(where)}")
 
     def _remedy(self, where: str) -> str:
         return f"to make it anew, remove {self.uri}/{where} and run again"
@@ -192,7 +191,7 @@ class Store:
     def _checkpoint_steps(self, stage: str, key: str) -> list[int]:
         prefix = checkpoint_path(stage, key) + "/"
         folders = {entry.path[len(prefix) :].split("/")[0] for entry in self.objects.entries(prefix)}
-        return sorted(int(folder) for folder in folders if folder.isdigit())
+        return sorted(int(folder) for folder in folders if re.fullmatch(r"[0-9]+", folder))
 
     def _remove(self, where: str) -> None:
         """Remove an artifact or a checkpoint, its manifest first: it is gone at once, then its files go."""
@@ -207,6 +206,29 @@ class Store:
                 self.objects.delete(entry.path)
         except Exception:
             return
+
+
+class _TooLongError(Exception):
+    """More bytes came than were promised."""
+
+
+class _Tally:
+    """Size and sha256 of the chunks that pass."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.size_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._digest = hashlib.sha256()
+
+    def add(self, chunk: bytes) -> None:
+        self.size_bytes += len(chunk)
+        self._digest.update(chunk)
+        if self._limit_bytes is not None and self.size_bytes > self._limit_bytes:
+            raise _TooLongError
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

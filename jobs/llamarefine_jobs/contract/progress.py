@@ -1,6 +1,6 @@
 """How far a stage is, as one line of its log: read by people, parsed by whoever runs the stage.
 
-    progress stage=sft step=40 steps=100 loss=4.2137 tokens_per_s=5120 eta_s=12
+progress stage=sft step=40 steps=100 loss=4.2137 tokens_per_s=5120 eta_s=12
 """
 
 import math

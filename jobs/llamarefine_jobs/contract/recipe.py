@@ -5,7 +5,7 @@ a stage makes, so it stays out of the artifact's key.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,8 @@ LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 class Section(BaseModel):
+    """A part of the recipe: every key known, every value of its type, nothing changed afterwards."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -25,7 +27,9 @@ class Section(BaseModel):
         """Let 1 stand for 1.0 and "2e-4", which YAML 1.1 reads as text, for a number."""
         if not isinstance(values, Mapping):
             return values
-        numbers = {name for name, field in cls.model_fields.items() if "float" in str(field.annotation)}
+        numbers = {
+            name for name, field in cls.model_fields.items() if float in (field.annotation, *get_args(field.annotation))
+        }
         return {name: _number(value) if name in numbers else value for name, value in values.items()}
 
     @field_validator("*", mode="before")
@@ -35,7 +39,7 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Where rows or a model come from: a path, ``s3://``, ``https://``, ``hf://datasets/owner/name`` or a built-in name."""
+    """Where rows or a model come from: a path, ``s3://``, ``https://``, ``hf://datasets/owner/name``, a built-in."""
 
     source: str = Field(min_length=1)
     revision: str | None = Field(None, description="branch, tag or commit of a Hub repository; a commit pins it")
@@ -52,9 +56,9 @@ class TinyModel(Section):
     layers: Count = 3
     heads: Count = 4
     vocabulary: Count = Field(2048, description="tokens of the byte-level BPE trained on the questions' training split")
-    steps: Count = 250
-    batch_rows: Count = 16
-    learning_rate: float = Field(3e-3, gt=0)
+    steps: Count = 200
+    batch_rows: Count = 8
+    learning_rate: float = Field(5e-3, gt=0)
 
 
 class Base(Source):
@@ -96,7 +100,7 @@ class Prepare(Section):
     questions: Questions
     preferences: Preferences
     too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="a row over max_length_tokens: left out, or its answer cut (then it teaches no EOS)"
+        "drop", description="a row over max_length_tokens: left out, or its answer cut at a sentence's end"
     )
     max_rows: Count | None = Field(None, description="of each set, taken evenly; all when null")
     max_cell_bytes: Count = Field(1_000_000, description="a longer cell is not text someone asked: the row is dropped")
@@ -111,7 +115,9 @@ class Prepare(Section):
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction leave no row to train on; their sum must be under 1")
         if not (self.validation_fraction and self.test_fraction):
-            raise ValueError("validation_fraction and test_fraction must both be over 0: a run without them proves nothing")
+            raise ValueError(
+                "validation_fraction and test_fraction must both be over 0: a run without them proves nothing"
+            )
         return self
 
 
@@ -142,7 +148,9 @@ class _Training(Section):
     batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
     micro_batch_rows: Count = Field(8, description="rows in one forward pass; batch_rows is a multiple of it")
     evaluate_every_steps: Count | None = Field(None, description="measure the validation split; null: four times a run")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: slower, less memory")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: slower, less memory"
+    )
     checkpoint_every_s: Count | None = Field(600, description="publish a checkpoint so often", json_schema_extra=_FREE)
     checkpoint_every_steps: Count | None = Field(None, description="and every so many steps", json_schema_extra=_FREE)
     log_every_steps: Count = Field(5, json_schema_extra=_FREE)
@@ -183,9 +191,7 @@ class Merge(Section):
 class Gate(Section):
     """A bound that the evaluation must hold, or the run ends with an error (the report is kept)."""
 
-    metric: Literal[
-        "loss", "perplexity", "preference_accuracy", "preference_margin", "token_f1", "chrf", "stop_rate"
-    ]
+    metric: Literal["loss", "perplexity", "preference_accuracy", "preference_margin", "token_f1", "chrf", "stop_rate"]
     model: Literal["base", "sft", "merged"] = "merged"
     at_least: float | None = None
     at_most: float | None = None
@@ -222,7 +228,9 @@ class Infer(Section):
 class Recipe(Section):
     """One run, from the base model to the report."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="names the run; lower case, digits, -")
+    name: str = Field(
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="names the run; lower case, digits, -"
+    )
     seed: int = Field(42, ge=0, le=2**32 - 1)
     max_length_tokens: int = Field(1024, ge=16, description="of prompt and answer together, template included")
     cpu_threads: Count | None = Field(
@@ -273,9 +281,7 @@ def _in_key(value: Any) -> Any:
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         named = {
-            name: _in_key(getattr(value, name))
-            for name, field in fields.items()
-            if field.json_schema_extra != _FREE
+            name: _in_key(getattr(value, name)) for name, field in fields.items() if field.json_schema_extra != _FREE
         }
         if named.get("fingerprint"):
             named.pop("source")
@@ -286,11 +292,9 @@ def _in_key(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):
+    if isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
     return value

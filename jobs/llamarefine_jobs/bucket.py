@@ -1,0 +1,222 @@
+"""Objects in an S3-compatible bucket, through boto3: its retries, its credential chain, its timeouts.
+
+The endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where it is not Amazon's.
+"""
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from llamarefine_jobs.contract.errors import (
+    AccessError,
+    DiskFullError,
+    LlamaRefineError,
+    RecipeError,
+    StoreError,
+    from_os_error,
+)
+from llamarefine_jobs.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refuse_too_large
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_REQUEST_ATTEMPTS = 9  # boto3's own; a dead endpoint is reported after 6 s on average, 13 s at most
+_ATTEMPTS = 5  # of what boto3 does not try again: a body that breaks off, a conditional write under way elsewhere
+_REFUSED = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403")
+_ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
+_FULL = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+
+
+class S3Objects:
+    """The objects of `bucket` whose keys begin with `prefix`."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    @cached_property
+    def client(self) -> "S3Client":
+        """The one boto3 client, made when it is first needed; AccessError where it cannot start."""
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        settings = Config(
+            # boto3's newer default checksums break some S3-compatible stores; sha256 is ours to check.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
+            connect_timeout=5,
+            read_timeout=60,
+            max_pool_connections=32,
+        )
+        try:
+            client: S3Client = boto3.session.Session().client("s3", config=settings)
+            return client
+        except (BotoCoreError, ValueError) as error:
+            raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None
+
+    def read(self, path: str) -> bytes | None:
+        with self._errors(path):
+            response = self._get(path)
+            if response is None:
+                return None
+            return refuse_too_large(f"{self.uri}/{path}", response["Body"].read(READ_LIMIT_BYTES + 1))
+
+    def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
+        """As `Objects.download`; a connection that breaks is taken up again where it broke."""
+        done_bytes, attempt = 0, 1
+        more: dict[str, str] = {}
+        while True:
+            with self._errors(path):
+                response = self._get(path, **more)
+                if response is None:
+                    return False
+                try:
+                    for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
+                        into.write(chunk)
+                        on_chunk(chunk)
+                        done_bytes += len(chunk)
+                    return True
+                except Exception as error:
+                    if attempt == _ATTEMPTS or not _is_broken_connection(error):
+                        raise
+            if done_bytes:
+                more = {"Range": f"bytes={done_bytes}-", "IfMatch": response["ETag"]}
+            time.sleep(2**attempt / 4)
+            attempt += 1
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._errors(path):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self._errors(path):
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                    return True
+                except ClientError as error:
+                    if _code(error) in ("PreconditionFailed", "412"):
+                        # boto3 may have sent the request twice: the first try may be what stands there now.
+                        return self.read(path) == data
+                    # 409: another conditional write of this key is under way; who wins is known when it ends.
+                    if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == _ATTEMPTS:
+                        raise
+                time.sleep(2**attempt / 4)
+            raise AssertionError("the loop above returns or raises")
+
+    def upload(self, path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
+        with self._errors(path):
+            self.client.upload_file(str(file), self.bucket, self._key(path))
+            with file.open("rb") as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    on_chunk(chunk)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        with self._errors(prefix):
+            listing = self.client.get_paginator("list_objects_v2")
+            for page in listing.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
+                for item in page.get("Contents", []):
+                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'))
+
+    def delete(self, path: str) -> None:
+        with self._errors(path):
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def _key(self, path: str) -> str:
+        return self.prefix + path  # to a bucket a key is only a name: none leads out of it
+
+    def _get(self, path: str, **more: Any) -> Any:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=self._key(path), **more)
+        except ClientError as error:
+            if _code(error) in ("NoSuchKey", "404"):
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Turn boto3's errors into the tree's: what may pass by itself is a StoreError, the rest is not."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+        )
+
+        where = f"{self.uri}/{path}".rstrip("/")
+        try:
+            yield
+        except LlamaRefineError:
+            raise
+        except (NoCredentialsError, PartialCredentialsError):
+            raise AccessError(
+                f"{where}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from None
+        except ParamValidationError as error:
+            raise RecipeError(f"{where}: {_sentence(error)}; correct the store's URI") from None
+        except ClientError as error:
+            raise self._from_client_error(where, error) from None
+        except (BotoCoreError, Boto3Error) as error:
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, ClientError):
+                raise self._from_client_error(where, cause) from None
+            raise StoreError(f"{where}: {_sentence(error)}; is the endpoint right and reachable?") from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _LOCAL:
+                raise from_os_error(error) from None
+            if _is_broken_connection(error):
+                raise StoreError(f"{where}: the connection broke: {_sentence(error)}") from None
+            raise
+
+    def _from_client_error(self, where: str, error: Any) -> LlamaRefineError:
+        code = _code(error)
+        message = error.response.get("Error", {}).get("Message")
+        answer = f"{code}: {_sentence(message)}" if message else code
+        if code == "NoSuchBucket":
+            return AccessError(f"{where}: there is no bucket `{self.bucket}`; create it or correct the store's URI")
+        if code in _REFUSED:
+            return AccessError(f"{where}: the bucket refuses these credentials ({code}); check key, secret and policy")
+        if code in _ELSEWHERE:
+            return AccessError(f"{where}: the bucket lies in another region ({answer}); set AWS_REGION")
+        if code == "InvalidBucketName":
+            return RecipeError(f"{where}: `{self.bucket}` is no bucket's name; correct the store's URI")
+        if code == "NotImplemented":
+            return AccessError(f"{where}: this store lacks what is needed of S3 ({answer}); choose another one")
+        if code == "RequestTimeTooSkewed":
+            return AccessError(f"{where}: this machine's clock differs too much from the bucket's; set it right")
+        if code in _FULL:
+            return DiskFullError(f"{where}: the bucket is full ({answer}); free some room, then run again")
+        return StoreError(f"{where}: the bucket answered {answer}")
+
+
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR)
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether `error` came from the network while a body was read: botocore wraps some, urllib3's surface raw."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    if isinstance(error, OSError):
+        return error.errno not in _LOCAL
+    return isinstance(error, HTTPClientError | IncompleteReadError) or type(error).__module__.startswith("urllib3")
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _sentence(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,62 @@
+"""What every test may use: stores in a folder and in a bucket, and an environment that is nobody's own."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import s3_server
+
+# As fast as many threads on models this small, and many times faster when the cores are busy.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def pytest_report_header() -> str:
+    return f"llamarefine: {s3_server.describe()}"
+
+
+@pytest.fixture
+def file_uri(tmp_path: Path) -> str:
+    """A store in a folder that is not there yet."""
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture(scope="session")
+def the_s3_server() -> Iterator[s3_server.S3Server]:
+    with s3_server.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(the_s3_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> s3_server.S3Server:
+    """The S3 server, with the environment pointing at it."""
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name, value in the_s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return the_s3_server
+
+
+@pytest.fixture(scope="session")
+def the_bucket(the_s3_server: s3_server.S3Server) -> str:
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=the_s3_server.endpoint,
+        aws_access_key_id=s3_server.KEY,
+        aws_secret_access_key=s3_server.SECRET,
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="llamarefine-tests")
+    return "llamarefine-tests"
+
+
+@pytest.fixture
+def s3_uri(s3: s3_server.S3Server, the_bucket: str) -> str:
+    """A store below a prefix that no other test uses."""
+    return f"s3://{the_bucket}/{secrets.token_hex(8)}/llama"

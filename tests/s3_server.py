@@ -1,0 +1,115 @@
+"""A real S3 server for the tests: MinIO where the program is at hand, moto's server otherwise.
+
+`LLAMAREFINE_TEST_S3=minio` or `=moto` chooses.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+KEY, SECRET = "llamarefine-tests", "not-a-secret-anywhere"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where it listens, and what it is."""
+
+    endpoint: str
+    name: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What points boto3 at it, and at nothing else of the person who runs the tests."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+
+def find_minio() -> str | None:
+    """The MinIO program, where there is one and nobody asked for moto."""
+    if os.environ.get("LLAMAREFINE_TEST_S3") == "moto":
+        return None
+    home = Path(os.environ.get("CLUSTER_HOME", "~/.cache/llamarefine-cluster")).expanduser()
+    found = shutil.which("minio") or shutil.which("minio", path=str(home / "bin"))
+    if not found and os.environ.get("LLAMAREFINE_TEST_S3") == "minio":
+        raise RuntimeError("LLAMAREFINE_TEST_S3=minio, but no minio is on the PATH")
+    return found
+
+
+def describe() -> str:
+    """One line for pytest's header."""
+    minio = find_minio()
+    return f"S3 by MinIO ({minio})" if minio else "S3 by moto's server (no minio on the PATH)"
+
+
+@contextmanager
+def serve() -> Iterator[S3Server]:
+    """The server, for as long as the context lasts."""
+    minio = find_minio()
+    with _minio(minio) if minio else _moto() as server:
+        yield server
+
+
+@contextmanager
+def _moto() -> Iterator[S3Server]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield S3Server("http://{}:{}".format(*server.get_host_and_port()), "moto")
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _minio(program: str) -> Iterator[S3Server]:
+    with tempfile.TemporaryDirectory(prefix="llamarefine-minio-") as folder:
+        port = _free_port()
+        process = subprocess.Popen(
+            [program, "server", "--quiet", "--address", f"127.0.0.1:{port}", folder],
+            env={**os.environ, "MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            endpoint = f"http://127.0.0.1:{port}"
+            _wait_until_it_answers(f"{endpoint}/minio/health/ready", process)
+            yield S3Server(endpoint, "minio")
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"minio ended with {process.returncode}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError("minio did not answer within 60 s")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

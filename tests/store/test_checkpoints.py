@@ -1,0 +1,75 @@
+"""Of a training's checkpoints the newest complete one counts."""
+
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs.contract.artifact import MANIFEST, checkpoint_path
+from llamarefine_jobs.contract.errors import IntegrityError
+from llamarefine_jobs.store import Store
+
+from . import samples
+from .samples import KEY, STAGE
+
+
+def publish(store: Store, step: int, tmp_path: Path) -> dict[str, bytes]:
+    folder = samples.make_folder(tmp_path / f"state-{step}", seed=step)
+    store.publish_checkpoint(step, folder, samples.draft())
+    return samples.content(folder)
+
+
+def test_without_checkpoints_there_is_none(store: Store, tmp_path: Path) -> None:
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") is None
+    assert not (tmp_path / "resume").exists()
+
+
+def test_the_newest_checkpoint_is_fetched_and_older_ones_are_gone(store: Store, tmp_path: Path) -> None:
+    for step in (5, 40, 100):  # 100 comes after 40 as a number, before it as a word
+        newest = publish(store, step, tmp_path)
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") == 100
+    assert samples.content(tmp_path / "resume") == newest
+    steps = {entry.path.split("/")[3] for entry in store.entries("checkpoints/")}
+    assert steps == {"00000100"}
+
+
+def test_an_incomplete_checkpoint_is_passed_over(store: Store, tmp_path: Path) -> None:
+    complete = publish(store, 40, tmp_path)
+    store.write(f"{checkpoint_path(STAGE, KEY, 50)}/abandoned/model.bin", b"half of it")
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") == 40
+    assert samples.content(tmp_path / "resume") == complete
+
+
+def test_an_abandoned_checkpoint_is_pruned_with_the_older_ones(store: Store, tmp_path: Path) -> None:
+    store.write(f"{checkpoint_path(STAGE, KEY, 50)}/abandoned/model.bin", b"half of it")
+    publish(store, 60, tmp_path)
+    assert not [entry for entry in store.entries("checkpoints/") if "abandoned" in entry.path]
+
+
+def test_a_damaged_checkpoint_is_named_not_skipped(store: Store, tmp_path: Path) -> None:
+    publish(store, 40, tmp_path)
+    path = next(entry.path for entry in store.entries("checkpoints/") if entry.path.endswith("one.byte"))
+    store.write(path, b"?")
+    with pytest.raises(IntegrityError, match=r"one\.byte"):
+        store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume")
+    assert not (tmp_path / "resume").exists()
+
+
+def test_a_checkpoint_is_no_artifact(store: Store, tmp_path: Path) -> None:
+    publish(store, 40, tmp_path)
+    assert store.manifest(STAGE, KEY) is None
+
+
+def test_checkpoints_of_other_trainings_stay(store: Store, tmp_path: Path, folder: Path) -> None:
+    other = samples.key_of("another training")
+    store.publish_checkpoint(10, folder, samples.draft(key=other))
+    publish(store, 20, tmp_path)
+    store.remove_checkpoints(STAGE, KEY)
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "mine") is None
+    assert store.fetch_checkpoint(STAGE, other, tmp_path / "other") == 10
+
+
+def test_foreign_names_among_checkpoints_do_no_harm(store: Store, tmp_path: Path) -> None:
+    store.write(f"{checkpoint_path(STAGE, KEY)}/notes.txt", b"left by a person")
+    store.write(f"{checkpoint_path(STAGE, KEY)}/²/{MANIFEST}", b"a digit that is no number")
+    publish(store, 20, tmp_path)
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") == 20

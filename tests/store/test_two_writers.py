@@ -1,0 +1,103 @@
+"""Two writers of one key: one manifest, both succeed, nothing of the loser's stays."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs.contract.artifact import Manifest
+from llamarefine_jobs.store import Store
+
+from . import samples
+from .samples import KEY, STAGE
+from .writer import Writer
+
+
+@pytest.fixture
+def environment(store: Store, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What a process of its own needs to reach the store."""
+    if store.uri.startswith("s3://"):
+        found: dict[str, str] = request.getfixturevalue("the_s3_server").environment
+        return found
+    return {}
+
+
+def test_writers_in_threads_leave_one_artifact(store: Store, tmp_path: Path) -> None:
+    folders = [samples.make_folder(tmp_path / str(seed), seed) for seed in range(5)]
+    together = threading.Barrier(len(folders))
+
+    def publish(folder: Path) -> Manifest:
+        mine = Store(store.uri)
+        together.wait()
+        return mine.publish(folder, samples.draft())
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        results = list(pool.map(publish, folders))
+    assert len({result.attempt for result in results}) == 1
+    samples.assert_only(store, results[0])
+    store.fetch(results[0], tmp_path / "fetched")
+    assert samples.content(tmp_path / "fetched") in [samples.content(folder) for folder in folders]
+
+
+def test_writers_in_processes_leave_one_artifact(store: Store, tmp_path: Path, environment: dict[str, str]) -> None:
+    writers = [Writer(store, samples.make_folder(tmp_path / str(seed), seed), environment) for seed in range(3)]
+    for writer in writers:
+        writer.go()
+    attempts = {writer.attempt() for writer in writers}
+    standing = store.manifest(STAGE, KEY)
+    assert standing is not None
+    assert attempts == {standing.attempt}
+    samples.assert_only(store, standing)
+
+
+def test_a_writer_that_finds_the_manifest_uploads_nothing(store: Store, folder: Path, tmp_path: Path) -> None:
+    first = store.publish(folder, samples.draft())
+    before = samples.objects_of(store)
+    assert Store(store.uri).publish(samples.make_folder(tmp_path / "late", seed=9), samples.draft()) == first
+    assert samples.objects_of(store) == before
+
+
+def test_create_has_exactly_one_winner(store: Store) -> None:
+    for round_ in range(8):
+        together = threading.Barrier(6)
+
+        def create(writer: int, path: str = f"runs/{round_}", together: threading.Barrier = together) -> bool:
+            together.wait()
+            return store.objects.create(path, f"written by {writer}".encode())
+
+        with ThreadPoolExecutor(6) as pool:
+            won = list(pool.map(create, range(6)))
+        assert won.count(True) == 1
+        assert store.read(f"runs/{round_}") == f"written by {won.index(True)}".encode()
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_consistent_store(
+    store: Store, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """SIGKILL at seeded moments: each time the artifact is whole or absent, and the next writer succeeds."""
+    kills = 20 if store.uri.startswith("file://") else 8
+    folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
+    trial = Writer(store, folder, environment)
+    began = time.monotonic()
+    trial.go()
+    trial.attempt()
+    duration_s = time.monotonic() - began
+    store._remove(f"artifacts/{STAGE}/{KEY}")
+
+    moments, whole = random.Random(11), 0
+    for _ in range(kills):
+        writer = Writer(store, folder, environment)
+        writer.go()
+        time.sleep(moments.uniform(0, 1.1 * duration_s))
+        writer.kill()
+        manifest = store.manifest(STAGE, KEY)
+        if manifest is not None:
+            whole += 1
+            store.verify(manifest)
+        next_one = store.publish(folder, samples.draft())
+        store.verify(next_one)
+        store._remove(f"artifacts/{STAGE}/{KEY}")
+    assert whole < kills, "no writer was killed before it was done: the moments prove nothing"
