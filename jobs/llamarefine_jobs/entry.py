@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -144,7 +145,7 @@ def main(stage_name: str, work: Work) -> None:
     )
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
-    with _exit_code(stage_name):
+    with exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
         run(stage_name, work, recipe, Store(options.store))
 
@@ -179,7 +180,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
         )
         context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
         context.check_stop()
-        with _settled_threads(recipe):
+        with settled_threads(recipe):
             work(context)
         manifest = context.publish()
         seconds = (manifest.finished_at - manifest.started_at).total_seconds()
@@ -187,10 +188,12 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
         return manifest
 
 
-def find_parents(stage_name: str, recipe: Recipe, store: Store) -> dict[str, Manifest]:
-    """The manifests of a stage's parents, found by their keys."""
+def find_parents(
+    stage_name: str, recipe: Recipe, store: Store, names: Iterable[str] | None = None
+) -> dict[str, Manifest]:
+    """The manifests of a stage's parents, or of those `names` among them, found by their keys."""
     found: dict[str, Manifest] = {}
-    for name in STAGES[stage_name].reads:
+    for name in names or STAGES[stage_name].reads:
         key = artifact_key(name, recipe, find_parents(name, recipe, store))
         manifest = store.manifest(name, key)
         if manifest is None:
@@ -213,20 +216,22 @@ def check_template(manifest: Manifest) -> None:
 
 
 def fetch_inputs(stage: Stage, parents: dict[str, Manifest], store: Store, into: Path) -> dict[str, Path]:
-    """Download the parts of each parent that the stage reads, verified."""
-    return {name: store.fetch(parents[name], into / name, *parts) for name, parts in stage.reads.items()}
+    """Download the parts of each of `parents` that the stage reads, verified."""
+    return {name: store.fetch(parent, into / name, *stage.reads[name]) for name, parent in parents.items()}
 
 
 @contextlib.contextmanager
-def _settled_threads(recipe: Recipe) -> Iterator[None]:
+def settled_threads(recipe: Recipe) -> Iterator[None]:
     """Seed everything and hold torch to the recipe's number of CPU threads."""
+    import numpy as np
     import torch
-    from transformers import set_seed
 
     before = torch.get_num_threads()
     if recipe.cpu_threads:
         torch.set_num_threads(recipe.cpu_threads)
-    set_seed(recipe.seed)
+    random.seed(recipe.seed)  # not by transformers: Unsloth must be imported before it
+    np.random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
     try:
         yield
     finally:
@@ -234,7 +239,7 @@ def _settled_threads(recipe: Recipe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exit_code(stage_name: str) -> Iterator[None]:
+def exit_code(stage_name: str) -> Iterator[None]:
     """End the process as errors.py says: one line for a reason, a traceback only for our own mistakes."""
     try:
         yield
