@@ -43,13 +43,13 @@ class Whisker:
 
 
 def draw_chart(
-    series: Mapping[str, Sequence[Point]], *, guide: float | None = None, width: int = 460, height: int = 230
+    series: Mapping[str, Sequence[Point]], *, guide: float | None = None, width: int = 320, height: int = 200
 ) -> Chart | None:
     """The series that have points, over scales that hold them all; None where none has any."""
     drawn = {name: points for name, points in series.items() if points}
     if not drawn:
         return None
-    left, right, top, bottom = 44, 8, 10, height - 24
+    left, right, top, bottom = 36, 8, 10, height - 24
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points] + ([] if guide is None else [guide])
     y_ticks = _ticks(min(ys), max(ys), 4)
@@ -77,7 +77,7 @@ def draw_chart(
     )
 
 
-def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int = 180, row_height: int = 15) -> list[Whisker]:
+def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int, row_height: int = 15) -> list[Whisker]:
     """The models' values and intervals, one below the other on one scale."""
     ends = [value[end] for value in values.values() for end in ("value", "low", "high") if value[end] is not None]
     low, extent, margin = min(ends), (max(ends) - min(ends)) or 1.0, 6
@@ -85,9 +85,10 @@ def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int = 180, row
     def place(value: float | None) -> float | None:
         return None if value is None else round(margin + (width - 2 * margin) * (value - low) / extent, 1)
 
+    placed = ({end: place(value[end]) for end in ("value", "low", "high")} for value in values.values())
     return [
-        Whisker(model, row_height * (row + 0.5), place(value["value"]) or 0.0, place(value["low"]), place(value["high"]))
-        for row, (model, value) in enumerate(values.items())
+        Whisker(model, row_height * (row + 0.5), ends["value"] or 0.0, ends["low"], ends["high"])
+        for row, (model, ends) in enumerate(zip(values, placed, strict=True))
     ]
 
 

@@ -56,7 +56,7 @@ def work(context: Context) -> None:
     metrics = compare(measured, held_out(rows), section, beta=recipe.dpo.beta, seed=recipe.seed)
     gates = check_gates(section.gates, metrics)
     context.metrics |= {
-        "values": {metric["name"]: {name: value["value"] for name, value in metric["values"].items()} for metric in metrics},
+        "values": {metric["name"]: _values(metric) for metric in metrics},
         "gates_passed": all(gate["passed"] for gate in gates),
     }
 
@@ -89,6 +89,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class EncodedRows:
+    """The tokens of the rows; `prompts` are those of the questions that are answered."""
+
     questions: list[Encoded]
     prompts: list[list[int]]
     chosen: list[Encoded]
@@ -174,7 +176,7 @@ def evenly(rows: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def encode_rows(tokenizer: Any, rows: Rows) -> EncodedRows:
-    """The tokens of what is measured; EncodedRows.prompts are those of the questions to answer."""
+    """The tokens of what is measured."""
     encoded = [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows.questions]
     prompt_of = {id(row): tokens.prompt_ids for row, tokens in zip(rows.questions, encoded, strict=True)}
     return EncodedRows(
@@ -191,7 +193,7 @@ def finite(name: str, of: str, scores: list[Score]) -> list[Score]:
     if lost:
         raise DivergedError(
             f"{name} gives no finite log-probability to {lost} of {len(scores)} test answers ({of}): "
-            "its weights overflow or hold NaN; set merge.dtype to bfloat16 or float32, or train with a lower learning rate"
+            "its weights overflow or hold NaN; set merge.dtype to float32, or train at a lower learning rate"
         )
     return scores
 
@@ -221,6 +223,10 @@ def _example(row: Row, place: int, measured: dict[str, Measured]) -> dict[str, A
         "answers": {name: answer.text for name, answer in answers.items()},
         "stopped": {name: answer.stopped for name, answer in answers.items()},
     }
+
+
+def _values(metric: dict[str, Any]) -> dict[str, float]:
+    return {name: found["value"] for name, found in metric["values"].items()}
 
 
 def _read(path: Path) -> list[Row]:

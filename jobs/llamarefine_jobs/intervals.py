@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 Span = tuple[float, float]  # the least and the greatest value that a metric can take
 
 _NORMAL = NormalDist()
+_ROUNDING = 1e-12  # of sums in fp64
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,40 @@ class Interval:
 class Estimate:
     """A value with what it would be on other samples.
 
-    `resampled_R` is the value of each resample, `without_G` the value without each group. `span` is
-    None for a value without bounds.
+    `resampled` (R) is the value of each resample, `without` (G) the value without each group. `span`
+    is None for a value without bounds.
     """
 
     value: float
-    resampled_R: Floats
-    without_G: Floats
+    resampled: Floats
+    without: Floats
     span: Span | None = None
 
     def __sub__(self, other: "Estimate") -> "Estimate":
-        bounded = self.span and other.span
+        span = None
+        if self.span and other.span:
+            span = (self.span[0] - other.span[1], self.span[1] - other.span[0])
         return Estimate(
             self.value - other.value,
-            self.resampled_R - other.resampled_R,
-            self.without_G - other.without_G,
-            (self.span[0] - other.span[1], self.span[1] - other.span[0]) if bounded else None,
+            self.resampled - other.resampled,
+            self.without - other.without,
+            span,
         )
 
     def map(self, rising: Callable[[Floats], Floats]) -> "Estimate":
         """This estimate on another scale, by a rising function."""
-        return Estimate(float(rising(np.array(self.value))), rising(self.resampled_R), rising(self.without_G))
+        return Estimate(float(rising(np.array(self.value))), rising(self.resampled), rising(self.without))
 
     def interval(self, confidence: float) -> Interval:
         """The interval that holds the true value with `confidence`."""
-        groups, tail = len(self.without_G), (1 - confidence) / 2
+        groups, tail = len(self.without), (1 - confidence) / 2
         if self.span and self.span[0] == self.span[1]:
             return Interval(self.value, self.value, self.value)  # so by definition
         if not enough_groups(groups, confidence):
             return Interval(self.value, None, None)
-        if np.ptp(self.resampled_R) == 0:
-            return self._uniform_interval(tail**(1 / groups))
-        low, high = np.quantile(self.resampled_R, self._bca_levels(tail))
+        if np.ptp(self.resampled) <= _ROUNDING * max(1.0, abs(self.value)):
+            return self._uniform_interval(tail ** (1 / groups))
+        low, high = np.quantile(self.resampled, self._bca_levels(tail))
         return Interval(self.value, float(low), float(high))
 
     def _uniform_interval(self, share: float) -> Interval:
@@ -87,10 +90,10 @@ class Estimate:
         return Interval(self.value, low, high)
 
     def _bca_levels(self, tail: float) -> list[float]:
-        resamples = len(self.resampled_R)
-        below = np.mean(self.resampled_R < self.value) + np.mean(self.resampled_R == self.value) / 2
+        resamples = len(self.resampled)
+        below = np.mean(self.resampled < self.value) + np.mean(self.resampled == self.value) / 2
         bias = _NORMAL.inv_cdf(float(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
-        pull_G = self.without_G.mean() - self.without_G
+        pull_G = self.without.mean() - self.without
         spread = float((pull_G**2).sum()) ** 1.5
         acceleration = float((pull_G**3).sum()) / (6 * spread) if spread else 0.0
         shifted = [bias + _NORMAL.inv_cdf(level) for level in (tail, 1 - tail)]
@@ -118,7 +121,7 @@ class Bootstrap:
         return Estimate(value, np.full(len(self._drawn_RG), value), np.full(self.groups, value), (value, value))
 
     def _by_group(self, values: Floats) -> Floats:
-        return np.bincount(self._group_of_row, weights=values, minlength=self.groups)
+        return np.bincount(self._group_of_row, weights=values, minlength=self.groups).astype(np.float64)
 
 
 def enough_groups(groups: int, confidence: float) -> bool:

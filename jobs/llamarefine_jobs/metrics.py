@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from llamarefine_jobs.contract.recipe import Evaluate, Gate
-from llamarefine_jobs.intervals import Bootstrap, Estimate, Floats, Span
+from llamarefine_jobs.intervals import Bootstrap, Estimate, Floats, Interval, Span
 from llamarefine_jobs.scoring import Answer, Score
 
 MODELS = ("base", "sft", "merged")
 CHANGES = (("base", "sft"), ("sft", "merged"), ("base", "merged"))
-TIE_NATS = 1e-3  # two sums of log-probabilities that are closer differ by the arithmetic alone
+# What is closer differs by the arithmetic alone: two sums of log-probabilities, two means.
+TIE_NATS = 1e-3
+_TIE = 1e-5
 
 Set = Literal["answers", "pairs", "generated"]
 
@@ -45,7 +47,8 @@ METRICS = (
            "Share of test pairs whose chosen answer has the higher reward, beta · (log p − log p under SFT); a tie "
            "counts one half. Base is measured against the same reference; SFT is its own: .5 by definition.", (0, 1)),
     Metric("preference_margin", "Preference margin (reward)", "pairs", "higher", 3,
-           "Mean reward of the chosen answer minus that of the rejected one. SFT is its own reference: 0 by definition."),
+           "Mean reward of the chosen answer minus that of the rejected one. SFT is its own reference: 0 by "
+           "definition."),
     Metric("likelihood_accuracy", "Likelihood accuracy", "pairs", "higher", 3,
            "Share of test pairs whose chosen answer is the likelier one, log p summed over its tokens, without a "
            "reference. A longer answer is at a disadvantage.", (0, 1)),
@@ -60,7 +63,7 @@ METRICS = (
            "Share of generated answers that ended by themselves before the limit of new tokens.", (0, 1)),
     Metric("answer_tokens", "Length of generated answers (tokens)", "generated", None, 1,
            "Neither longer nor shorter is better by itself."),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,13 @@ class Measured:
         return _logprobs(self.chosen) - _logprobs(self.rejected)
 
 
-def compare(measured: Mapping[str, Measured], held_out: HeldOut, settings: Evaluate, *, beta: float, seed: int) -> list[dict[str, Any]]:
+def compare(
+    measured: Mapping[str, Measured], held_out: HeldOut, settings: Evaluate, *, beta: float, seed: int
+) -> list[dict[str, Any]]:
     """Every metric of every model with its interval, and every change with its verdict, as report.json holds them."""
     bootstraps = {
-        name: Bootstrap(groups, resamples=settings.bootstrap_resamples, seed=seed) for name, groups in held_out.groups.items()
+        name: Bootstrap(groups, resamples=settings.bootstrap_resamples, seed=seed)
+        for name, groups in held_out.groups.items()
     }
     estimates = {name: _estimates(rows, measured["sft"], held_out, bootstraps, beta) for name, rows in measured.items()}
     for metric, value in (("preference_accuracy", 0.5), ("preference_margin", 0.0)):
@@ -112,9 +118,8 @@ def check_gates(gates: Sequence[Gate], metrics: Sequence[Mapping[str, Any]]) -> 
             ("at_most", gate.at_most, value <= (gate.at_most or 0)),
         ):
             if bound is not None:
-                checked.append(
-                    {"metric": gate.metric, "model": gate.model, "bound": f"{word} {bound}", "value": value, "passed": passed}
-                )
+                named = {"metric": gate.metric, "model": gate.model, "bound": f"{word} {bound}"}
+                checked.append({**named, "value": value, "passed": passed})
     return checked
 
 
@@ -166,7 +171,7 @@ def _line(metric: Metric, estimates: Mapping[str, Estimate], confidence: float) 
     changes = []
     for before, after in CHANGES:
         change = (estimates[after] - estimates[before]).interval(confidence)
-        changes.append({"from": before, "to": after, **asdict(change), "verdict": _verdict(metric, change.side)})
+        changes.append({"from": before, "to": after, **asdict(change), "verdict": _verdict(metric, change)})
     return {
         "name": metric.name,
         "title": metric.title,
@@ -179,12 +184,12 @@ def _line(metric: Metric, estimates: Mapping[str, Estimate], confidence: float) 
     }
 
 
-def _verdict(metric: Metric, side: int) -> str:
-    if not side:
+def _verdict(metric: Metric, change: Interval) -> str:
+    if not change.side or abs(change.value) < _TIE:
         return "no clear change"
     if metric.better is None:
-        return "longer" if side > 0 else "shorter"
-    return "better" if (side > 0) == (metric.better == "higher") else "worse"
+        return "longer" if change.side > 0 else "shorter"
+    return "better" if (change.side > 0) == (metric.better == "higher") else "worse"
 
 
 def _credit(margins: Floats) -> Floats:

@@ -32,10 +32,14 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _render(template: str, report: Mapping[str, Any]) -> str:
-    return _environment().get_template(template).render(
-        report=report,
-        charts=_charts(report),
-        recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            report=report,
+            charts=_charts(report),
+            recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
+        )
     )
 
 
@@ -43,7 +47,7 @@ def _render(template: str, report: Mapping[str, Any]) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llamarefine_jobs"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -101,7 +105,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 class Written(NamedTuple):
-    """A value and its interval as the page says them; `interval` is empty where there is none or where it is a point."""
+    """A value and its interval as the page says them; `interval` is empty where there is none or it is a point."""
 
     value: str
     interval: str
@@ -110,7 +114,7 @@ class Written(NamedTuple):
 def measured(found: Mapping[str, Any], digits: int, signed: bool = False) -> Written:
     """A value and its interval, in `digits` decimals or as many as the interval's width needs."""
     value, low, high = found["value"], found["low"], found["high"]
-    bounded = low is not None and high is not None and low < high
+    bounded = low is not None and high is not None and high - low >= 10**-_MOST_DIGITS
     if bounded:
         needed = math.ceil(math.log10(_LEAST_UNITS / (high - low)))
         digits = min(max(digits, needed), max(digits, _MOST_DIGITS))

@@ -92,7 +92,7 @@ def judge(metrics: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, 
         f"SFT {_effect(loss, sft, 'the held-out loss', ' nats per token')}, "
         f"{joint} DPO {_effect(accuracy, dpo, 'preference accuracy')}."
     )
-    level = f"at {confidence * 100:g} % confidence"
+    level = f"at {confidence * 100:g}% confidence"
     if all(clear):
         detail = f"Both changes are larger than the choice of test rows explains, {level}."
     elif any(clear):
@@ -124,9 +124,13 @@ def find_caveats(context: Context, findings: Findings) -> list[str]:
     asked = by_name["token_f1"]["n"]
     caveats = [_of_small_samples(findings.metrics, recipe.evaluate.confidence), _of_length(facts)]
     if recipe.prepare.base.source == sources.TINY_LLAMA:
-        caveats.insert(0, "The base is a tiny Llama made on the spot: it writes fluent nonsense. Read its numbers, not its answers.")
-    for what, taken, there in (("questions", by_name["loss"]["n"], facts.questions_there),
-                               ("pairs", by_name["likelihood_accuracy"]["n"], facts.pairs_there)):
+        nonsense = (
+            "The base is a tiny Llama made on the spot: it writes fluent nonsense. Read its numbers, not its answers."
+        )
+        caveats.insert(0, nonsense)
+    taken_of = {"questions": (by_name["loss"]["n"], facts.questions_there)}
+    taken_of["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_there
+    for what, (taken, there) in taken_of.items():
         if taken < there:
             caveats.append(f"Measured on {taken} of {there} test {what} (evaluate.max_rows), taken at even distances.")
     cut = {model: round(asked * (1 - by_name["stop_rate"]["values"][model]["value"])) for model in MODELS}
@@ -138,13 +142,12 @@ def find_caveats(context: Context, findings: Findings) -> list[str]:
         )
     merged, published = facts.types["merged"], recipe.merge.dtype
     if _TYPE_BITS.get(merged, 24) < _TYPE_BITS[published]:
-        caveats.append(f"The merged model is published in {published} and was measured in {merged}, which rounds it more coarsely.")
+        caveats.append(f"The merged model is published in {published} and was measured in {merged}, which is coarser.")
     if _change(by_name["preference_accuracy"], "sft", "merged")["verdict"] == "no clear change":
         caveats.append("DPO's effect on preferences is no better than noise here.")
-    changes, doubt = len(findings.metrics) * len(CHANGES), 1 - recipe.evaluate.confidence
-    caveats.append(
-        f"{changes} changes were tested: with none of them real, about {changes * doubt:.1f} would look clear by chance."
-    )
+    changes = len(findings.metrics) * len(CHANGES)
+    by_chance = changes * (1 - recipe.evaluate.confidence)
+    caveats.append(f"{changes} changes were tested: with none real, about {by_chance:.1f} would look clear by chance.")
     caveats.append(
         "The intervals cover the choice of test rows, by groups of the same question. They do not cover the choice of "
         "the seed: this is one training."
@@ -158,10 +161,10 @@ def _of_small_samples(metrics: Sequence[Mapping[str, Any]], confidence: float) -
         return None
     least = min(few)
     if any(value["low"] is None for metric in metrics for value in metric["values"].values()):
-        enough = 1 - math.log2(1 - confidence)
+        enough = math.ceil(1 - math.log2(1 - confidence))
         return (
-            f"Some numbers rest on {least} group{'s' * (least > 1)} of test rows. Under {math.ceil(enough)} no interval at "
-            f"{confidence * 100:g} % means anything, so none is given and no change is called clear."
+            f"Some numbers rest on {least} group{'s' * (least > 1)} of test rows. Under {enough} no interval at "
+            f"{confidence * 100:g}% means anything, so none is given and no change is called clear."
         )
     return f"Some numbers rest on only {least} groups of test rows; intervals from so few are too narrow, if anything."
 
@@ -173,9 +176,10 @@ def _of_length(facts: Facts) -> str | None:
     if max(longer, shorter) < _LENGTH_TELLS:
         return None
     chosen, rejected = sum(facts.chosen_tokens) / len(pairs), sum(facts.rejected_tokens) / len(pairs)
+    which = "longer" if longer > shorter else "shorter"
     return (
-        f"Chosen answers have {chosen:.0f} tokens on average, rejected ones {rejected:.0f}: always taking the "
-        f"{'longer' if longer > shorter else 'shorter'} one would be right in {max(longer, shorter):.0%} of the test pairs. "
+        f"Chosen answers have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}: always taking the {which} "
+        f"one would be right in {max(longer, shorter):.0%} of the test pairs. "
         "Some of the preference accuracy may be length alone."
     )
 

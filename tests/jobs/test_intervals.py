@@ -93,7 +93,7 @@ def test_too_few_groups_give_no_interval_and_no_verdict(groups: int) -> None:
 
 
 def test_six_groups_are_the_fewest_that_can_show_anything_at_95_percent() -> None:
-    assert [groups for groups in range(1, 12) if enough_groups(groups, CONFIDENCE)][0] == 6
+    assert next(groups for groups in range(1, 12) if enough_groups(groups, CONFIDENCE)) == 6
 
 
 def test_the_same_seed_draws_the_same_groups() -> None:

@@ -31,7 +31,9 @@ def test_token_f1(text: str, reference: str, f1: float) -> None:
     assert token_f1(text, reference) == pytest.approx(f1)
 
 
-def measured(*, nats: float = 2.0, chosen: float = -10.0, rejected: float = -10.0, text: str = "yes", rows: int = 40) -> Measured:
+def measured(
+    *, nats: float = 2.0, chosen: float = -10.0, rejected: float = -10.0, text: str = "yes", rows: int = 40
+) -> Measured:
     """The same for each of `rows` rows."""
     return Measured(
         answers=[Score(-nats * 5, 5)] * rows,
@@ -83,6 +85,12 @@ def test_a_difference_of_the_arithmetic_alone_is_a_tie() -> None:
     assert verdicts(found["preference_accuracy"]) == ["no clear change"] * 3
 
 
+def test_a_loss_that_moved_by_the_arithmetic_alone_has_not_changed() -> None:
+    found = compared(measured(), measured(nats=2 - 1e-6), measured())
+    assert found["loss"]["changes"][0]["value"] == pytest.approx(-1e-6)
+    assert verdicts(found["loss"]) == ["no clear change"] * 3
+
+
 def test_likelihood_needs_no_reference() -> None:
     found = compared(measured(chosen=-4, rejected=-9), measured(chosen=-9, rejected=-4), measured())
     values = found["likelihood_accuracy"]["values"]
@@ -107,7 +115,8 @@ def test_three_equal_models_show_no_change_anywhere() -> None:
 def test_an_answer_that_grew_is_longer_and_not_better() -> None:
     def speaking(tokens: int) -> Measured:
         rows = measured()
-        return Measured(rows.answers, rows.chosen, rows.rejected, [Answer("yes", tokens + row % 3, True) for row in range(40)])
+        answers = [Answer("yes", tokens + row % 3, True) for row in range(40)]
+        return Measured(rows.answers, rows.chosen, rows.rejected, answers)
 
     found = compared(speaking(5), speaking(9), speaking(9))
     # Each row grew by the same: the difference has no spread.
