@@ -64,19 +64,21 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Write a commented recipe to start from.")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="recipe.yaml")
 @option("--name", help="Names the runs: lower case, digits, -.")
-@option("--base", metavar="SOURCE", help="Base model: a Hub id, a folder, s3://…, or tiny-llama.")
-@option("--questions", metavar="SOURCE", help="Questions and answers: a CSV, JSONL or Parquet file, s3://…, https://…")
+@option("--base", metavar="SOURCE", help="Base model: a Hub id, a folder, s3:// or tiny-llama.")
+@option("--questions", metavar="SOURCE", help="Questions and answers: a CSV, JSONL or Parquet file, s3:// or https://.")
 @option("--preferences", metavar="SOURCE", help="Preference pairs: the same kinds, or hf://datasets/owner/name.")
 @option("--demo", is_flag=True, help="The small recipe that a CPU runs in minutes, on data it makes itself.")
 def init(path: Path, demo: bool, **sources: str | None) -> None:
-    """Write a commented recipe to PATH (recipe.yaml) to start from."""
+    """Write a commented recipe to PATH (recipe.yaml) to start from; on a terminal it asks for what is not given."""
     from llamarefine_k8s import starter
 
-    values = {starter.KEYS[name]: value for name, value in sources.items() if value is not None}
-    starter.write_recipe(path, values, demo=demo)
+    if not demo and sys.stdin.isatty():
+        for name, default in starter.defaults().items():
+            sources[name] = sources[name] or click.prompt(name, default=default)
+    starter.write_recipe(path, {name: value for name, value in sources.items() if value is not None}, demo=demo)
     click.echo(f"wrote {path}; next: llamarefine plan {path}, then llamarefine run {path}")
 
 

@@ -113,7 +113,7 @@ class Lines:
         self._print(f"{stage}: {text}")
 
     def _change(self, name: str, stage: StageRecord) -> None:
-        words = {"running": "starts", "done": "done in " + _took(stage), "reused": "is in the store already"}
+        words = {"running": "starts", "done": "done in " + _took(stage), "reused": "was in the store already"}
         key = f", {short(stage.key)}" if stage.key and stage.state in ("done", "reused") else ""
         self._print(f"{name}: {words.get(stage.state, stage.state)}{key}")
         if stage.state == "failed" and stage.log:
@@ -140,12 +140,15 @@ def stage_table(record: RunRecord, spinner: Spinner | None = None) -> Table:
         sign, style = _MARKS[stage.state]
         mark: RenderableType = spinner if spinner and stage.state == "running" else Text(sign, style)
         table.add_row(
-            mark, Text(name, "dim" if stage.state == "pending" else ""), Text(_took(stage), "dim"), _told(stage)
+            mark,
+            Text(name, "dim" if stage.state == "pending" else ""),
+            Text(_took(stage), "dim"),
+            _told(name, stage, living=spinner is not None),
         )
     return table
 
 
-def _told(stage: StageRecord) -> RenderableType:
+def _told(name: str, stage: StageRecord, *, living: bool) -> RenderableType:
     match stage.state:
         case "running" if stage.progress:
             row = Table.grid(padding=(0, 2, 0, 0))
@@ -157,9 +160,10 @@ def _told(stage: StageRecord) -> RenderableType:
         case "done":
             return Text(f"{short(stage.key or '')}", "dim")
         case "reused":
-            return Text(f"{short(stage.key or '')}  is in the store already", "dim")
+            return Text(f"{short(stage.key or '')}  was in the store already, made in {_span(stage)}", "dim")
         case "failed":
-            return Text(clean(stage.error or "failed"), "red")
+            error = "" if living else stage.error  # whoever drives the run says it last
+            return Text(clean((error or "failed").removeprefix(f"{name}: ")), "red")
         case "interrupted":
             at = f" at step {stage.progress.step}/{stage.progress.steps}" if stage.progress else ""
             return Text(f"interrupted{at}", "yellow")
@@ -194,7 +198,10 @@ def clean(text: str) -> str:
 
 
 def _took(stage: StageRecord) -> str:
-    """How long the stage ran or has run; nothing for one that was there or has not begun."""
-    if stage.started_at is None or stage.state == "reused":
-        return ""
-    return duration(((stage.finished_at or datetime.now(UTC)) - stage.started_at).total_seconds())
+    """How long the stage ran or has run; nothing for one that did not."""
+    return "" if stage.started_at is None or stage.state == "reused" else _span(stage)
+
+
+def _span(stage: StageRecord) -> str:
+    began = stage.started_at or datetime.now(UTC)
+    return duration(((stage.finished_at or datetime.now(UTC)) - began).total_seconds())

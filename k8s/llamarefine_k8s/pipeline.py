@@ -27,6 +27,8 @@ from llamarefine_k8s.runs import Journal, RunRecord
 
 RETRY_AFTER_S = (2.0, 10.0)
 
+_KNOWN_ANYWAY = ("error: ", "makes ", "published ")  # what the record says, a stage's log need not say again
+
 
 @dataclass(frozen=True)
 class Task:
@@ -166,7 +168,9 @@ class Pipeline:
             self.journal.progress(stage, now)
             return
         speaker, colon, text = line.partition(": ")
-        if colon and speaker == stage and not text.startswith("error: ") and text not in self._told:
+        if not colon or speaker != stage or text.startswith(_KNOWN_ANYWAY):
+            return
+        if text not in self._told:
             self._told.add(text)
             self.watcher.note(stage, text)
 

@@ -36,7 +36,7 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         reasons: tuple[str, ...]
         changes = tuple(_changes(stage, recipe, last)) if last else ()
         if waits_for:
-            reasons = changes or (f"{' and '.join(waits_for)} {'runs' if len(waits_for) == 1 else 'run'} first",)
+            reasons = changes or (f"runs after {waits_for[-1]}",)
             planned.append(PlannedStage(stage, "follows", None, reasons))
             continue
         key = artifact_key(stage, recipe, found)

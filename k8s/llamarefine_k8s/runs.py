@@ -199,20 +199,23 @@ class Journal:
 
     def run(self, **changes: Any) -> None:
         """Change and write the run's own fields."""
-        self.record = self.record.model_copy(update=changes)
-        self._write()
+        with self._lock:
+            self.record = self.record.model_copy(update=changes)
+            self._write()
         self._on_change(self.record)
 
     def stage(self, name: str, **changes: Any) -> None:
         """Change and write a stage's fields."""
-        self._update(name, changes)
-        self._write()
+        with self._lock:
+            self._update(name, changes)
+            self._write()
         self._on_change(self.record)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Take note of a stage's progress; it is written soon."""
-        self._update(name, {"progress": progress})
-        self._unwritten = True
+        with self._lock:
+            self._update(name, {"progress": progress})
+            self._unwritten = True
         self._on_change(self.record)
 
     def _update(self, name: str, changes: dict[str, Any]) -> None:
@@ -223,8 +226,9 @@ class Journal:
         with self._lock:
             self._unwritten = False
             self._written_at_s = time.monotonic()
-            record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
-            self._store.write(run_path(record.run, RECORD), f"{record.model_dump_json(indent=2)}\n".encode())
+            self.record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
+            data = f"{self.record.model_dump_json(indent=2)}\n".encode()
+            self._store.write(run_path(self.record.run, RECORD), data)
 
     def _beat(self) -> None:
         while not self._closed.wait(PROGRESS_S):

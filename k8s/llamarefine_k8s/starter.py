@@ -17,11 +17,14 @@ KEYS = {
 }
 
 
-def write_recipe(path: Path, values: Mapping[str, str], *, demo: bool = False) -> None:
-    """Write a recipe with `values` (by dotted key) in it, checked. Never replaces a file that is there."""
+def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) -> None:
+    """Write a recipe with `sources` (see KEYS) in it, checked. Never replaces a file that is there."""
     text = recipes_folder().joinpath(DEMO if demo else FULL).read_text(encoding="utf-8")
-    for key, value in values.items():
-        text = put(text, key, value)
+    text = text[text.index("\n") + 1 :] if text.startswith("# yaml-language-server") else text  # the schema stays here
+    for name, value in sources.items():
+        text = put(text, KEYS[name], value)
+        if name in ("questions", "preferences") and not demo:
+            text = put(text, f"prepare.{name}.format", "auto")
     parse_recipe(text, str(path))
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -30,6 +33,12 @@ def write_recipe(path: Path, values: Mapping[str, str], *, demo: bool = False) -
         raise DataError(f"{path}: is there already; remove it, or name another file") from None
     except OSError as error:
         raise from_os_error(error) from None
+
+
+def defaults() -> dict[str, str]:
+    """What the full recipe says where a person may say something else."""
+    recipe = parse_recipe(recipes_folder().joinpath(FULL).read_text(encoding="utf-8"), FULL)
+    return {"name": recipe.name} | {name: source.source for name, source in recipe.sources().items()}
 
 
 def recipes_folder() -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -39,15 +40,16 @@ def print_report(console: Console, report: Report) -> None:
     for metric in report.metrics:
         cells = [_value(metric.values.get(model), metric.digits) for model in report.models]
         table.add_row(metric.title + _ARROWS.get(metric.better or "", ""), *cells, _verdict(metric))
+    console.print()
     console.print(table)
+    for caveat in report.caveats:
+        console.print(Text(f"! {caveat}", "yellow"))
     for example in report.examples[:1]:
         _print_example(console, example)
     for gate in report.gates:
         sign, style = ("✓", "green") if gate.passed else ("✗", "red")
         bound = gate.bound.replace("_", " ")
         console.print(Text(f"{sign} gate: {gate.metric} of {gate.model} {bound}, measured {gate.value:.4g}", style))
-    for caveat in report.caveats:
-        console.print(Text(f"! {caveat}", "yellow"))
 
 
 def print_results(console: Console, store: Store, record: RunRecord, flags: Sequence[str], into: Path | None) -> None:
@@ -57,15 +59,10 @@ def print_results(console: Console, store: Store, record: RunRecord, flags: Sequ
     else:
         report = Path(where(store, run_path(record.run, "report", "report.html")))
         model = part_place(store, part_of(store, record, "model"), "model")
-    rows = [("report", str(report)), ("model", model)]
-    command = ["llamarefine", "{}", *flags, record.run]
-    _print_pairs(console, rows)
-    console.print("\nnext:")
+    console.print(f"\nreport  {report}\nmodel   {model}\n\nnext", soft_wrap=True)
     for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
         if words != "pull" or not into:
-            console.print(
-                f"  {shlex.join([word.format(words) for word in command] + more)}", soft_wrap=True, highlight=False
-            )
+            console.print(f"  {shlex.join(['llamarefine', words, record.run, *more, *flags])}", soft_wrap=True)
 
 
 def print_status(console: Console, store: Store, record: RunRecord) -> None:
@@ -114,11 +111,9 @@ def print_plan(console: Console, run: str, store: Store, planned: Sequence[Plann
 def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) -> None:
     """What was brought where, and how it is used."""
     files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
-    size_mb = sum(file.size_bytes for file in files) / 1e6
-    console.print(
-        f"{into}: {what} {short(manifest.key)}, {len(files)} files, {size_mb:,.1f} MB, every byte verified",
-        soft_wrap=True,
-    )
+    size = decimal(sum(file.size_bytes for file in files))
+    counted = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size}"
+    console.print(f"{into}: {what} {short(manifest.key)}, {counted}, every byte verified", soft_wrap=True)
     loads = {
         "model": f'AutoModelForCausalLM.from_pretrained("{into}")',
         "sft": f'PeftModel.from_pretrained(base, "{into}")',
@@ -133,7 +128,6 @@ def _print_example(console: Console, example: Example) -> None:
     texts = {"question": example.question, "reference": example.reference}
     texts |= {_NAMES[model]: answer for model, answer in example.answers.items()}
     _print_pairs(console, [(name, _shortened(text)) for name, text in texts.items()])
-    console.print()
 
 
 def _print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:

@@ -1,0 +1,170 @@
+"""Stages that act: they speak the stages' real protocol and make tiny artifacts instead of training.
+
+As a program it is a stage's process (``python acting.py sft --recipe FILE --store URI``), told by
+ACTING what to do: ``{"sft": "diverge"}``. In a test `Acting` is an executor that publishes at once.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs import __version__, entry
+from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key
+from llamarefine_jobs.contract.errors import DivergedError, LlamaRefineError, PreemptedError
+from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.store import Store
+
+STEPS = 400
+
+
+def write_output(folder: Path, stage: str, recipe: Recipe, writes: tuple[str, ...]) -> None:
+    """Files that depend on what the stage's key depends on, so that a change goes on to its children."""
+    for name in writes:
+        path = folder / name / "content.txt" if name.endswith("/") else folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([stage, name, recipe.key_payload(stage)], sort_keys=True)
+        path.write_text(json.dumps(report(recipe)) if name == "report.json" else text)
+
+
+def report(recipe: Recipe) -> dict[str, Any]:
+    """A report.json of the agreed shape; its merged loss is 2."""
+    values = {
+        name: {"value": value, "low": value - 0.1, "high": value + 0.1}
+        for name, value in (("base", 4.0), ("sft", 2.5), ("merged", 2.0))
+    }
+    change = {"from": "base", "to": "merged", "value": -2.0, "low": -2.2, "high": -1.8, "verdict": "better"}
+    gates = [
+        {
+            "metric": gate.metric,
+            "model": gate.model,
+            "bound": f"at_most {gate.at_most}",
+            "value": 2.0,
+            "passed": (gate.at_most or 0) >= 2.0,
+        }
+        for gate in recipe.evaluate.gates
+    ]
+    return {
+        "models": ["base", "sft", "merged"],
+        "metrics": [
+            {"name": "loss", "title": "Held-out loss", "better": "lower", "n": 9, "values": values, "changes": [change]}
+        ],
+        "examples": [
+            {
+                "question": "What is kind?",
+                "reference": "A cluster.",
+                "answers": {"base": "Hm.", "sft": "A thing.", "merged": "A cluster, \x1b[31mtruly."},
+            }
+        ],
+        "gates": gates,
+        "confidence": 0.95,
+        "caveats": ["nine rows are few"],
+    }
+
+
+class Acting:
+    """An executor that publishes each stage's artifact at once, and does before that what a test asks."""
+
+    def __init__(self, **acts: Callable[[Callable[[str], None]], None]) -> None:
+        self.ran: list[str] = []
+        self.acts = acts
+        self.cancelled = 0
+        self.running = False
+
+    def execute(self, task: Any, on_line: Callable[[str], None]) -> None:
+        self.ran.append(task.stage)
+        self.running = True
+        try:
+            on_line(f"{task.stage}: backend: acting")
+            self.acts.get(task.stage, lambda on_line: None)(on_line)
+            publish(task.stage, task.recipe, Store(task.store_uri))
+        finally:
+            self.running = False
+
+    def cancel(self) -> bool:
+        self.cancelled += 1
+        return self.running
+
+
+def publish(stage: str, recipe: Recipe, store: Store) -> Manifest:
+    """Publish what `work` makes, in this process."""
+    parents = entry.find_parents(stage, recipe, store)
+    now = datetime.now(UTC)
+    draft = Manifest(
+        stage=stage,
+        key=artifact_key(stage, recipe, parents),
+        parents={name: Parent(key=parent.key, manifest_sha256=parent.sha256()) for name, parent in parents.items()},
+        recipe=recipe.key_payload(stage),
+        seed=recipe.seed,
+        prompt_template_sha256=TEMPLATE_SHA256,
+        package_version=__version__,
+        started_at=now,
+        finished_at=now,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_output(Path(folder), stage, recipe, STAGES[stage].writes)
+        return store.publish(Path(folder), draft)
+
+
+def work(context: entry.Context) -> None:
+    """The stage's part, as ACTING says."""
+    name = context.stage.name
+    match json.loads(os.environ.get("ACTING", "{}")).get(name):
+        case "diverge":
+            raise DivergedError(f"{name}: the loss became NaN at step 3; lower {name}.learning_rate")
+        case "bug":
+            raise ZeroDivisionError("a mistake of ours")
+        case "kill itself":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "say much":
+            print("\x1b[31mred\x1b[0m noise of a library\rredrawn noise", flush=True)
+            sys.stdout.write("no newline at the end")
+        case "many steps":
+            for step in range(1, 501):
+                context.progress(step, 500, loss=3.0, tokens_per_s=5120.0, eta_s=65.0)
+        case "train":
+            train(context)
+        case "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("progress stage=sft step=1 steps=2", flush=True)
+            time.sleep(600)
+    write_output(context.output, name, context.recipe, context.stage.writes)
+
+
+def train(context: entry.Context) -> None:
+    """Count steps for half a minute; on SIGTERM, or when the launcher is gone, publish a checkpoint and end."""
+    checkpoint = context.fetch_checkpoint()
+    first = int((checkpoint / "step").read_text()) if checkpoint else 0
+    for step in range(first + 1, STEPS + 1):
+        context.progress(step, STEPS, loss=4.0 - step / STEPS, tokens_per_s=5120.0, eta_s=(STEPS - step) / 10)
+        if context.stop.is_set():
+            saved = context.work / "checkpoint"
+            saved.mkdir()
+            (saved / "step").write_text(str(step))
+            context.publish_checkpoint(step, saved)
+            raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
+        if not checkpoint:
+            time.sleep(0.1)
+
+
+def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:
+    """An act that raises."""
+
+    def act(on_line: Callable[[str], None]) -> None:
+        raise error
+
+    return act
+
+
+if __name__ == "__main__":
+    entry.settled_threads = lambda recipe: contextlib.nullcontext()  # no training, nothing to seed: torch stays out
+    entry.main(sys.argv.pop(1), work)

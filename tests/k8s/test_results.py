@@ -1,0 +1,115 @@
+"""Bringing a model, an adapter or a report to a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs.contract.artifact import Manifest
+from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityError
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.pipeline import Pipeline
+from llamarefine_k8s.results import PARTS, check_gates, part_of, pull, pull_report, read_report
+from llamarefine_k8s.runs import RunRecord
+
+from .acting import Acting
+from .test_pipeline import Seen
+
+
+@pytest.fixture
+def record(recipe: Callable[..., Recipe], store: Store) -> RunRecord:
+    return Pipeline(recipe(), store, Acting(), Seen()).drive()
+
+
+@pytest.fixture
+def model(record: RunRecord, store: Store) -> Manifest:
+    return part_of(store, record, "model")
+
+
+def holds(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_each_part_comes_as_a_folder_of_its_own(record: RunRecord, store: Store, tmp_path: Path, what: str) -> None:
+    pull(store, part_of(store, record, what), what, tmp_path / "deep" / "here")
+    expected = ["report.html", "report.json", "report.md"] if what == "report" else ["content.txt"]
+    assert holds(tmp_path / "deep" / "here") == expected
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["here"], "nothing else stays"
+
+
+def test_a_folder_that_holds_the_same_is_left_alone(model: Manifest, store: Store, tmp_path: Path) -> None:
+    pull(store, model, "model", tmp_path / "model")
+    before = (tmp_path / "model" / "content.txt").stat()
+    pull(store, model, "model", tmp_path / "model")
+    assert (tmp_path / "model" / "content.txt").stat() == before
+
+
+def test_another_model_of_the_store_is_replaced(
+    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pull(store, model, "model", tmp_path / "model")
+    newer = Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive()
+    pull(store, part_of(store, newer, "model"), "model", tmp_path / "model")
+    assert "float32" in (tmp_path / "model" / "content.txt").read_text()
+
+
+def test_files_of_anybody_else_are_not_replaced(model: Manifest, store: Store, tmp_path: Path) -> None:
+    pull(store, model, "model", tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"holds files that are not from this store; .* --force"):
+        pull(store, model, "model", tmp_path / "model")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    pull(store, model, "model", tmp_path / "model", force=True)
+    assert holds(tmp_path / "model") == ["content.txt"]
+
+
+def test_an_empty_folder_is_filled(model: Manifest, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    pull(store, model, "model", tmp_path / "model")
+    assert holds(tmp_path / "model") == ["content.txt"]
+
+
+def test_a_file_in_the_way_is_named(model: Manifest, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    with pytest.raises(DataError, match="expected a folder, found a file"):
+        pull(store, model, "model", tmp_path / "model")
+
+
+def test_a_wrong_byte_leaves_the_old_folder_as_it_was(
+    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pull(store, model, "model", tmp_path / "model")
+    before = (tmp_path / "model" / "content.txt").read_bytes()
+    newer = Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive()
+    manifest = part_of(store, newer, "model")
+    Path(store.objects.root, manifest.folder, "model", "content.txt").write_text("wrong")
+    with pytest.raises(IntegrityError, match=r"model/content\.txt"):
+        pull(store, manifest, "model", tmp_path / "model")
+    assert (tmp_path / "model" / "content.txt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".model")] == []
+
+
+def test_a_report_may_lie_beside_other_things(record: RunRecord, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").write_text("mine")
+    for _ in range(2):
+        pull_report(store, part_of(store, record, "report"), tmp_path / "demo")
+    assert holds(tmp_path / "demo") == ["mine.txt", "report.html", "report.json", "report.md"]
+
+
+def test_what_is_not_made_yet_is_said(store: Store, record: RunRecord) -> None:
+    stages = record.stages | {"merge": record.stages["merge"].model_copy(update={"key": None})}
+    with pytest.raises(DataError, match="has no model yet: merge is not done"):
+        part_of(store, record.model_copy(update={"stages": stages}), "model")
+    with pytest.raises(DataError, match="nowhere-12345678 has no report yet"):
+        read_report(store, "nowhere-12345678")
+
+
+def test_a_failed_gate_says_metric_bound_and_value(recipe: Callable[..., Recipe], store: Store) -> None:
+    gates = "evaluate.gates=[{metric: loss, at_most: 1.0}, {metric: loss, at_most: 3.0}]"
+    record = Pipeline(recipe(gates), store, Acting(), Seen()).drive()
+    with pytest.raises(GateError) as caught:
+        check_gates(read_report(store, record.run))
+    assert str(caught.value) == "quality gate: loss of merged is 2, not at most 1.0; model and report are kept"
