@@ -1,0 +1,183 @@
+"""prepare: base model and data, checked and brought into the store.
+
+    python -m llamarefine_jobs.prepare --recipe recipe.yaml --store file:///folder
+
+Reads the recipe's sources. Writes base/ (safetensors, config, tokenizer), questions/ and preferences/
+(train, validation and test as JSON lines) and data_card.json. Every row that was read is accounted for
+in the card; no question is in two splits, nor in one set's test and the other's training.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs import data_card, docstrings, entry, tiny_llama
+from llamarefine_jobs.base import bring_base, describe, install_base, write_around
+from llamarefine_jobs.contract.prompt import answer
+from llamarefine_jobs.contract.recipe import Rows
+from llamarefine_jobs.data import (
+    Row,
+    RowSet,
+    check_rows,
+    drop_duplicates,
+    fit_lengths,
+    is_dialogue,
+    pair_row,
+    question_row,
+    settle_conflicts,
+    take_evenly,
+)
+from llamarefine_jobs.entry import Context
+from llamarefine_jobs.reading import Table, check_unchanged, lacks_columns, read_table
+from llamarefine_jobs.sources import DOCSTRINGS, TINY_LLAMA
+from llamarefine_jobs.splits import SPLITS, assign_splits, group_rows
+
+
+def work(context: Context) -> None:
+    """Fill `context.output` with base/, questions/, preferences/ and data_card.json."""
+    recipe, section = context.recipe, context.recipe.prepare
+
+    # Read and check
+    question_table = _read_questions(context)
+    pair_table = _read_pairs(context)
+    questions = _checked(context, "questions", question_table, question_row)
+    preferences = _checked(context, "preferences", pair_table, pair_row)
+    context.check_stop()
+
+    # Group, drop duplicates, split: both sets together
+    _group(questions, preferences, section.near_duplicate_similarity)
+    for rows in (questions, preferences):
+        drop_duplicates(rows)
+    settle_conflicts(questions, section.questions.conflicting_answers)
+    _split(context, questions, preferences)
+
+    # The base's tokenizer says what is too long; a tiny base learns from training text only
+    is_tiny = section.base.source == TINY_LLAMA
+    base, commit = context.output / "base", None
+    if is_tiny:
+        tokenizer = tiny_llama.train_tokenizer(_training_texts(questions, preferences), section.base.tiny.vocabulary)
+    else:
+        folder, commit = bring_base(section.base, context.work)
+        check_unchanged(section.base, "prepare.base")
+        tokenizer = install_base(folder, base)
+    context.check_stop()
+    for rows in (questions, preferences):
+        fit_lengths(rows, tokenizer, recipe.max_length_tokens, section.too_long)
+    if not is_tiny:  # where it is, its tokenizer has read the training split, which must stay as it is
+        _split(context, questions, preferences)
+    for rows in (questions, preferences):
+        rows.require_splits()
+    context.check_stop()
+    if is_tiny:
+        context.metrics["pretraining"] = _pretrain(context, tokenizer, _training_texts(questions, preferences), base)
+
+    # Write
+    for rows in (questions, preferences):
+        _write(rows, context.output / rows.name)
+    card = {
+        "base": data_card.describe_source(section.base, commit) | describe(base),
+        "questions": data_card.describe_set(questions, section.questions, question_table),
+        "preferences": data_card.describe_set(preferences, section.preferences, pair_table),
+        "rules": data_card.rules(recipe),
+        "warnings": data_card.warnings(recipe, questions, preferences),
+    }
+    (context.output / "data_card.json").write_text(_json(card, indent=2) + "\n", encoding="utf-8")
+    for rows in (questions, preferences):
+        context.metrics[rows.name] = {"rows_read": rows.rows_read, "outcomes": rows.outcomes()}
+        context.note(_summary(rows))
+    for warning in card["warnings"]:
+        context.note(f"note: {warning}")
+
+
+def _read_questions(context: Context) -> Table:
+    source = context.recipe.prepare.questions
+    if source.source == DOCSTRINGS:
+        return _made(source, "prepare.questions", list(docstrings.question_rows()))
+    return read_table(source, "prepare.questions", context.work, (source.question_column, source.answer_column))
+
+
+def _read_pairs(context: Context) -> Table:
+    source = context.recipe.prepare.preferences
+    if source.source == DOCSTRINGS:
+        return _made(source, "prepare.preferences", list(docstrings.preference_rows()))
+    columns = (source.prompt_column, source.chosen_column, source.rejected_column)
+    table = read_table(source, "prepare.preferences", context.work, columns, optional=(source.prompt_column,))
+    # Whole dialogues in chosen and rejected, as in Anthropic/hh-rlhf, need no column for the prompt.
+    if source.prompt_column not in table.columns and not any(cells and is_dialogue(cells[1]) for cells in table.rows):
+        raise lacks_columns("prepare.preferences", source.source, [source.prompt_column], table.columns)
+    return table
+
+
+def _made(source: Rows, key: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    check_unchanged(source, key)
+    return Table("docstrings", list(rows), ())
+
+
+def _checked(context: Context, name: Any, table: Table, make: Callable[..., Row]) -> RowSet:
+    section = context.recipe.prepare
+    rows = RowSet(name, len(table.rows))
+    check_rows(rows, take_evenly(rows, table.rows, section.max_rows), make, section.max_cell_bytes)
+    return rows
+
+
+def _group(questions: RowSet, preferences: RowSet, similarity: float) -> None:
+    """Give every row the group of what it asks."""
+    asked, dialogues = [row.asks[0] for row in questions.rows], [row.asks for row in preferences.rows]
+    for rows, groups in zip((questions, preferences), group_rows(asked, dialogues, similarity), strict=True):
+        rows.rows = [replace(row, group=group) for row, group in zip(rows.rows, groups, strict=True)]
+
+
+def _split(context: Context, questions: RowSet, preferences: RowSet) -> None:
+    """Give every row the split of its group, the same in both sets; each set has rows in each split."""
+    section = context.recipe.prepare
+    sets = {rows.name: {row.group for row in rows.rows} for rows in (questions, preferences)}
+    placed = assign_splits(sets, context.recipe.seed, section.validation_fraction, section.test_fraction)
+    for rows in (questions, preferences):
+        rows.rows = [replace(row, split=placed[row.group]) for row in rows.rows]
+
+
+def _training_texts(questions: RowSet, preferences: RowSet) -> list[str]:
+    return [text for rows in (questions, preferences) for row in rows.of("train") for text in row.texts]
+
+
+def _pretrain(context: Context, tokenizer: Any, texts: Sequence[str], into: Path) -> dict[str, float]:
+    tiny = context.recipe.prepare.base.tiny
+
+    def tick(step: int, steps: int, **figures: float) -> None:
+        context.progress(step, steps, phase="pretrain", **figures)
+        context.check_stop()
+
+    losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, tick)
+    write_around(into, tokenizer, {})
+    return losses
+
+
+def _write(rows: RowSet, folder: Path) -> None:
+    folder.mkdir()
+    for split in SPLITS:
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows.of(split):
+                file.write(_json(_record(rows, row)) + "\n")
+
+
+def _record(rows: RowSet, row: Row) -> dict[str, Any]:
+    if rows.name == "questions":
+        return {"messages": [*row.prompt, *answer(row.answers[0])], "group": row.group}
+    chosen, rejected = row.answers
+    return {"prompt": list(row.prompt), "chosen": chosen, "rejected": rejected, "group": row.group}
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _summary(rows: RowSet) -> str:
+    kept = ", ".join(f"{len(rows.of(split))} {split}" for split in SPLITS)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rows.dropped.most_common())
+    return f"{rows.name}: {rows.rows_read} rows read; kept {kept}" + (f"; left out: {reasons}" if reasons else "")
+
+
+if __name__ == "__main__":
+    entry.main("prepare", work)

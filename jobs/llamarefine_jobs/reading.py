@@ -1,0 +1,260 @@
+"""Rows from CSV, JSON lines, Parquet or a Hub data set, wherever they lie, as written."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llamarefine_jobs import hub, sources
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.recipe import Rows, Source
+from llamarefine_jobs.download import download
+
+Cells = tuple[Any, ...]
+Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, and the wanted cells of each row
+
+_FORMAT_BY_ENDING = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+_LONGEST_CELL = 2**31 - 1  # what fits the csv module on every platform
+_DATA_FILES = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.gz", "*.zst", "README.md")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that were asked for, in that order. A row with cells beyond the header is None.
+
+    A cell that is missing is None; a column that was optional and is not there is None throughout.
+    """
+
+    format: str
+    rows: list[Cells | None]
+    columns: Sequence[str]  # all that are there
+    commit: str | None = None
+
+
+def read_table(rows: Rows, key: str, work: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """Read `columns` of the source that the recipe's `key` names. `optional` ones may be absent.
+
+    Raises DataError where the source is not what it should be, or is no longer what was planned.
+    """
+    path, commit = _bring(rows, key, work)
+    name = rows.format if rows.format != "auto" else _format_of(path, key)
+    wanted = _Wanted(key, rows.source, tuple(columns), frozenset(optional))
+    match name:
+        case "csv":
+            there, found = _csv_rows(path, wanted)
+        case "jsonl":
+            there, found = _jsonl_rows(path, wanted)
+        case "parquet":
+            there, found = _parquet_rows(path, wanted)
+        case _:
+            there, found = _hub_rows(path, wanted, rows.split, work)
+    if not found:
+        raise DataError(f"{key}: {rows.source} has columns and no row")
+    check_unchanged(rows, key)
+    return Table(name, found, there, commit)
+
+
+def lacks_columns(key: str, source: str, missing: Sequence[str], there: Sequence[str]) -> DataError:
+    """The error that says which columns a source lacks and which it has."""
+    wanted, found = (", ".join(f"`{column}`" for column in columns) for columns in (missing, there))
+    return DataError(f"{key}: {source} has no column {wanted}, only {found or 'none'}; name the right one under {key}")
+
+
+def check_unchanged(source: Source, key: str) -> None:
+    """Raise DataError where `source` is no longer what its fingerprint says."""
+    if source.fingerprint is None:
+        return
+    where = sources.kind(source.source, hub_id_allowed=key.endswith(".base"))
+    found = sources.fingerprint(source.source, where, key)
+    if found != source.fingerprint:
+        raise DataError(f"{key}: {source.source} changed since the run was planned; submit the run again")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked of a table, and the names to complain with."""
+
+    key: str
+    source: str
+    columns: tuple[str, ...]
+    optional: frozenset[str]
+
+    def error(self, text: str) -> DataError:
+        return DataError(f"{self.key}: {self.source} {text}")
+
+    def check(self, there: Sequence[str]) -> None:
+        missing = [column for column in self.columns if column not in there and column not in self.optional]
+        if missing:
+            raise lacks_columns(self.key, self.source, missing, there)
+        twice = [column for column in self.columns if list(there).count(column) > 1]
+        if twice:
+            raise self.error(f"has the column `{twice[0]}` twice; rename one")
+
+
+def _bring(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
+    """The local file or folder of a source, and the commit of a Hub repository."""
+    into = work / key
+    match sources.kind(rows.source):
+        case sources.Kind.HTTPS:
+            return download(rows.source, into, key), None
+        case sources.Kind.S3:
+            return sources.download_s3(rows.source, into), None
+        case sources.Kind.HUB:
+            parts = urlsplit(rows.source)
+            repository = parts.path.strip("/")
+            if parts.netloc != "datasets" or repository.count("/") > 1 or not repository:
+                raise DataError(f"{key}: expected hf://datasets/owner/name, found {rows.source}")
+            folder = hub.snapshot(repository, rows.revision, "dataset", _DATA_FILES, key)
+            return folder, folder.name
+        case sources.Kind.PATH:
+            return sources.local_path(rows.source), None
+        case _:
+            raise DataError(f"{key}: {rows.source} is not a source of these rows")
+
+
+def _format_of(path: Path, key: str) -> str:
+    if path.is_dir():
+        return "hub"
+    found = _FORMAT_BY_ENDING.get(path.suffix.lower())
+    if found is None:
+        raise DataError(
+            f"{key}: {path.name} ends in none of {', '.join(_FORMAT_BY_ENDING)}; say what it is with {key}.format"
+        )
+    return found
+
+
+def _text(path: Path, wanted: _Wanted) -> str:
+    """A text file's whole text; DataError with the encoding it seems to have where it is not UTF-8."""
+    if path.is_dir():
+        raise wanted.error("is a folder; expected a file")
+    data = path.read_bytes()
+    if not data.strip():
+        raise wanted.error("is empty")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        guess = _encoding(data[max(0, error.start - 20_000) : error.start + 20_000])
+        raise wanted.error(
+            f"is not UTF-8 (line {line}, byte {error.start}); it looks like {guess}: "
+            f"convert it with `iconv -f {guess} -t utf-8`"
+        ) from None
+    if "\x00" in text:
+        line = text.count("\n", 0, text.index("\x00")) + 1
+        raise wanted.error(f"holds a NUL byte in line {line}, and text has none: remove it, or convert from UTF-16")
+    return text
+
+
+def _encoding(sample: bytes) -> str:
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(sample).best()
+    return best.encoding if best else "binary data"
+
+
+def _csv_rows(path: Path, wanted: _Wanted) -> Found:
+    text = _text(path, wanted)
+    before = csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(text, wanted))
+    line = 1  # where the row that is being read begins
+    header: list[str] = []
+    places: list[int] = []
+    found: list[Cells | None] = []
+    try:
+        for cells in reader:
+            line = reader.line_num + 1
+            if not cells:  # a blank line
+                continue
+            if not header:
+                wanted.check(cells)
+                header = cells
+                places = [header.index(column) if column in header else len(header) for column in wanted.columns]
+            elif len(cells) > len(header):
+                found.append(None)
+            else:
+                padded = [*cells, *[None] * (len(header) + 1 - len(cells))]
+                found.append(tuple(padded[place] for place in places))
+    except csv.Error as error:
+        raise wanted.error(
+            f"is not well-formed CSV from line {line} on ({error}): a cell with a quote, a comma or a line's end in it "
+            'stands in quotes, and a quote inside is written twice ("")'
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+    return header, found
+
+
+def _delimiter(text: str, wanted: _Wanted) -> str:
+    """The delimiter under which the header has the wanted columns; a comma where none does."""
+    first_line = text.lstrip("\r\n").split("\n", 1)[0]
+    for delimiter in (",", ";", "\t"):
+        try:
+            header = next(csv.reader([first_line], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if set(wanted.columns) - wanted.optional <= set(header):
+            return delimiter
+    return ","
+
+
+def _jsonl_rows(path: Path, wanted: _Wanted) -> Found:
+    found: list[Cells | None] = []
+    there: dict[str, None] = {}
+    for number, line in enumerate(_text(path, wanted).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            hint = "one JSON array; `jq -c '.[]'` makes lines of it" if line.lstrip().startswith("[") else str(error)
+            raise wanted.error(f"line {number} is not one JSON object: {hint}") from None
+        if not isinstance(row, dict):
+            raise wanted.error(f'line {number} is not a JSON object: expected {{"{wanted.columns[0]}": …}}')
+        there |= dict.fromkeys(row)
+        found.append(tuple(row.get(column) for column in wanted.columns))
+    wanted.check(list(there))
+    return list(there), found
+
+
+def _parquet_rows(path: Path, wanted: _Wanted) -> Found:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        there = file.schema_arrow.names
+        wanted.check(there)
+        rows = file.read(columns=[column for column in wanted.columns if column in there]).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise wanted.error(f"is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+    return there, [tuple(row.get(column) for column in wanted.columns) for row in rows]
+
+
+def _hub_rows(folder: Path, wanted: _Wanted, split: str, work: Path) -> Found:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(str(folder), cache_dir=str(work / "datasets"))
+    except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise wanted.error(f"is not a data set that can be read: {reason}") from None
+    if split not in found:
+        raise wanted.error(f"has no split `{split}`; it has {', '.join(found)}; choose one with {wanted.key}.split")
+    table = found[split]
+    wanted.check(table.column_names)
+    columns = [table[column][:] if column in table.column_names else [None] * len(table) for column in wanted.columns]
+    return table.column_names, list(zip(*columns, strict=True))
