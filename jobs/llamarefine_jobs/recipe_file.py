@@ -26,9 +26,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands here twice", key.start_mark)
-            seen.add(str(key.value))
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"`{key.value}` stands here twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -55,7 +57,7 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
     """`load_recipe` on the text itself; `where` names it in errors."""
     try:
         values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except Exception as error:  # PyYAML lets TypeError, AttributeError and more out for some texts
         raise RecipeError(f"{where}: not YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected keys such as `name` and `prepare`, found {_kind(values)}")
@@ -64,26 +66,34 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {_explain(mistake)}" for mistake in error.errors())) from None
+        raise RecipeError("\n".join(f"{where}: {_explain(mistake)}" for mistake in _causes(error))) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set ``section.key=value`` in the recipe's plain values; the value is YAML."""
+    shown = _one_line(override)
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise RecipeError(f"--set {override}: expected key=value, such as sft.epochs=2")
+        raise RecipeError(f"--set {shown}: expected key=value, such as sft.epochs=2")
     *sections, key = name.strip().split(".")
     for section in sections:
         if values.get(section) is None:  # `sft:` with nothing below it reads as null
             values[section] = {}
         below = values[section]
         if not isinstance(below, dict):
-            raise RecipeError(f"--set {override}: `{section}` holds {_kind(below)}, no keys")
+            raise RecipeError(f"--set {shown}: `{section}` holds {_kind(below)}, no keys")
         values = below
     try:
         values[key] = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from None
+    except Exception as error:
+        raise RecipeError(f"--set {shown}: the value is not YAML: {_one_line(error)}") from None
+
+
+def _causes(error: ValidationError) -> list[ErrorDetails]:
+    """Its mistakes, but none that only follows from one below it (a list without its one wrong item is too short)."""
+    mistakes = error.errors()
+    below = {mistake["loc"][:depth] for mistake in mistakes for depth in range(len(mistake["loc"]))}
+    return [mistake for mistake in mistakes if mistake["loc"] not in below or not mistake["loc"]]
 
 
 def _explain(mistake: ErrorDetails) -> str:
@@ -100,7 +110,8 @@ def _explain(mistake: ErrorDetails) -> str:
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"`{name}`: expected keys below it, found {_kind(found)}"
         case _:
-            return f"`{name}`: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, found {_shown(found)}"
+            expected = mistake["msg"].replace("tuple", "list")
+            return f"`{name}`: {expected[0].lower()}{expected[1:]}, found {_shown(found)}"
 
 
 def _nearest(location: Sequence[int | str]) -> str:
@@ -146,7 +157,10 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return _BRIEF.repr(value)
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python refuses to write out an integer of thousands of digits
+        return "a number too long to show"
 
 
 def _one_line(error: object) -> str:

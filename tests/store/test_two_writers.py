@@ -12,8 +12,8 @@ from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.store import Store
 
 from . import samples
+from .processes import Writer
 from .samples import KEY, STAGE
-from .writer import Writer
 
 
 @pytest.fixture

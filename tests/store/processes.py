@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import resource
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.store import Store
 
 from . import samples
@@ -22,6 +24,34 @@ def publish(uri: str, folder: Path, environment: dict[str, str], answer: Connect
     answer.send("ready")
     start.recv()
     answer.send(store.publish(folder, samples.draft()).attempt)
+
+
+def publish_within(uri: str, folder: Path, uid: int | None, file_limit_bytes: int | None, answer: Connection) -> None:
+    """Publish as another user, or with a limit on the size of files; answer with the error, or with nothing."""
+    if file_limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
+    if uid is not None:
+        os.setuid(uid)
+    try:
+        Store(uri).publish(folder, samples.draft())
+    except LlamaRefineError as error:
+        answer.send((type(error).__name__, str(error)))
+    else:
+        answer.send(None)
+
+
+def error_of_publishing(
+    uri: str, folder: Path, *, uid: int | None = None, file_limit_bytes: int | None = None
+) -> tuple[str, str] | None:
+    """The kind and the text of the error that publishing under these conditions ends with."""
+    answer, child = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=publish_within, args=(uri, folder, uid, file_limit_bytes, child))
+    process.start()
+    assert answer.poll(60), "the process did not answer"
+    found: tuple[str, str] | None = answer.recv()
+    process.join(60)
+    assert process.exitcode == 0
+    return found
 
 
 class Writer:

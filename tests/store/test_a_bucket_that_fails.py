@@ -1,0 +1,163 @@
+"""Wrong credentials, no bucket, a dead or flaky endpoint: one line, the right kind, within seconds."""
+
+import http.server
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, RecipeError, StoreError
+from llamarefine_jobs.store import Store
+
+from .. import s3_server
+from . import samples
+from .samples import KEY, STAGE
+
+
+def error_of(act: Callable[[], object]) -> LlamaRefineError:
+    with pytest.raises(LlamaRefineError) as error:
+        act()
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+def test_a_missing_bucket_is_named(s3: s3_server.S3Server, folder: Path) -> None:
+    store = Store("s3://no-such-bucket-here/prefix")
+    for act in (
+        lambda: store.manifest(STAGE, KEY),
+        lambda: store.publish(folder, samples.draft()),
+        lambda: list(store.entries("runs/")),
+        lambda: store.write("runs/x", b"x"),
+        lambda: store.objects.upload("x", folder / "one.byte", lambda chunk: None),
+    ):
+        error = error_of(act)
+        assert isinstance(error, AccessError)
+        assert "there is no bucket `no-such-bucket-here`" in str(error)
+
+
+def test_wrong_credentials_are_refused(s3_uri: str, s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    if s3.name == "moto":
+        pytest.skip("moto takes any credentials")
+    for name, value in {"AWS_SECRET_ACCESS_KEY": "wrong", "AWS_ACCESS_KEY_ID": "nobody"}.items():
+        monkeypatch.setenv(name, value)
+        error = error_of(lambda: Store(s3_uri).manifest(STAGE, KEY))
+        assert isinstance(error, AccessError)
+        assert "refuses these credentials" in str(error)
+        assert "wrong" not in str(error), "a secret is never shown"
+
+
+def test_missing_credentials_are_said_at_once(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    error = error_of(lambda: Store(s3_uri).manifest(STAGE, KEY))
+    assert isinstance(error, AccessError)
+    assert "set AWS_ACCESS_KEY_ID" in str(error)
+
+
+def test_a_profile_that_is_not_there_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    error = error_of(lambda: Store(s3_uri).manifest(STAGE, KEY))
+    assert isinstance(error, AccessError)
+    assert "nobody" in str(error)
+
+
+def test_an_endpoint_that_is_no_url_is_said(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
+    error = error_of(lambda: Store(s3_uri).manifest(STAGE, KEY))
+    assert isinstance(error, AccessError)
+    assert "minio:9000" in str(error)
+
+
+def test_a_name_that_no_bucket_can_have_is_a_recipe_error(s3: s3_server.S3Server) -> None:
+    assert isinstance(error_of(lambda: Store("s3://Not A Bucket/x").manifest(STAGE, KEY)), RecipeError)
+
+
+def test_a_dead_endpoint_is_a_store_error_within_seconds(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        began = time.monotonic()
+        error = error_of(lambda: Store(s3_uri).manifest(STAGE, KEY))
+        assert time.monotonic() - began < 60
+    assert isinstance(error, StoreError)
+    assert "is the endpoint right and reachable?" in str(error)
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to the real server, but breaks the first bodies off in the middle."""
+
+    server: "FlakyServer"
+
+    def do_GET(self) -> None:
+        request = urllib.request.Request(self.server.behind + self.path, headers=dict(self.headers))
+        try:
+            with urllib.request.urlopen(request) as answer:
+                body, status, headers = answer.read(), answer.status, answer.headers
+        except urllib.error.HTTPError as error:
+            body, status, headers = error.read(), error.code, error.headers
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        breaks = len(body) >= self.server.breaks_from_bytes and self.server.breaks_left > 0
+        self.server.breaks_left -= breaks
+        self.server.ranges.append(self.headers.get("Range"))
+        self.wfile.write(body[: len(body) // 2] if breaks else body)
+        self.close_connection = True
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+class FlakyServer(http.server.ThreadingHTTPServer):
+    behind: str
+    breaks_left: int
+    breaks_from_bytes: int
+    ranges: list[str | None]
+
+
+@pytest.fixture
+def flaky(s3: s3_server.S3Server) -> Iterator[FlakyServer]:
+    with FlakyServer(("127.0.0.1", 0), Flaky) as server:
+        server.behind, server.breaks_left, server.breaks_from_bytes, server.ranges = s3.endpoint, 0, 100_000, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def behind(flaky: FlakyServer, uri: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{flaky.server_address[1]}")
+    return Store(uri)
+
+
+def test_a_download_that_breaks_goes_on_where_it_broke(
+    flaky: FlakyServer, s3_uri: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Store(s3_uri).publish(samples.make_folder(tmp_path / "large", size_bytes=5_000_000), samples.draft())
+    store = behind(flaky, s3_uri, monkeypatch)
+    flaky.breaks_left = 2
+    store.fetch(published, tmp_path / "fetched", "adapter/")
+    assert len((tmp_path / "fetched/adapter/adapter_model.safetensors").read_bytes()) == 5_000_000
+    assert flaky.breaks_left == 0
+    resumed = [requested for requested in flaky.ranges if requested and requested != "bytes=0-"]
+    assert len(resumed) == 2
+
+
+def test_a_download_that_always_breaks_is_a_store_error_and_leaves_nothing(
+    flaky: FlakyServer, s3_uri: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Store(s3_uri).publish(folder, samples.draft())
+    store = behind(flaky, s3_uri, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    flaky.breaks_left, flaky.breaks_from_bytes = 1000, 2
+    error = error_of(lambda: store.fetch(published, tmp_path / "target" / "fetched"))
+    assert isinstance(error, StoreError)
+    assert "the connection broke" in str(error) or "endpoint" in str(error)
+    assert list((tmp_path / "target").iterdir()) == []

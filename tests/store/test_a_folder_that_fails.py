@@ -1,0 +1,121 @@
+"""A full disk, a folder that may not be written: one line, the right kind, nothing left behind."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs.contract.errors import AccessError, DiskFullError
+from llamarefine_jobs.store import Store
+
+from . import samples
+from .processes import error_of_publishing
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or not mount or subprocess.run([mount, *options], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="llamarefine-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_publishing_to_a_full_disk_leaves_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+    folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
+    with pytest.raises(DiskFullError, match=f"no space is left to write {tiny_disk}") as error:
+        Store(str(tiny_disk / "store")).publish(folder, samples.draft())
+    assert "\n" not in str(error.value)
+    assert files_of(tiny_disk) == []
+
+
+def test_fetching_to_a_full_disk_leaves_nothing(store: Store, tiny_disk: Path, tmp_path: Path) -> None:
+    folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
+    published = store.publish(folder, samples.draft())
+    with pytest.raises(DiskFullError):
+        store.fetch(published, tiny_disk / "fetched")
+    assert list(tiny_disk.iterdir()) == []
+    store.verify(published)
+
+
+def test_a_limit_on_the_size_of_files_reads_as_a_full_disk(open_folder: Path, tmp_path: Path) -> None:
+    folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
+    error = error_of_publishing(str(open_folder / "store"), folder, file_limit_bytes=1_000_000)
+    assert error is not None
+    assert error[0] == "DiskFullError"
+    assert files_of(open_folder) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_without_write_permission_is_named(open_folder: Path) -> None:
+    made = samples.make_folder(open_folder / "made")
+    (open_folder / "store").mkdir(mode=0o755)
+    error = error_of_publishing(str(open_folder / "store"), made, uid=NOBODY)
+    assert error is not None
+    kind, text = error
+    assert kind == "AccessError"
+    assert text.startswith(f"no permission for {open_folder / 'store'}")
+    assert "\n" not in text
+    assert files_of(open_folder / "store") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_file_that_may_not_be_read_is_named(open_folder: Path) -> None:
+    made = samples.make_folder(open_folder / "made")
+    (made / "one.byte").chmod(0o600)
+    store = open_folder / "store"
+    store.mkdir()
+    store.chmod(0o777)
+    error = error_of_publishing(str(store), made, uid=NOBODY)
+    assert error is not None
+    assert error == ("AccessError", error[1])
+    assert "one.byte" in error[1]
+    assert files_of(store) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_named(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o500)
+    with pytest.raises(AccessError, match="no permission for"):
+        Store(str(tmp_path / "store")).publish(folder, samples.draft())
+
+
+def test_a_store_below_a_file_is_refused_in_one_line(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Exception, match="Not a directory") as error:
+        Store(str(tmp_path / "file" / "store")).publish(folder, samples.draft())
+    assert "\n" not in str(error.value)
+
+
+def test_fetching_over_a_folder_that_holds_something_keeps_it(store: Store, folder: Path, tmp_path: Path) -> None:
+    published = store.publish(folder, samples.draft())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("kept")
+    with pytest.raises(Exception, match="mine"):
+        store.fetch(published, tmp_path / "mine")
+    assert samples.content(tmp_path / "mine") == {"precious.txt": b"kept"}
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
