@@ -65,6 +65,7 @@ def work(context: Context) -> None:
         metrics=metrics,
         gates=gates,
         examples=examples(rows, measured, section.shown_examples),
+        data_card=json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
         facts=report.Facts(
             questions_there=rows.questions_there,
             pairs_there=rows.pairs_there,

@@ -17,6 +17,7 @@ from llamarefine_jobs.charts import Chart, draw_chart, draw_strip
 from llamarefine_jobs.contract.artifact import short
 
 _LONG_TEXT = 6000  # characters of an answer that the page shows; report.json holds all
+_LONG_FIGURE = 44  # characters that fit beside their name
 _MOST_DIGITS = 5
 _LEAST_UNITS = 3  # of the last decimal that an interval is wide
 
@@ -62,6 +63,8 @@ def _environment() -> jinja2.Environment:
         "shorten": shorten,
         "words": words,
         "figure": figure,
+        "by_kind": by_kind,
+        "without": lambda values, name: {key: value for key, value in values.items() if key != name},
         "fenced": fenced,
         "inline": inline,
     }
@@ -173,10 +176,38 @@ def figure(value: Any) -> str:
             return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
         case str():
             return value
+        case Mapping():
+            return "; ".join(f"{words(name)}: {figure(item)}" for name, item in value.items())
         case Sequence():
-            return ", ".join(figure(item) for item in value)
+            return " / ".join(figure(item) for item in value)
         case _:
             return str(value)
+
+
+class Kinds(NamedTuple):
+    """The entries of a part of the data card or of a proof, by how they are shown."""
+
+    figures: dict[str, Any]
+    texts: dict[str, str]
+    lists: dict[str, Sequence[Any]]
+    parts: dict[str, Mapping[str, Any]]
+
+
+def by_kind(values: Mapping[str, Any]) -> Kinds:
+    """Sort entries into figures and short texts, long texts, lists, and parts of their own; the empty ones go."""
+    kinds = Kinds({}, {}, {}, {})
+    for name, value in values.items():
+        match value:
+            case Mapping():
+                kinds.parts[name] = value
+            case str() if len(value) > _LONG_FIGURE:
+                kinds.texts[name] = value
+            case list() | tuple():
+                if value:
+                    kinds.lists[name] = value
+            case _:
+                kinds.figures[name] = value
+    return kinds
 
 
 def fenced(text: str) -> str:

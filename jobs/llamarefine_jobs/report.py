@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs import __version__, page, sources
+from llamarefine_jobs import __version__, page
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, TEMPLATE_SHA256
 from llamarefine_jobs.entry import Context
@@ -37,6 +37,7 @@ class Findings:
     metrics: list[dict[str, Any]]
     gates: list[dict[str, Any]]
     examples: list[dict[str, Any]]
+    data_card: dict[str, Any]
     facts: Facts
 
 
@@ -55,7 +56,7 @@ def build(context: Context, findings: Findings) -> dict[str, Any]:
         "caveats": find_caveats(context, findings),
         "gates": findings.gates,
         "examples": findings.examples,
-        "data": json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
+        "data": findings.data_card,
         "curves": {name: parents[name].metrics.get("history", []) for name in ("sft", "dpo")},
         "best_step": {name: parents[name].metrics.get("best_step") for name in ("sft", "dpo")},
         "proofs": {
@@ -122,12 +123,8 @@ def find_caveats(context: Context, findings: Findings) -> list[str]:
     recipe, facts = context.recipe, findings.facts
     by_name = {metric["name"]: metric for metric in findings.metrics}
     asked = by_name["token_f1"]["n"]
-    caveats = [_of_small_samples(findings.metrics, recipe.evaluate.confidence), _of_length(facts)]
-    if recipe.prepare.base.source == sources.TINY_LLAMA:
-        nonsense = (
-            "The base is a tiny Llama made on the spot: it writes fluent nonsense. Read its numbers, not its answers."
-        )
-        caveats.insert(0, nonsense)
+    caveats: list[str | None] = [_sentence(warning) for warning in findings.data_card.get("warnings", [])]
+    caveats += [_of_small_samples(findings.metrics, recipe.evaluate.confidence), _of_length(facts)]
     taken_of = {"questions": (by_name["loss"]["n"], facts.questions_there)}
     taken_of["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_there
     for what, (taken, there) in taken_of.items():
@@ -153,6 +150,10 @@ def find_caveats(context: Context, findings: Findings) -> list[str]:
         "the seed: this is one training."
     )
     return [caveat for caveat in caveats if caveat]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
 def _of_small_samples(metrics: Sequence[Mapping[str, Any]], confidence: float) -> str | None:

@@ -30,11 +30,11 @@ Model = Literal["base", "sft", "merged"]
 
 
 class Interval(BaseModel):
-    """A measured value and where it may truly lie."""
+    """A measured value and where it may truly lie; no `low` and `high` where too few test rows allow no interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 class Change(Interval):

@@ -18,6 +18,7 @@ from llamarefine_jobs.contract.prompt import answer, question
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
 from llamarefine_jobs.store import Store
+from llamarefine_k8s.results import Report
 
 from . import tiny
 
@@ -100,7 +101,10 @@ def write_test_rows(prepared: Path, count: int) -> None:
     ]
     for name, lines in (("questions", questions), ("preferences", pairs)):
         (prepared / name / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    card = {"questions": {"rows_read": 90, "outcomes": {"kept: test": count}}}
+    card = {
+        "questions": {"rows_read": 90, "outcomes": {"kept: test": count, "exact duplicate": 90 - count}},
+        "warnings": ["the base is a tiny Llama"],
+    }
     (prepared / "data_card.json").write_text(json.dumps(card))
 
 
@@ -190,6 +194,7 @@ def test_the_reward_margin_is_beta_times_the_likelihood_margin_gained(trained: R
 
 
 def test_the_report_holds_what_the_launcher_reads(report: dict[str, Any]) -> None:
+    assert len(Report.model_validate(report).metrics) == 10
     assert report["models"] == ["base", "sft", "merged"]
     assert {metric["n"] for metric in report["metrics"]} == {TEST_ROWS, 8}
     assert len(report["examples"]) == 3
@@ -237,7 +242,7 @@ def test_fewer_rows_are_taken_evenly_and_said(trained: Run) -> None:
 
 def test_caveats_are_those_of_this_run(report: dict[str, Any]) -> None:
     said = " ".join(report["caveats"])
-    assert "tiny Llama" in said
+    assert "The base is a tiny Llama." in said  # from the data card
     assert "cut at 12 tokens" in said
     assert "max_rows" not in said
 
@@ -253,6 +258,7 @@ def test_progress_goes_once_from_start_to_end(unchanged: Run, capsys: pytest.Cap
 
 def test_one_test_row_gives_a_report_without_intervals(tmp_path: Path) -> None:
     found = publish_run(tmp_path, steps=0, test_rows=1).evaluate()
+    assert Report.model_validate(found).metrics[0].values["merged"].low is None
     assert by_name(found)["loss"]["values"]["merged"]["low"] is None
     assert {change["verdict"] for metric in found["metrics"] for change in metric["changes"]} == {"no clear change"}
     assert any("rest on 1 group of test rows" in caveat for caveat in found["caveats"])

@@ -162,6 +162,12 @@ def test_a_report_with_everything_optional_absent_renders(render: Any) -> None:
     assert "None" not in Elements(text).text
 
 
+def test_the_outcomes_of_the_data_card_stand_above_their_sum() -> None:
+    card = {"questions": {"rows_read": 1234, "outcomes": {"kept: test": 1200, "exact duplicate": 34}, "conflicts": []}}
+    rows = re.findall("<tr.*?><th>(.*?)</th><td>(.*?)</td></tr>", page.html(a_report(data=card)))
+    assert rows[-3:] == [("kept: test", "1\u202f200"), ("exact duplicate", "34"), ("in all, as read", "1\u202f234")]
+
+
 def test_a_long_answer_is_cut_on_the_page_and_the_page_says_so() -> None:
     text = page.html(a_report(examples=[an_example("x" * 50_000)]))
     assert "44,000 more characters in report.json" in text
