@@ -9,7 +9,6 @@ Only what the chosen model needs is downloaded. Nothing is published.
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -24,9 +23,10 @@ from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.errors import DataError, RecipeError, from_os_error
 from llamarefine_jobs.contract.prompt import question
-from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.recipe import Recipe, Rows
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.encoding import encode_prompt, load_tokenizer
+from llamarefine_jobs.reading import read_table
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.scoring import Answer, generate
 from llamarefine_jobs.store import Store
@@ -109,23 +109,26 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
 
 
 def read_questions(path: Path, recipe: Recipe) -> list[str]:
-    """The questions of a file: lines of .txt, `prompt` of each row of .jsonl, a column of .csv."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text; byte {error.start} is not") from None
-    match path.suffix.lower():
-        case ".txt":
-            found = [line.strip() for line in text.splitlines() if line.strip()]
-        case ".jsonl":
-            found = [_prompt_of(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        case ".csv":
-            found = _column(path, text, ("prompt", recipe.prepare.questions.question_column))
-        case ending:
-            raise DataError(f"{path}: expected a file ending in .jsonl, .txt or .csv, found {ending or 'no ending'}")
-    if not found:
-        raise DataError(f"{path}: holds no question")
-    return found
+    """The questions of a file: the lines of .txt, else the column `prompt` or the one of the recipe's questions."""
+    if path.suffix.lower() == ".txt":
+        with path.open(encoding="utf-8-sig") as file:
+            try:
+                return [line.strip() for line in file if line.strip()]
+            except UnicodeDecodeError:
+                raise DataError(f"--prompts: {path} is not UTF-8; convert it") from None
+    columns = tuple(dict.fromkeys(("prompt", recipe.prepare.questions.question_column)))
+    table = read_table(Rows(source=str(path.absolute())), "--prompts", path.parent, columns, optional=columns)
+    if not set(columns) & set(table.columns):
+        raise DataError(
+            f"--prompts: {path} has no column {' or '.join(columns)}, only {', '.join(table.columns)}; rename one"
+        )
+    asked: list[str] = []
+    for number, cells in enumerate(table.rows, 1):
+        text = next((cell for cell in cells or () if cell), None)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"--prompts: {path}: row {number} holds no question; expected text, found {text!r:.60}")
+        asked.append(text)
+    return asked
 
 
 def check_writable(path: Path) -> None:
@@ -196,37 +199,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe of the run, a YAML file")
     parser.add_argument("--store", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument("--model", choices=NEEDS, default="merged", help="which model answers (default: %(default)s)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions: .jsonl (prompt), .txt (lines) or .csv")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="questions: .txt (one a line), .jsonl, .csv or .parquet"
+    )
     parser.add_argument("--answers", type=Path, metavar="OUT.jsonl", help="write the answers here, not to the screen")
     parser.add_argument("--interactive", action="store_true", help="then read questions, one a line, until Ctrl-D")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat"
     )
     return parser
-
-
-def _prompt_of(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f'{path}: line {number}: expected {{"prompt": "…"}}, found {line[:60]}')
-    return prompt
-
-
-def _column(path: Path, text: str, names: Sequence[str]) -> list[str]:
-    try:
-        rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV table: {error}") from None
-    there = list(rows[0]) if rows else []
-    column = next((name for name in names if name in there), None)
-    if column is None:
-        raise DataError(
-            f"{path}: expected a column {' or '.join(names)}, found {', '.join(map(str, there)) or 'no rows'}"
-        )
-    return [row[column] for row in rows if row[column] and row[column].strip()]
 
 
 def _progress(done: int, of: int) -> None:
