@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format docs bench clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -40,6 +40,9 @@ lint: $(READY) ## check style, types, security rules and who imports whom; chang
 format: $(READY) ## let ruff write the code's style
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
+
+docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
+	@$(RUN) python -m tests.repo.generated
 
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
 	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done

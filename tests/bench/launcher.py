@@ -1,0 +1,33 @@
+"""How long a person waits for the launcher: `llamarefine --help` and `import` of its parts, best and median of 10.
+
+python tests/bench/launcher.py
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CASES = {
+    "llamarefine --help": [str(Path(sys.executable).parent / "llamarefine"), "--help"],
+    "python -c pass": [sys.executable, "-c", "pass"],
+    "import llamarefine_jobs.store": [sys.executable, "-c", "import llamarefine_jobs.store"],
+    "import boto3": [sys.executable, "-c", "import boto3"],
+}
+
+
+def measure(command: list[str], times: int = 10) -> list[float]:
+    """Wall seconds of each of `times` runs, after one that warms the file cache."""
+    taken = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[1:])
+
+
+if __name__ == "__main__":
+    for name, command in CASES.items():
+        taken = measure(command)
+        print(f"{name:32} best {taken[0]:.3f} s  median {statistics.median(taken):.3f} s")

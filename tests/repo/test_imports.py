@@ -1,0 +1,55 @@
+"""The lint of who imports whom bites: a rule that lets everything through would pass as well as one that works."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .generated import ROOT
+
+
+def broken_contracts(tree: Path) -> list[str]:
+    """The names of the rules that a copy of the repository breaks."""
+    program = (
+        "import sys; sys.path[:0] = ['jobs', 'k8s']; from importlinter.cli import lint_imports_command as lint; lint()"
+    )
+    command = [sys.executable, "-c", program, "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, check=False)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert any("kept" in line and "broken" in line for line in lines), done.stdout + done.stderr
+    return [line.removesuffix(" BROKEN") for line in lines if line.endswith(" BROKEN")]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the code, to break."""
+    for folder in ("jobs", "k8s"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_the_rules_hold(tree: Path) -> None:
+    assert broken_contracts(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "rule"),
+    [
+        ("jobs/llamarefine_jobs/contract/stages.py", "import llamarefine_jobs.objects", "The launcher stands on"),
+        ("jobs/llamarefine_jobs/contract/stages.py", "import yaml", "The contract needs no"),
+        ("jobs/llamarefine_jobs/objects.py", "import llamarefine_jobs.store", "The launcher stands on"),
+        ("jobs/llamarefine_jobs/sft.py", "import llamarefine_jobs.dpo", "Stages stand side by side"),
+        ("jobs/llamarefine_jobs/store.py", "import llamarefine_jobs.entry", "Stages stand side by side"),
+        ("jobs/llamarefine_jobs/sft.py", "import click", "Stages know neither"),
+        ("jobs/llamarefine_jobs/entry.py", "import llamarefine_k8s.cli", "Stages know neither"),
+        ("k8s/llamarefine_k8s/plan.py", "import torch", "The launcher never reaches"),
+        ("k8s/llamarefine_k8s/plan.py", "import llamarefine_jobs.sft", "The launcher never reaches"),
+    ],
+)
+def test_a_violation_is_found(tree: Path, module: str, line: str, rule: str) -> None:
+    file = tree / module
+    file.write_text(f"{file.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+    assert any(name.startswith(rule) for name in broken_contracts(tree))
