@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llamarefine_jobs.contract.errors import DataError
@@ -81,20 +82,20 @@ def _number(*texts: str) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "big")
 
 
-def _documented() -> Iterator[_Documented]:
+@cache
+def _documented() -> tuple[_Documented, ...]:
     """Every public function, method and class with a sentence to say, by module and then as written."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = sorted(name for name in sys.stdlib_module_names - _LEFT_OUT if not name.startswith("_"))
-    found = False
+    found: list[_Documented] = []
     for module in modules:
         for file in _files(root, module):
             parts = file.relative_to(root).with_suffix("").parts
             prefix = ".".join(part for part in parts if part != "__init__")
-            for item in _in_body(ast.parse(file.read_bytes()), prefix):
-                found = True
-                yield item
+            found += _in_body(ast.parse(file.read_bytes()), prefix)
     if not found:
         raise DataError(f"{root} holds no Python sources to take docstrings from; give a file as the rows' source")
+    return tuple(found)
 
 
 def _files(root: Path, module: str) -> list[Path]:

@@ -25,6 +25,8 @@ _FORMAT_BY_ENDING = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+# Those in wide use: among all that exist, a rare one often fits a little better and is wrong.
+_ENCODINGS = ["utf_16", "utf_32", "cp1252", "cp1250", "cp1251", "shift_jis", "euc_jp", "euc_kr", "gb18030", "big5"]
 _LONGEST_CELL = 2**31 - 1  # what fits the csv module on every platform
 _DATA_FILES = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.gz", "*.zst", "README.md")
 
@@ -159,8 +161,8 @@ def _text(path: Path, wanted: _Wanted) -> str:
 def _encoding(sample: bytes) -> str:
     from charset_normalizer import from_bytes
 
-    best = from_bytes(sample).best()
-    return best.encoding if best else "binary data"
+    best = from_bytes(sample, cp_isolation=_ENCODINGS).best()
+    return best.encoding.replace("_", "-") if best else "binary data"
 
 
 def _csv_rows(path: Path, wanted: _Wanted) -> Found:
@@ -217,10 +219,13 @@ def _jsonl_rows(path: Path, wanted: _Wanted) -> Found:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            hint = "one JSON array; `jq -c '.[]'` makes lines of it" if line.lstrip().startswith("[") else str(error)
-            raise wanted.error(f"line {number} is not one JSON object: {hint}") from None
+            row, reason = None, str(error)
+        else:
+            reason = "it is another value"
         if not isinstance(row, dict):
-            raise wanted.error(f'line {number} is not a JSON object: expected {{"{wanted.columns[0]}": …}}')
+            if line.lstrip().startswith("["):
+                reason = "it begins a JSON array; `jq -c '.[]'` makes lines of one"
+            raise wanted.error(f"line {number} is not one JSON object: {reason}")
         there |= dict.fromkeys(row)
         found.append(tuple(row.get(column) for column in wanted.columns))
     wanted.check(list(there))

@@ -17,7 +17,7 @@ from llamarefine_jobs.contract.errors import DataError
 SPLITS = ("train", "validation", "test")
 
 _OPENERS = "\"'`([{<«“‘¿¡"
-_CLOSERS = "\"'`)]}>»”’.,;:!?…"
+_CLOSERS = "\"'`()[]{}>»”’.,;:!?…"  # f() is f
 
 
 def fold(text: str) -> str:
