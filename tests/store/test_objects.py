@@ -2,9 +2,11 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llamarefine_jobs.bucket import S3Objects
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError
 from llamarefine_jobs.objects import open_objects
 from llamarefine_jobs.store import Store
@@ -48,10 +50,18 @@ def test_a_prefix_is_text_not_a_folder(store: Store) -> None:
 
 
 def test_more_than_one_page_of_a_bucket_is_listed(s3_uri: str) -> None:
-    store = Store(s3_uri)
-    for number in range(1001):
-        store.write(f"many/{number:04d}", b"")
-    assert len(list(store.entries("many/"))) == 1001
+    objects = S3Objects(*s3_uri.removeprefix("s3://").split("/", 1))
+    pages = []
+
+    def ask_for_short_pages(params: dict[str, Any], **_: Any) -> None:
+        pages.append(params)
+        params["MaxKeys"] = 10
+
+    objects.client.meta.events.register("provide-client-params.s3.ListObjectsV2", ask_for_short_pages)
+    for number in range(31):
+        objects.write(f"many/{number:04d}", b"")
+    assert [entry.path for entry in objects.entries("many/")] == [f"many/{number:04d}" for number in range(31)]
+    assert len(pages) == 4
 
 
 def test_chunks_add_up_to_the_object(store: Store, tmp_path: Path) -> None:
