@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,33 +12,12 @@ import click
 
 from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.errors import LlamaRefineError, from_os_error
+from llamarefine_k8s.options import json_option, option, recipe_argument, run_argument, set_option, store_option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llamarefine_jobs.store import Store
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def option(flag: str, *names: str, **attributes: Any) -> Decorator:
-    """A click option with an environment variable: --max-new-tokens is LLAMAREFINE_MAX_NEW_TOKENS."""
-    variable = "LLAMAREFINE_" + flag.removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, *names, envvar=variable, show_envvar=True, **attributes)
-
-
-store_option = option(
-    "--store",
-    metavar="URI",
-    help="Where artifacts and runs are: s3://bucket/prefix, file:///folder or a path.  [default: `store` in "
-    "llamarefine.yaml, else ./llamarefine-store]",
-)
-set_option = option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as in sft.epochs=2; may repeat."
-)
-json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
-recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-run_argument = click.argument("run", required=False)
 
 
 class _InOrder(click.Group):
@@ -116,19 +94,20 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     """
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import results, runs, summary
+    from llamarefine_k8s import local, plan, results, runs, summary
     from llamarefine_k8s.display import open_display
-    from llamarefine_k8s.local import LocalExecutor
     from llamarefine_k8s.pipeline import Pipeline
 
     opened = _open_store(store)
     if into:
         results.check_replaceable(opened, "model", into / "model")
     pinned = pin(load_recipe(recipe, overrides))
+    if local.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
+        local.require_train_extra()  # before anything starts
     progress = _console(stderr=True)
     summary.print_header(progress, runs.run_id(pinned), opened)
     with open_display(progress, lambda path: runs.where(opened, path)) as display:
-        record = Pipeline(pinned, opened, LocalExecutor(), display).drive()
+        record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
         results.pull_report(opened, results.part_of(opened, record, "report"), into)
@@ -222,7 +201,7 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
     help="Questions: .jsonl, or .txt with one a line.",
 )
 @option(
-    "--answers", type=click.Path(dir_okay=False), metavar="FILE", help="Write the answers to a .jsonl file as well."
+    "--answers", type=click.Path(dir_okay=False), metavar="FILE", help="Write the answers to a .jsonl file instead."
 )
 @option(
     "--model",

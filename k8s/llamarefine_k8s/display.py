@@ -78,7 +78,9 @@ class Screen:
 
     def note(self, stage: str, text: str) -> None:
         """A dim line above the table."""
-        self._live.console.print(Text(f"  {stage:<9} {clean(text)}", "dim"))
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(" ", Text(f"{stage:<8}", "dim"), Text(clean(text), "dim"))
+        self._live.console.print(line)
 
     def _render(self) -> RenderableType:
         return stage_table(self._record, self._spinner) if self._record else Text("")
@@ -172,7 +174,8 @@ def _told(name: str, stage: StageRecord, *, living: bool) -> RenderableType:
 
 def progress_text(progress: Progress) -> str:
     """Where a stage stands, in words."""
-    parts = [f"{progress.phase + ' ' if progress.phase else 'step '}{progress.step}/{progress.steps}"]
+    phase = (progress.phase or "step").replace(":", " ")
+    parts = [f"{phase} {progress.step}/{progress.steps}"]
     parts += [f"loss {progress.loss:.4g}"] if progress.loss is not None else []
     parts += [f"{progress.tokens_per_s:,.0f} tokens/s"] if progress.tokens_per_s is not None else []
     parts += [f"{duration(progress.eta_s)} left"] if progress.eta_s is not None else []

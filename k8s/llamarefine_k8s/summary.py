@@ -22,6 +22,7 @@ from llamarefine_k8s.runs import RunRecord, where
 _SHOWN_CHARACTERS = 240
 _NAMES = {"base": "base", "sft": "base + SFT", "merged": "merged"}
 _VERDICTS = {"better": "green", "worse": "red"}
+_UNCLEAR = "—"
 _ARROWS = {"lower": " ↓", "higher": " ↑"}
 
 
@@ -32,16 +33,22 @@ def print_header(console: Console, run: str, store: Store) -> None:
 
 def print_report(console: Console, report: Report) -> None:
     """The before/after table, one example, the gates, the caveats."""
+    narrow = console.width < 104
+    changes = {"by SFT": ("base", "sft"), "by DPO": ("sft", "merged"), "by both": ("base", "merged")}
+    shown = ["by both"] if narrow else list(changes)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"held-out, ± {report.confidence:.0%} interval")
+    table.add_column("on held-out rows")
     for model in report.models:
         table.add_column(_NAMES[model], justify="right", no_wrap=True)
-    table.add_column("base → merged")
+    for name in shown:
+        table.add_column(name)
     for metric in report.metrics:
+        title = metric.title.partition(" (")[0] + _ARROWS.get(metric.better or "", "")
         cells = [_value(metric.values.get(model), metric.digits) for model in report.models]
-        table.add_row(metric.title + _ARROWS.get(metric.better or "", ""), *cells, _verdict(metric))
+        table.add_row(title, *cells, *(_verdict(metric, *changes[name]) for name in shown))
     console.print()
     console.print(table)
+    console.print(Text(f"± reaches the {report.confidence:.0%} interval; {_UNCLEAR} no clear change", "dim"))
     for caveat in report.caveats:
         console.print(Text(f"! {caveat}", "yellow"))
     for example in report.examples[:1]:
@@ -141,15 +148,19 @@ def _print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
 
 def _value(measured: Interval | None, digits: int) -> Text:
     if measured is None:
-        return Text("—", "dim")
+        return Text("not measured", "dim")
+    value = Text(f"{measured.value:,.{digits}f}")
+    if measured.low is None or measured.high is None:  # too few test rows for an interval
+        return value.append(" ±?", "dim")
     reach = max(measured.high - measured.value, measured.value - measured.low)
-    return Text.assemble(f"{measured.value:,.{digits}f}", (f" ±{reach:,.{digits}f}", "dim"))
+    return value.append(f" ±{reach:,.{digits}f}", "dim")
 
 
-def _verdict(metric: Metric) -> Text:
+def _verdict(metric: Metric, source: str, target: str) -> Text:
     for change in metric.changes:
-        if (change.source, change.target) == ("base", "merged"):
-            return Text(change.verdict, _VERDICTS.get(change.verdict, "dim"))
+        if (change.source, change.target) == (source, target):
+            word = _UNCLEAR if change.verdict == "no clear change" else change.verdict
+            return Text(word, _VERDICTS.get(change.verdict, "dim"))
     return Text("")
 
 

@@ -205,6 +205,16 @@ def test_a_failed_stage_says_why_where_its_log_is_and_ends_with_its_code(
     assert "the loss became NaN at step 3" in out
 
 
+def test_without_the_train_extra_nothing_is_started_or_written(
+    recipe_file: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamarefine_k8s.local.NEEDED", ("torch", "no_such_library"))
+    result = CliRunner().invoke(cli, ["run", str(recipe_file), "--store", store.uri])
+    assert "no_such_library is not installed; pip install 'llamarefine[train]'" in str(result.exception)
+    assert result.output == ""
+    assert not Path(store.objects.root).exists()
+
+
 def test_a_failed_gate_keeps_and_shows_everything(
     launcher: Launcher, recipe_file: Path, store: Store, tmp_path: Path
 ) -> None:
