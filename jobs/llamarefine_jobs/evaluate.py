@@ -148,7 +148,8 @@ def load(name: str, context: Context, backend: models.Backend) -> Any:
     """One of the three models, ready to be measured."""
     inputs, length = context.inputs, context.recipe.max_length_tokens
     if name == "merged":
-        return backend.load(inputs["merge"] / "model", max_length_tokens=length)
+        # In the type it was rounded to: a coarser one would round the DPO update away.
+        return backend.load(inputs["merge"] / "model", max_length_tokens=length, dtype=context.recipe.merge.dtype)
     base = backend.load(inputs["prepare"] / "base", max_length_tokens=length)
     return base if name == "base" else models.attach_adapter(base, inputs["sft"] / "adapter")
 

@@ -27,8 +27,15 @@ class Backend(Protocol):
     bf16: bool
     flattens: bool  # attention keeps the rows of one flattened sequence apart, so no padding is needed
 
-    def load(self, folder: Path, *, quantization: str = "none", max_length_tokens: int | None = None) -> Any:
-        """The frozen model of a folder, on the accelerator, in the backend's type."""
+    def load(
+        self,
+        folder: Path,
+        *,
+        quantization: str = "none",
+        max_length_tokens: int | None = None,
+        dtype: str | None = None,
+    ) -> Any:
+        """The frozen model of a folder, on the accelerator; on CUDA in `dtype`, the backend's own when None."""
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
         """`model` with a fresh, trainable LoRA adapter; its B is 0, so it changes nothing yet."""
@@ -79,12 +86,20 @@ class TransformersBackend:
         self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.accelerator = _accelerator()
 
-    def load(self, folder: Path, *, quantization: str = "none", max_length_tokens: int | None = None) -> Any:
+    def load(
+        self,
+        folder: Path,
+        *,
+        quantization: str = "none",
+        max_length_tokens: int | None = None,
+        dtype: str | None = None,
+    ) -> Any:
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         cuda = torch.cuda.is_available()
-        options: dict[str, Any] = {"dtype": torch.bfloat16 if self.bf16 else torch.float32}
+        own = torch.bfloat16 if self.bf16 else torch.float32
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype and cuda else own}
         if quantization == "nf4":
             if not cuda:
                 raise RecipeError("quantization: nf4 needs a CUDA device, found none; set it to none to train on a CPU")
@@ -135,14 +150,22 @@ class UnslothBackend:
         self.bf16 = torch.cuda.is_bf16_supported()
         self.accelerator = _accelerator()
 
-    def load(self, folder: Path, *, quantization: str = "none", max_length_tokens: int | None = None) -> Any:
+    def load(
+        self,
+        folder: Path,
+        *,
+        quantization: str = "none",
+        max_length_tokens: int | None = None,
+        dtype: str | None = None,
+    ) -> Any:
         import torch
         from unsloth import FastLanguageModel
 
+        own = torch.bfloat16 if self.bf16 else torch.float16
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(folder),
             max_seq_length=max_length_tokens or 2048,
-            dtype=torch.bfloat16 if self.bf16 else torch.float16,
+            dtype=getattr(torch, dtype) if dtype else own,
             load_in_4bit=quantization == "nf4",
             load_in_16bit=quantization == "none",
             # Left alone, it would move the pad token to <unk>; ours is settled in encoding.py.

@@ -137,14 +137,15 @@ def _tree_sha256(path: Path) -> str:
     """The sha256 of a file, or of the names and sha256s of all files of a folder."""
     try:
         if path.is_file():
-            return f"sha256:{_file_sha256(path)}"
+            return f"sha256:{file_sha256(path)}"
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = [(file.relative_to(path).as_posix(), _file_sha256(file)) for file in files]
+        listing = [(file.relative_to(path).as_posix(), file_sha256(file)) for file in files]
         return f"tree-sha256:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
     except OSError as error:
         raise from_os_error(error) from None
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -159,6 +159,8 @@ def missing_libraries() -> list[str]:
 def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
     """This process's environment, and what a stage on this machine is told on top."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
+    # A stage imports thousands of modules: 5 s when they are compiled, 14 s when each process compiles them anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if recipe.cpu_threads:
         environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
     return environment

@@ -1,7 +1,6 @@
 """What a run leaves: its report read, its model and adapters brought to a folder of this machine."""
 
 import contextlib
-import hashlib
 import os
 import secrets
 import tempfile
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, run_path
 from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityError, from_os_error
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.sources import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import RunRecord, where
 
@@ -192,9 +192,7 @@ def check_replaceable(store: Store, what: str, into: Path, *, force: bool = Fals
         if not into.is_dir():
             raise DataError(f"{into}: expected a folder, found a file; choose another place")
         holds = {
-            path.relative_to(into).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(into.rglob("*"))
-            if path.is_file()
+            path.relative_to(into).as_posix(): file_sha256(path) for path in sorted(into.rglob("*")) if path.is_file()
         }
     if force or not holds or any(holds == _listing(each, what) for each in _artifacts(store, PARTS[what][0])):
         return holds
