@@ -111,11 +111,7 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
 def read_questions(path: Path, recipe: Recipe) -> list[str]:
     """The questions of a file: the lines of .txt, else the column `prompt` or the one of the recipe's questions."""
     if path.suffix.lower() == ".txt":
-        with path.open(encoding="utf-8-sig") as file:
-            try:
-                return [line.strip() for line in file if line.strip()]
-            except UnicodeDecodeError:
-                raise DataError(f"--prompts: {path} is not UTF-8; convert it") from None
+        return _lines(path)
     columns = tuple(dict.fromkeys(("prompt", recipe.prepare.questions.question_column)))
     table = read_table(Rows(source=str(path.absolute())), "--prompts", path.parent, columns, optional=columns)
     if not set(columns) & set(table.columns):
@@ -177,17 +173,21 @@ def converse(respondent: Respondent) -> None:
     at_a_screen = sys.stdin.isatty() and sys.stdout.isatty()
     if at_a_screen:
         import readline  # noqa: F401  (gives `input` its line editing and history)
-    _say("one question a line, each on its own; Ctrl-D ends")
-    while True:
-        try:
+    try:
+        _say("one question a line, each on its own; Ctrl-D ends")
+        while True:
             line = input("> " if at_a_screen else "").strip()
             if line:
-                print(respondent.answer([line])[0].text + "\n", flush=True)
-        except DataError as error:
-            _say(str(error))
-        except (EOFError, KeyboardInterrupt):
-            _say("bye")
-            return
+                _converse_once(respondent, line)
+    except (EOFError, KeyboardInterrupt):
+        _say("bye")
+
+
+def _converse_once(respondent: Respondent, line: str) -> None:
+    try:
+        print(respondent.answer([line])[0].text + "\n", flush=True)
+    except DataError as error:
+        _say(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,6 +208,16 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat"
     )
     return parser
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"--prompts: {path} is not UTF-8 (byte {error.start}); convert it") from None
+    if not found:
+        raise DataError(f"--prompts: {path} holds no question")
+    return found
 
 
 def _progress(done: int, of: int) -> None:

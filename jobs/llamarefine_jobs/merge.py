@@ -7,6 +7,7 @@ Reads prepare's base/ and the adapters of sft and dpo, writes model/: a folder t
 needs no more memory for a larger model than its largest tensor; the proof (merge_proof.py) loads the model in fp32.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -49,13 +50,14 @@ def work(context: Context) -> None:
     ticker = _Ticker(context, len(names))
     began_s = time.monotonic()
     sum_ = Sum(weights, list(updates.values()), section.dtype)
-    write_weights(
-        folder,
-        {name: weights.shapes[name] for name in names},
-        section.dtype,
-        section.max_shard_mb * _MB,
-        lambda name: ticker.counted(sum_.blocks(name)),
-    )
+    with one_thread():
+        write_weights(
+            folder,
+            {name: weights.shapes[name] for name in names},
+            section.dtype,
+            section.max_shard_mb * _MB,
+            lambda name: ticker.counted(sum_.blocks(name)),
+        )
     model_folder.write(folder, base, config, parameters, context)
     context.metrics |= {
         "parameters": parameters,
@@ -140,6 +142,19 @@ class Sum:
                 "set merge.dtype to bfloat16 or float32"
             )
         raise DataError(f"{name} holds NaN or infinity once the adapters are added; is the base sound?")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold torch to one thread: meeting at every block, more are no faster, and on busy cores many times slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Ticker:

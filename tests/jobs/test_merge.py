@@ -203,3 +203,34 @@ def test_a_merge_told_to_stop_leaves_nothing(run: merging.Run, tmp_path: Path, m
     assert lines[-1] == "merge: error: merge was told to stop; run the same command again to go on"
     assert mine.merged_artifacts() == []
     assert list((tmp_path / "work").iterdir()) == []
+
+
+MEASURED = """
+import resource, sys, torch
+from pathlib import Path
+from llamarefine_jobs.lora import Update
+from llamarefine_jobs.merge import Sum, one_thread
+from llamarefine_jobs.weights import Weights, write_weights
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
+
+base, merged = Path(sys.argv[1], "base"), Path(sys.argv[1], "merged")
+base.mkdir(), merged.mkdir()
+shapes = {f"{layer}.weight": (2048, 2048) for layer in range(24)}
+zeros = bytes(2048 * 2048 * 4)
+write_weights(base, shapes, "float32", 10**9, lambda name: [zeros])
+update = {name: Update(torch.ones(4, 2048), torch.ones(2048, 4), 0.5) for name in shapes}
+before = peak_mb()
+with one_thread():
+    write_weights(merged, shapes, "float32", 10**9, Sum(Weights(base), [update], "float32").blocks)
+print((merged / "model.safetensors").stat().st_size // 2**20, peak_mb() - before)
+"""
+
+
+def test_the_sum_needs_the_memory_of_a_tensor_not_of_the_model(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    size_mb, grown_mb = map(int, done.stdout.split())
+    assert size_mb == 24 * 16
+    assert grown_mb < size_mb / 4
