@@ -77,6 +77,20 @@ def test_a_crash_while_checkpoints_are_pruned_loses_none_that_counts(
     assert store._checkpoint_steps(STAGE, KEY) == [20]
 
 
+def test_a_crash_while_a_checkpoint_is_removed_leaves_it_whole_or_absent(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
+    for at in range(100):
+        store.publish_checkpoint(10, folder, samples.draft())
+        crashed = crashed_at(store, at, lambda store: store.remove_checkpoints(STAGE, KEY))
+        if store.fetch_checkpoint(STAGE, KEY, tmp_path / f"fetched-{at}") is not None:
+            assert samples.content(tmp_path / f"fetched-{at}") == samples.content(folder)
+        store.remove_checkpoints(STAGE, KEY)
+        if not crashed:
+            break
+    assert at == len(samples.content(folder)) + 1
+
+
 def test_a_failed_upload_leaves_nothing(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload = store.objects.upload
 
