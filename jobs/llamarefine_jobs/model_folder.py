@@ -80,14 +80,13 @@ def card(context: Context, parameters: int, tokenizer: Any) -> str:
     prompt = tokenizer.apply_chat_template(question("QUESTION"), tokenize=False, add_generation_prompt=True)
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
-        name=recipe.name,
+        name=base.source if hub else Path(base.source).name,
         origin=origin,
         parameters=f"{parameters:,}",
         dtype=recipe.merge.dtype,
         version=__version__,
         length=recipe.max_length_tokens,
         prompt=prompt,
-        new_tokens=recipe.infer.max_new_tokens,
         key=short(context.key),
         keys=keys,
         settings=yaml.safe_dump(settings, sort_keys=False),
@@ -126,7 +125,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 _CARD = """\
 ---
 {front}---
-# {name}
+# {name}, fine-tuned
 
 A language model of {parameters} parameters, fine-tuned in two steps and merged into one: supervised fine-tuning (SFT)
 on questions and answers, then direct preference optimisation (DPO) against the SFT policy, both with LoRA.
@@ -142,7 +141,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 messages = [{{"role": "user", "content": "Your question"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens={new_tokens})
+output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
