@@ -14,12 +14,13 @@ import numpy as np
 
 from llamarefine_jobs import entry
 from llamarefine_jobs import model as models
-from llamarefine_jobs.contract.errors import IntegrityError, ProofError
+from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
 from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.intervals import Bootstrap, Interval
+from llamarefine_jobs.lineage import check_lineage
 from llamarefine_jobs.scoring import score
 
 _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
@@ -36,7 +37,7 @@ def work(context: Context) -> None:
     recipe, section = context.recipe, context.recipe.dpo
     base, preferences = context.inputs["prepare"] / "base", context.inputs["prepare"] / "preferences"
     adapter = context.inputs["sft"] / "adapter"
-    check_lineage(context)
+    check_lineage(context, "sft", "prepare")
 
     # Data.
     tokenizer = load_tokenizer(base)
@@ -66,21 +67,6 @@ def work(context: Context) -> None:
 
     # What it learned, on pairs it was not trained on.
     context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
-
-
-def check_lineage(context: Context) -> None:
-    """Refuse an SFT adapter that was trained on another base."""
-    prepare, sft = context.parents["prepare"], context.parents["sft"]
-    parent = sft.parents.get("prepare")
-    if parent is None or parent.key != prepare.key:
-        found = f"prepare {parent.key[:12]}" if parent else "no parent"
-        trained_on = context.store.manifest("prepare", parent.key) if parent else None
-        # The same base prepared again, beside other preference pairs, is the same base.
-        if trained_on is None or trained_on.content_sha256("base/") != prepare.content_sha256("base/"):
-            raise IntegrityError(
-                f"the SFT adapter {sft.key[:12]} was trained on another base: expected that of prepare "
-                f"{prepare.key[:12]}, found {found}; run sft on this recipe first"
-            )
 
 
 def encode_pairs(tokenizer: Any, rows: list[dict[str, Any]]) -> list[tuple[Encoded, Encoded]]:

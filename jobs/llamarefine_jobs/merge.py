@@ -16,10 +16,9 @@ from math import prod
 from typing import Any
 
 from llamarefine_jobs import entry, model_folder
-from llamarefine_jobs.contract.artifact import Manifest, artifact_key, artifact_path, short
-from llamarefine_jobs.contract.errors import DataError, IntegrityError
-from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.lineage import check_lineage
 from llamarefine_jobs.lora import Updates, changes_nothing, check_fits, read_adapter
 from llamarefine_jobs.weights import BLOCK_ELEMENTS, Weights, write_weights
 
@@ -30,7 +29,8 @@ def work(context: Context) -> None:
     """Merge the adapters into the base and prove the result."""
     section, base = context.recipe.merge, context.inputs["prepare"] / "base"
     context.backend, context.accelerator = "streamed sum", "cpu"
-    check_lineage(context)
+    check_lineage(context, "sft", "prepare")
+    check_lineage(context, "dpo", "prepare", "sft")
 
     # Inputs: everything that could keep them from adding up is looked for before anything is written.
     weights = Weights(base)
@@ -81,19 +81,6 @@ def work(context: Context) -> None:
         f"proved: logits {proof.difference:.1e} from base + adapters (rounding to {section.dtype} explains "
         f"{proof.tolerance:.1e}), {proof.distance_from_base:.1e} from the base"
     )
-
-
-def check_lineage(context: Context) -> None:
-    """Refuse adapters that were not trained from this very base, and a DPO adapter of another SFT policy."""
-    parents = context.parents
-    for child, origins in (("sft", ("prepare",)), ("dpo", ("prepare", "sft"))):
-        for origin in origins:
-            if not _stems_from(parents[child], parents[origin], context):
-                raise IntegrityError(
-                    f"the {child.upper()} adapter {short(parents[child].key)} was not trained from this run's "
-                    f"{origin} ({short(parents[origin].key)}); to train it anew, remove "
-                    f"{context.store.uri}/{artifact_path(child, parents[child].key)} and run again"
-                )
 
 
 class Sum:
@@ -180,22 +167,6 @@ class _Ticker:
             self.told_s = now_s
             eta_s = (now_s - self.began_s) / self.done * (self.steps - self.done)
             self.context.progress(self.done, self.steps, phase=self.phase, eta_s=eta_s)
-
-
-def _stems_from(child: Manifest, origin: Manifest, context: Context) -> bool:
-    """Whether `child` was made from `origin`, or from one that held the same bytes where `child` reads it."""
-    recorded = child.parents.get(origin.stage)
-    if recorded is None:
-        return False
-    if recorded.manifest_sha256 == origin.sha256():
-        return True
-    reads = STAGES[child.stage].reads[origin.stage]
-    earlier = context.store.manifest(origin.stage, recorded.key)
-    if earlier is not None and earlier.sha256() == recorded.manifest_sha256:
-        return earlier.content_sha256(*reads) == origin.content_sha256(*reads)
-    # The origin was made anew or removed since. The child's key still says what bytes it read.
-    lineage = {name: context.parents[name] for name in STAGES[child.stage].reads}
-    return artifact_key(child.stage, context.recipe, lineage) == child.key
 
 
 def _peak_memory_bytes() -> int:

@@ -27,7 +27,7 @@ SHORT = (
 
 def llamarefine(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command, its output piped."""
-    command = [sys.executable, "-m", "llamarefine_k8s.cli", *map(str, arguments)]
+    command = [Path(sys.executable).with_name("llamarefine"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=os.environ)
 
 
@@ -101,7 +101,7 @@ def test_another_beta_runs_dpo_merge_and_evaluate_alone(demo: Path) -> None:
     ended = llamarefine("plan", DEMO, "--store", demo / "store", "--set", "dpo.beta=0.2", "--json")
     assert ended.returncode == 0, ended.stderr
     stages = json.loads(ended.stdout)["stages"]
-    assert [stage["stage"] for stage in stages if stage["will_run"]] == ["dpo", "merge", "evaluate"]
+    assert [stage["stage"] for stage in stages if stage["state"] != "there"] == ["dpo", "merge", "evaluate"]
 
 
 def test_the_same_recipe_in_another_folder_gives_the_same_adapters_and_the_same_model(

@@ -124,8 +124,18 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(context
     context.parents["sft"] = tiny.publish(
         other.store, context.inputs["sft"], "sft", other.recipe, {"prepare": other.parents["prepare"]}
     )
-    with pytest.raises(IntegrityError, match="was trained on another base"):
+    with pytest.raises(IntegrityError, match=r"the SFT adapter .* was not trained from this run's prepare"):
         dpo.work(context)
+
+
+def test_the_same_base_prepared_again_is_the_same_base(context: Context) -> None:
+    """The record of how the adapter was made may be gone; its key still says what bytes it was made from."""
+    prepare = context.parents["prepare"]
+    again = prepare.model_copy(update={"finished_at": prepare.finished_at.replace(year=2000)})
+    context.parents["prepare"] = again
+    shutil.rmtree(context.work / "store" / "artifacts" / "prepare")
+    dpo.work(context)
+    assert (context.output / "adapter" / models.ADAPTER_WEIGHTS).exists()
 
 
 def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tmp_path: Path) -> None:
