@@ -24,7 +24,7 @@ help: ## list the targets
 setup: $(READY) ## install everything into .venv (with uv, which is fetched into .uv where missing)
 
 demo: $(READY) ## the whole pipeline on this machine, in minutes; CSV=rows.csv PREFERENCES=pairs.jsonl ARGS="--set …"
-	@$(RUN) llamarefine run jobs/recipes/demo.yaml --store "$(DEMO)/store" --into "$(DEMO)" \
+	@.venv/bin/llamarefine run jobs/recipes/demo.yaml --store "$(DEMO)/store" --into "$(DEMO)" \
 		$(if $(CSV),--set "prepare.questions.source=$(CSV)") \
 		$(if $(PREFERENCES),--set "prepare.preferences.source=$(PREFERENCES)") $(ARGS)
 

@@ -1,6 +1,8 @@
 """What is printed of runs: the comparison a run ends with, plans, lists."""
 
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +71,7 @@ def print_results(console: Console, store: Store, record: RunRecord, flags: Sequ
     console.print(f"\nreport  {report}\nmodel   {model}\n\nnext", soft_wrap=True)
     for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
         if words != "pull" or not into:
-            console.print(f"  {shlex.join(['llamarefine', words, record.run, *more, *flags])}", soft_wrap=True)
+            console.print(f"  {shlex.join([_command(), words, record.run, *more, *flags])}", soft_wrap=True)
 
 
 def print_status(console: Console, store: Store, record: RunRecord) -> None:
@@ -174,3 +176,8 @@ def _ago(then: datetime) -> str:
     if seconds < 5:
         return "just now"
     return f"{duration(seconds)} ago" if seconds < 86_400 else f"{then:%Y-%m-%d %H:%M} UTC"
+
+
+def _command() -> str:
+    """How this command is typed here: by its name where the shell finds it, as it was started elsewhere."""
+    return "llamarefine" if shutil.which("llamarefine") else sys.argv[0]
