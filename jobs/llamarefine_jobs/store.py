@@ -27,7 +27,7 @@ from llamarefine_jobs.contract.artifact import (
     safe_relative_path,
 )
 from llamarefine_jobs.contract.errors import AccessError, DataError, DiskFullError, IntegrityError, from_os_error
-from llamarefine_jobs.objects import Entry, open_objects
+from llamarefine_jobs.objects import Entry, FileObjects, open_objects
 
 _TRANSFERS = 8
 
@@ -186,7 +186,8 @@ class Store:
             raise IntegrityError(f"{name}: {wrong}; {self._remedy(where)}")
 
     def _remedy(self, where: str) -> str:
-        return f"to make it anew, remove {self.uri}/{where} and run again"
+        folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
+        return f"to make it anew, remove {folder} and run again"
 
     def _checkpoint_steps(self, stage: str, key: str) -> list[int]:
         prefix = checkpoint_path(stage, key) + "/"
