@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from llamarefine_jobs import __version__, sources
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key, short
 from llamarefine_jobs.contract.errors import (
     DataError,
+    DiskFullError,
     IntegrityError,
     LlamaRefineError,
     OutOfMemoryError,
@@ -40,6 +42,7 @@ from llamarefine_jobs.contract.stages import STAGES, Stage
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
+_DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -256,6 +259,11 @@ def exit_code(stage_name: str) -> Iterator[None]:
             _end(
                 stage_name,
                 OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"),
+            )
+        if full := _DISK_FULL.search(str(error)):  # torch and safetensors report it as errors of their own
+            _end(
+                stage_name,
+                DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, run again"),
             )
         traceback.print_exc()
         _end(

@@ -3,6 +3,8 @@
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,21 @@ def test_the_same_recipe_in_another_folder_gives_the_same_bytes(undisturbed: Pat
         exit_code, lines = processes.run(stage, undisturbed / "recipe.yaml", str(store))
         assert exit_code == 0, "\n".join(lines)
         assert processes.sha256s(store, stage) == processes.sha256s(undisturbed / "store", stage)
+
+
+def test_a_disk_that_fills_up_while_training_is_one_line_and_nothing_is_published(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk; safetensors reports it in its own kind of error."""
+    store = copy_up_to(undisturbed, tmp_path, "sft")
+    command = [sys.executable, "-m", "llamarefine_jobs.sft", "--recipe", undisturbed / "recipe.yaml", "--store", store]
+    wide = ["--set", "sft.lora.rank=64"]  # an adapter larger than the base
+    limited = ["bash", "-c", 'ulimit -f 220; exec "$@"', "limited", *map(str, command), *wide]
+    ended = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=240)
+    assert ended.returncode == 13, ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("sft: error: no space is left where sft works")
+    assert "Traceback" not in ended.stderr
+    assert not list((store / "artifacts").glob("sft/*")), "something half-written stays"
 
 
 def assert_resumed(lines: list[str], stage: str, step: int) -> None:
