@@ -116,22 +116,16 @@ def _trainer_loss(trainer: Any, pairs: int) -> tuple[float, float]:
     import torch
 
     model = trainer.model
-    was_training = model.training
+    was_training, precomputed = model.training, trainer.precompute_ref_logps
     model.eval()
-    rows = [trainer.train_dataset[index] for index in range(pairs)]
-    if trainer.precompute_ref_logps:
-        # Precomputed by the trainer itself once it trains; here both sides are computed at once.
-        trainer.precompute_ref_logps = False
-        precomputed = True
-    else:
-        precomputed = False
+    trainer.precompute_ref_logps = False  # both sides at once, whatever the training does later
+    losses = []
     try:
-        losses = []
-        for row in rows:
-            batch = trainer._prepare_inputs(trainer.data_collator([row]))
+        for index in range(pairs):
+            batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index]]))
             with torch.no_grad():
                 losses.append(float(trainer.compute_loss(model, batch)))
-        margins = [float(value) for value in trainer._metrics["eval"]["rewards/margins"]]
+        margins = [float(value) for value in trainer._metrics["eval"].pop("rewards/margins")]
         trainer._metrics["eval"].clear()
     finally:
         trainer.precompute_ref_logps = precomputed

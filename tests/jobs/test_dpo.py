@@ -1,6 +1,7 @@
 """DPO after SFT: proved right before the first step, and every wrong way refused. Real trainers, a tiny model."""
 
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llamarefine_jobs import dpo, sft, step_zero
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import IntegrityError, ProofError
+from llamarefine_jobs.contract.prompt import answer, question
 from llamarefine_jobs.encoding import load_tokenizer
 from llamarefine_jobs.entry import Context
 
@@ -159,6 +161,23 @@ def test_a_trainer_that_renders_rows_in_its_own_way_is_refused(context: Context)
         dpo.check_rows(trainer, cut)
 
 
+def test_in_random_conversations_no_prompt_token_is_counted_and_every_answers_eos_is(
+    prepared: Path, trained: Path, tmp_path: Path
+) -> None:
+    context = make_dpo(prepared, trained, tmp_path)
+    rows = random_pairs(200)
+    trainer, _ = trainer_on(context, models.choose_backend().load(sft_policy(context)), rows)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    assert len(trainer.train_dataset) == len(rows)
+    for row, fed in zip(rows, trainer.train_dataset, strict=True):
+        batch = trainer.data_collator([fed])  # (2, T): chosen, then rejected
+        for place, said in enumerate((row["chosen"], row["rejected"])):
+            counted = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
+            assert counted[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(counted) == said + tokenizer.eos_token
+            assert not batch["completion_mask"][place][: len(fed["prompt_ids"])].any()
+
+
 def test_the_trainer_keeps_no_copy_of_the_adapter_as_reference(context: Context) -> None:
     trainer, _ = trainer_on(context, models.choose_backend().load(sft_policy(context)))
     assert list(trainer.model.peft_config) == ["default"]
@@ -189,13 +208,29 @@ def prove_with(context: Context, model: Any) -> dict[str, float]:
     return step_zero.prove(trainer, witness, context)
 
 
-def trainer_on(context: Context, model: Any) -> tuple[Any, step_zero.Witness]:
+def random_pairs(count: int) -> list[dict[str, Any]]:
+    """Pairs over conversations of one to five turns, in any script."""
+    draw = random.Random(11)
+
+    def text() -> str:
+        alphabet = draw.choice(["abc XYZ.,?\n", "éàüß ñ", "日本語。 ", "👍🏽 \t-", "</>|user assistant"])
+        return "".join(draw.choices(alphabet, k=draw.randint(1, 30)))
+
+    rows = []
+    for place in range(count):
+        turns = [message for _ in range(draw.randint(0, 2)) for message in (*question(text()), *answer(text()))]
+        prompt = [*turns, *question(text())]
+        rows.append({"prompt": prompt, "chosen": text(), "rejected": text(), "group": str(place)})
+    return rows
+
+
+def trainer_on(context: Context, model: Any, rows: list[dict[str, Any]] | None = None) -> tuple[Any, step_zero.Witness]:
     from llamarefine_jobs import training
 
     backend = models.choose_backend()
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
-    rows = rows_of(context, "train")
+    rows = rows or rows_of(context, "train")
     pairs = dpo.encode_pairs(tokenizer, rows)
     witness = step_zero.ask_apart(backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4)
     model = backend.add_adapter(
