@@ -54,7 +54,7 @@ def init(path: Path, demo: bool, **sources: str | None) -> None:
     from llamarefine_k8s import starter
 
     if not demo and sys.stdin.isatty():
-        for name, default in starter.defaults().items():
+        for name, default in starter.defaults(path).items():
             sources[name] = sources[name] or click.prompt(name, default=default)
     starter.write_recipe(path, {name: value for name, value in sources.items() if value is not None}, demo=demo)
     click.echo(f"wrote {path}; next: llamarefine plan {path}, then llamarefine run {path}")

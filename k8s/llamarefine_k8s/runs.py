@@ -147,9 +147,12 @@ def load(store: Store, run: str) -> RunRecord | None:
 
 
 def where(store: Store, path: str) -> str:
-    """Where an object lies, as a person types it: a path, from here where it is below, or the bucket's URI."""
+    """Where an object lies, as a person types it: a path, from here where it is below, or the bucket's URI.
+
+    The path "." is the store itself.
+    """
     if not isinstance(store.objects, FileObjects):
-        return f"{store.uri}/{path}"
+        return store.uri if path == "." else f"{store.uri}/{path}"
     place = store.objects.root / path
     return os.path.relpath(place) if place.is_relative_to(os.getcwd()) else str(place)
 

@@ -1,6 +1,7 @@
 """A commented recipe to start from: one of the packaged ones, with a person's own values in place."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,8 +21,9 @@ KEYS = {
 def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) -> None:
     """Write a recipe with `sources` (see KEYS) in it, checked. Never replaces a file that is there."""
     text = recipes_folder().joinpath(DEMO if demo else FULL).read_text(encoding="utf-8")
-    text = text[text.index("\n") + 1 :] if text.startswith("# yaml-language-server") else text  # the schema stays here
-    for name, value in sources.items():
+    # The head speaks of the packaged recipe and its data, and its schema stays there.
+    text = f"# Made by `llamarefine init`; `llamarefine plan {path}` says what it would run.\n\n" + _without_head(text)
+    for name, value in ({"name": _run_name(path)} | dict(sources)).items():
         text = put(text, KEYS[name], value)
         if name in ("questions", "preferences") and not demo:
             text = put(text, f"prepare.{name}.format", "auto")
@@ -35,10 +37,10 @@ def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) 
         raise from_os_error(error) from None
 
 
-def defaults() -> dict[str, str]:
-    """What the full recipe says where a person may say something else."""
+def defaults(path: Path) -> dict[str, str]:
+    """What the full recipe, written to `path`, says where a person may say something else."""
     recipe = parse_recipe(recipes_folder().joinpath(FULL).read_text(encoding="utf-8"), FULL)
-    return {"name": recipe.name} | {name: source.source for name, source in recipe.sources().items()}
+    return {"name": _run_name(path)} | {name: source.source for name, source in recipe.sources().items()}
 
 
 def recipes_folder() -> Path:
@@ -63,6 +65,18 @@ def put(text: str, key: str, value: str) -> str:
             lines[number] = f"{name}: {_scalar(value)}{gap}{hash_sign}{comment}".rstrip("\n") + "\n"
             return "".join(lines)
     raise AssertionError(f"the packaged recipe has no line for {key}")
+
+
+def _without_head(text: str) -> str:
+    """A recipe from its first key on."""
+    lines = text.splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
+    return "".join(lines[first:])
+
+
+def _run_name(path: Path) -> str:
+    """The file's name as a recipe may be called."""
+    return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40].strip("-") or "recipe"
 
 
 def _scalar(value: str) -> str:

@@ -64,9 +64,9 @@ def print_report(console: Console, report: Report) -> None:
 def print_results(console: Console, store: Store, record: RunRecord, flags: Sequence[str], into: Path | None) -> None:
     """Where model and report lie, and what to type next; `flags` is what leads to this store."""
     if into:
-        report, model = into / "report.html", str(into / "model")
+        report, model = str(into / "report.html"), str(into / "model")
     else:
-        report = Path(where(store, run_path(record.run, "report", "report.html")))
+        report = where(store, run_path(record.run, "report", "report.html"))
         model = part_place(store, part_of(store, record, "model"), "model")
     console.print(f"\nreport  {report}\nmodel   {model}\n\nnext", soft_wrap=True)
     for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):

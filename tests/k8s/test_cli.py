@@ -110,7 +110,7 @@ def test_a_run_that_is_piped_is_plain_lines(launcher: Launcher, recipe_file: Pat
         "better",
         "What is kind?",
         "nine rows are few",
-        "llamarefine infer small-",
+        "infer small-",
     ):
         assert shown in out
 
@@ -269,7 +269,14 @@ def test_init_writes_a_recipe_that_loads_with_its_comments(
         "preferences": "pairs.jsonl",
     }
     assert recipe.prepare.preferences.format == "auto"
-    assert (tmp_path / "new.yaml").read_text().count("#") > 5
+    text = (tmp_path / "new.yaml").read_text()
+    assert text.count("#") > 5
+    assert "NVIDIA" not in text, "comments that speak of other data"
+
+
+def test_init_names_the_recipe_after_its_file(launcher: Launcher, tmp_path: Path) -> None:
+    assert launcher.run("init", "My Support_Bot.yaml", "--questions", "faq.csv", "--preferences", "p.jsonl")[0] == 0
+    assert load_recipe(tmp_path / "My Support_Bot.yaml").name == "my-support-bot"
 
 
 def test_a_closed_pipe_is_no_error(launcher: Launcher, recipe_file: Path, store: Store) -> None:

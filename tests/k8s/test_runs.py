@@ -10,7 +10,18 @@ import pytest
 from llamarefine_jobs.contract.errors import LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.runs import Driver, Journal, RunRecord, StageRecord, all_runs, find, find_first, load, run_id
+from llamarefine_k8s.runs import (
+    Driver,
+    Journal,
+    RunRecord,
+    StageRecord,
+    all_runs,
+    find,
+    find_first,
+    load,
+    run_id,
+    where,
+)
 
 NOBODY = Driver(pid=2**22 + 1, host=platform.node())  # above Linux's largest process id
 
@@ -107,3 +118,9 @@ def test_the_first_date_of_a_run_stays(store: Store, recipe: Callable[..., Recip
     first = datetime.now(UTC) - timedelta(days=3)
     record(store, run_id(recipe()), created_at=first, state="done")
     assert Journal(store, recipe(), lambda record: None).record.created_at == first
+
+
+def test_a_place_in_a_bucket_is_its_uri_and_the_store_itself_has_no_dot(s3_uri: str) -> None:
+    store = Store(s3_uri)
+    assert where(store, ".") == s3_uri
+    assert where(store, "runs/one/report/report.html") == f"{s3_uri}/runs/one/report/report.html"
