@@ -7,6 +7,8 @@ Targets, on an H100 or H200 at TinyLlama's shape: SFT at least 79,000 tokens/s (
 earlier attempt and 1.5 times plain TRL + PEFT; three epochs of 7,108 rows under 60 s of training; 10,000 pairs for one
 epoch under 180 s."""
 _NOT_MEASURED = "not measured"
+_COLUMNS = ("stage", "arm", "backend", "tokens/s", "× plain", "use of the card", "peak memory", "memory estimated")
+_COLUMNS += ("load", "build", "timed steps", "whole training")
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -18,14 +20,13 @@ def markdown(found: dict[str, Any]) -> str:
         f"{libraries}.",
         f"Rows: {found['rows']['read']} of {found['rows']['source']}. Command: `{found['command']}`.",
         "",
-        "| stage | arm | backend | tokens/s | × plain | use of the card | peak memory | load | build | timed steps |"
-        " whole training |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "| --- | --- | --- |" + " ---: |" * (len(_COLUMNS) - 3),
     ]
     plain = {one["stage"]: one.get("tokens_per_s") for one in found["measurements"] if one["arm"] == "plain"}
     for one in found["measurements"]:
         if one["error"]:
-            lines.append(f"| {one['stage']} | {one['arm']} | failed: {one['error']} |" + " |" * 8)
+            lines.append(f"| {one['stage']} | {one['arm']} | failed: {one['error']} |" + " |" * (len(_COLUMNS) - 3))
             continue
         cells = [
             one["stage"],
@@ -35,6 +36,7 @@ def markdown(found: dict[str, Any]) -> str:
             _ratio(one["tokens_per_s"], plain.get(one["stage"])),
             _figure(one["mfu"], "{:.1%}"),
             _figure(one["peak_memory_bytes"] and one["peak_memory_bytes"] / 2**30, "{:.1f} GiB"),
+            f"{one['estimated_memory_bytes'] / 2**30:.1f} GiB",
             _figure(one["load_seconds"], "{:.1f} s"),
             _figure(one["build_seconds"], "{:.1f} s"),
             f"{one['timed_steps']} in {one['timed_seconds']:.1f} s",

@@ -31,6 +31,7 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
     """Print the figures of `steps` optimizer steps, or of as many as the rows give."""
     began_s = time.monotonic()
     from llamarefine_jobs import model as models
+    from llamarefine_jobs.contract.memory import Shape, training_bytes
 
     backend = models.choose_backend()
     import torch
@@ -69,6 +70,9 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
         "flops_per_token": None if quantized else flops,
         "mfu": None if quantized or peak is None else per_second * flops / peak,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "estimated_memory_bytes": training_bytes(
+            Shape.of(trainer.model.config.to_dict()), section, recipe.max_length_tokens
+        ),
         "whole_training_seconds_estimated": rows * tokens_a_row * epochs / per_second,
         "training_rows": rows,
         "tokens_per_row": tokens_a_row,
