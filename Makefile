@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs bench clean
+.PHONY: help setup demo test test-gpu lint format docs bench clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -31,6 +31,12 @@ demo: $(READY) ## the whole pipeline on this machine, in minutes; CSV=rows.csv P
 
 test: $(READY) ## run every test that this machine can; ARGS="-k sft -x" goes to pytest
 	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-gpu: $(READY) ## the training contract on a CUDA device, on both backends where Unsloth is there; skips without one
+	LLAMAREFINE_BACKEND=transformers $(RUN) pytest tests/gpu $(ARGS)
+	@if $(RUN) python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("unsloth") is None)'; \
+	then LLAMAREFINE_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
+	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
 
 lint: $(READY) ## check style, types, security rules and who imports whom; changes nothing
 	$(RUN) ruff check

@@ -112,6 +112,7 @@ def build_trainer(
     # checkpoint, and a training that goes on from there would take it for the policy.
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
+    models.hold_in_fp32(trainer.model)
     return trainer
 
 

@@ -43,6 +43,8 @@ from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
 _DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
+# What torch raises as a RuntimeError where the GPU's memory runs out outside its own allocator.
+_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -255,7 +257,8 @@ def exit_code(stage_name: str) -> Iterator[None]:
     except MemoryError:
         _end(stage_name, OutOfMemoryError(f"{stage_name} needs more memory than this machine gives it"))
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, named so as not to import torch here
+        # torch's own is named so as not to import torch here
+        if type(error).__name__ == "OutOfMemoryError" or _GPU_MEMORY.search(str(error)):
             _end(
                 stage_name,
                 OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"),

@@ -7,7 +7,6 @@ report.md and report.json. The merged model is loaded alone, as its users will l
 fails is written into the report and does not fail the stage: whoever runs it reads it there.
 """
 
-import gc
 import json
 import math
 import time
@@ -50,7 +49,7 @@ def work(context: Context) -> None:
         types[name] = str(model.dtype).removeprefix("torch.")
         measured[name] = examinee.measure(name, model)
         del model
-        free_memory()
+        models.free_memory()
 
     # Comparison.
     metrics = compare(measured, held_out(rows), section, beta=recipe.dpo.beta, seed=recipe.seed)
@@ -152,15 +151,6 @@ def load(name: str, context: Context, backend: models.Backend) -> Any:
         return backend.load(inputs["merge"] / "model", max_length_tokens=length, dtype=context.recipe.merge.dtype)
     base = backend.load(inputs["prepare"] / "base", max_length_tokens=length)
     return base if name == "base" else models.attach_adapter(base, inputs["sft"] / "adapter")
-
-
-def free_memory() -> None:
-    """Give back what a dropped model held. PEFT's wrappers refer to one another, so reference counts do not reach 0."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def read_test_rows(prepared: Path, section: Evaluate) -> Rows:

@@ -5,14 +5,22 @@ says which runs and why. It is called before trl, transformers or peft are impor
 patches them as it is imported.
 """
 
+import atexit
+import contextlib
+import gc
 import importlib.util
 import json
 import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
+from llamarefine_jobs.encoding import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +43,10 @@ class Backend(Protocol):
         max_length_tokens: int | None = None,
         dtype: str | None = None,
     ) -> Any:
-        """The frozen model of a folder, on the accelerator; on CUDA in `dtype`, the backend's own when None."""
+        """The frozen model of a folder, on the accelerator; on CUDA in `dtype`, the backend's own when None.
+
+        RecipeError where rows of `max_length_tokens` are longer than the model was made for.
+        """
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
         """`model` with a fresh, trainable LoRA adapter; its B is 0, so it changes nothing yet."""
@@ -97,6 +108,7 @@ class TransformersBackend:
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        _check_length(folder, max_length_tokens)
         cuda = torch.cuda.is_available()
         own = torch.bfloat16 if self.bf16 else torch.float32
         options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype and cuda else own}
@@ -111,10 +123,8 @@ class TransformersBackend:
             )
         if cuda:
             options["device_map"] = {"": 0}
-        try:
+        with _one_line(f"the model in {folder.name}/ does not load"):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"the model in {folder.name}/ does not load: {str(error).splitlines()[0]}") from None
         return _freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
@@ -144,7 +154,10 @@ class UnslothBackend:
 
     def __init__(self, reason: str) -> None:
         import torch
-        import unsloth  # noqa: F401  (before transformers, trl and peft: it patches them)
+
+        settle_unsloth(os.environ)
+        with contextlib.redirect_stdout(sys.stderr):  # it prints a banner, and infer's standard output is the answers
+            import unsloth  # noqa: F401  (before transformers, trl and peft: it patches them)
 
         self.reason = reason
         self.bf16 = torch.cuda.is_bf16_supported()
@@ -161,47 +174,69 @@ class UnslothBackend:
         import torch
         from unsloth import FastLanguageModel
 
+        _check_length(folder, max_length_tokens)
         own = torch.bfloat16 if self.bf16 else torch.float16
-        model, _ = FastLanguageModel.from_pretrained(
-            model_name=str(folder),
-            max_seq_length=max_length_tokens or 2048,
-            dtype=getattr(torch, dtype) if dtype else own,
-            load_in_4bit=quantization == "nf4",
-            load_in_16bit=quantization == "none",
-            # Left alone, it would move the pad token to <unk>; ours is settled in encoding.py.
-            fix_tokenizer=False,
-            use_gradient_checkpointing=False,
-        )
+        with _one_line(f"the model in {folder.name}/ does not load"), contextlib.redirect_stdout(sys.stderr):
+            model, _ = FastLanguageModel.from_pretrained(
+                model_name=str(folder),
+                use_exact_model_name=True,  # it maps names to its own repositories otherwise
+                local_files_only=True,
+                # Its forward pass cuts longer rows with no more than a warning, and a number past the model's own
+                # stretches the positions of every row: None is the model's own.
+                max_seq_length=None,
+                dtype=getattr(torch, dtype) if dtype else own,
+                load_in_4bit=quantization == "nf4",
+                load_in_16bit=quantization == "none",
+                offload_embedding=False,  # when memory is tight it would move the embedding to the CPU unasked
+                # Left alone, it would move the pad token to <unk>; ours is settled in encoding.py.
+                fix_tokenizer=False,
+                use_gradient_checkpointing=False,
+            )
         return _freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
-            model,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            use_rslora=lora.rslora,
-            target_modules=list(lora.target_layers),
-            bias="none",
-            random_state=seed,
-            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
-        )
+        with contextlib.redirect_stdout(sys.stderr):
+            return FastLanguageModel.get_peft_model(
+                model,
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                use_rslora=lora.rslora,
+                target_modules=list(lora.target_layers),
+                bias="none",
+                random_state=seed,
+                use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            )
+
+
+def settle_unsloth(environment: MutableMapping[str, str]) -> None:
+    """Before Unsloth is imported: no download counter, and its generated code in a folder of this process alone.
+
+    By default it writes that code below the working folder (read-only in our containers), else into one
+    folder of the system's temporary ones that every user knows, and puts it first on `sys.path`.
+    """
+    environment.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it asks the Hub, and waits two minutes for it
+    if "UNSLOTH_COMPILE_LOCATION" not in environment:
+        folder = tempfile.mkdtemp(prefix="llamarefine-unsloth-", dir=environment.get("LLAMAREFINE_WORK"))
+        environment["UNSLOTH_COMPILE_LOCATION"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:
     """`model` with a published adapter on it, for inference. The adapter stays apart from the weights."""
     from peft import PeftModel
 
-    try:
+    with _one_line("the adapter does not fit its base"):
         return _freeze(PeftModel.from_pretrained(model, folder, is_trainable=False))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise DataError(f"the adapter does not fit its base: {str(error).splitlines()[0]}") from None
 
 
 def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Path:
-    """Write base + adapter as a model folder, added in fp32 on the CPU; the DPO stage trains on it."""
+    """Write base + adapter as a model folder, added in fp32 on the CPU; the DPO stage trains on it.
+
+    The base's tokenizer lies beside the weights: Unsloth loads no model without one.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -210,7 +245,27 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     )
     merged = attach_adapter(model, adapter).merge_and_unload()
     merged.to(torch.bfloat16 if bf16 else torch.float32).save_pretrained(into)
+    load_tokenizer(base).save_pretrained(into)
     return into
+
+
+def hold_in_fp32(model: Any) -> None:
+    """Keep what is trained in fp32. On a 4-bit base TRL rounds adapters to bf16 as it builds its trainer, and an
+
+    update of DPO's size is then lost: at a weight of 0.01 bf16's next number is 6e-5 away, ten learning rates.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def free_memory() -> None:
+    """Give back what a dropped model held. PEFT's wrappers refer to one another, so reference counts do not reach 0."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def adapter_state(model: Any) -> dict[str, Any]:
@@ -241,6 +296,27 @@ def _freeze(model: Any) -> Any:
     model.requires_grad_(False)
     model.config.use_cache = True
     return model.eval()
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
+
+
+def _check_length(folder: Path, max_length_tokens: int | None) -> None:
+    """Refuse rows longer than the model was made for: Unsloth would cut them, transformers reads past its positions."""
+    with _one_line(f"the model in {folder.name}/ does not load"):
+        positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions and max_length_tokens and max_length_tokens > positions:
+        raise RecipeError(f"max_length_tokens: expected at most the {positions} of the base, found {max_length_tokens}")
 
 
 def _accelerator() -> str:

@@ -81,10 +81,14 @@ def generate(
     top_p: float = 1.0,
     tick: Tick | None = None,
 ) -> list[Answer]:
-    """The model's answers to tokenised prompts; the likeliest token each time at temperature 0."""
+    """The model's answers to tokenised prompts; the likeliest token each time at temperature 0.
+
+    An answer ends where the model's positions do: past them transformers makes noise and Unsloth raises.
+    """
     import torch
 
     device = next(model.parameters()).device
+    positions = model.config.max_position_embeddings
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -101,7 +105,7 @@ def generate(
             output_BT = model.generate(
                 input_ids=ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(1, min(max_new_tokens, positions - longest)),
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 **sampling,

@@ -87,7 +87,7 @@ def build_trainer(
         padding_free=section.packing == "auto" and backend.flattens,
         loss_type="nll",
     )
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict(labelled(train_rows)),
@@ -95,6 +95,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[watch],
     )
+    models.hold_in_fp32(trainer.model)
+    return trainer
 
 
 def check_labels(trainer: Any, rows: list[Encoded]) -> None:

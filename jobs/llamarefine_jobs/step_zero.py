@@ -58,6 +58,8 @@ def ask_apart(
     once = _per_token(model, answers, pad_id, batch_rows)
     _scale_adapter(model, 2.0)
     twice = _per_token(model, answers, pad_id, batch_rows)
+    del model
+    models.free_memory()  # the policy is loaded next
     return Witness(some, pad_id, batch_rows, bare, once, twice)
 
 

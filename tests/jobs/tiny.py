@@ -54,8 +54,8 @@ def recipe(*overrides: str) -> Recipe:
     return pin(parse_recipe(RECIPE, "tiny", overrides))
 
 
-def make_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE of 400 tokens."""
+def make_tokenizer(texts: list[str], vocabulary: int = 400) -> Any:
+    """A byte-level BPE of at most so many tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def make_tokenizer(texts: list[str]) -> Any:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=400,
+            vocab_size=vocabulary,
             special_tokens=["<s>", "</s>", "<pad>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -101,23 +101,28 @@ def write_prepared(folder: Path, seed: int = 0) -> Path:
     tokenizer = make_tokenizer([asked + said for asked, said in rows])
     make_model(len(tokenizer), seed).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    for split, part in _SPLITS.items():
+    write_splits(folder, {split: rows[part] for split, part in _SPLITS.items()})
+    return folder
+
+
+def write_splits(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> None:
+    """questions/ and preferences/ of these rows, in which the rejected answer is the chosen one's words backwards."""
+    for split, rows in splits.items():
         _write_rows(
             folder / "questions" / f"{split}.jsonl",
             [
                 {"messages": [*question(asked), *answer(said)], "group": f"{i:x}"}
-                for i, (asked, said) in enumerate(rows[part])
+                for i, (asked, said) in enumerate(rows)
             ],
         )
         _write_rows(
             folder / "preferences" / f"{split}.jsonl",
             [
                 {"prompt": question(asked), "chosen": said, "rejected": " ".join(said.split()[::-1]), "group": f"{i:x}"}
-                for i, (asked, said) in enumerate(rows[part])
+                for i, (asked, said) in enumerate(rows)
             ],
         )
     (folder / "data_card.json").write_text("{}")
-    return folder
 
 
 def publish_prepared(store: Store, folder: Path, recipe: Recipe) -> Manifest:

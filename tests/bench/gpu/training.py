@@ -1,0 +1,218 @@
+"""One arm's training of one stage, timed step by step; its figures as one line of JSON.
+
+Steps are timed after a warm-up in which kernels are compiled. Tokens are those the trainer fed, without padding. N is
+the number of the base's weights, embeddings included; a forward pass counts 2·N operations a token, and a backward pass
+through frozen weights 2·N more. So SFT costs 4·N, DPO with its reference 6·N.
+"""
+
+import json
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+WARM_UP_STEPS = 10
+RECIPE = Path(__file__).parents[3] / "jobs/recipes/tinyllama-nvidia-docs.yaml"
+# Dense bf16 operations a second, by the vendor's datasheets.
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12}
+PEAK_FLOPS |= {"NVIDIA A100-SXM4-80GB": 312e12}
+EARLIER = {
+    "sft": ("sft.batch_rows=8", "sft.micro_batch_rows=8", "sft.packing=never"),
+    "dpo": ("dpo.batch_rows=8", "dpo.micro_batch_rows=8"),
+}
+EARLIER_EPOCHS = {"sft": 4, "dpo": 3}  # for the estimate only: with several, our DPO computes the reference beforehand
+EARLIER_LORA = "{rank: 16, alpha: 32.0, dropout: 0.1, target_layers: [q_proj, v_proj]}"
+EARLIER_TOKENS = 256  # each row of its SFT was padded to, or cut at, so many
+
+
+def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
+    """Print the figures of `steps` optimizer steps, or of as many as the rows give."""
+    began_s = time.monotonic()
+    from llamarefine_jobs import model as models
+    from llamarefine_jobs.contract.memory import Shape, training_bytes
+
+    backend = models.choose_backend()
+    import torch
+
+    imported_s = time.monotonic()
+    cuda = torch.cuda.is_available()
+    recipe = recipe_of(arm, stage, steps, cuda)
+    section = recipe.section(stage)
+    model, tokenizer = load(backend, recipe, section, prepared)
+    loaded_s = time.monotonic()
+    trainer, tokens_a_row, rows = build(arm, stage, recipe, backend, model, tokenizer, prepared)
+    built_s = time.monotonic()
+    clock = watch(trainer)
+    trainer.train()
+    timed_s, tokens, timed_steps = clock.reading()
+    per_second = tokens / timed_s
+    flops = (4 if stage == "sft" else 6) * sum(part.numel() for part in base_parameters(trainer.model))
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(0)) if cuda else None
+    quantized = section.quantization != "none"
+    epochs = EARLIER_EPOCHS[stage] if arm == "earlier" else section.epochs
+    figures = {
+        "arm": arm,
+        "stage": stage,
+        "backend": backend.name,
+        "quantization": section.quantization,
+        "batch_rows": section.batch_rows,
+        "micro_batch_rows": section.micro_batch_rows,
+        "import_seconds": imported_s - began_s,
+        "load_seconds": loaded_s - imported_s,
+        "build_seconds": built_s - loaded_s,
+        "warm_up_steps": WARM_UP_STEPS,
+        "timed_steps": timed_steps,
+        "timed_seconds": timed_s,
+        "tokens": tokens,
+        "tokens_per_s": per_second,
+        "flops_per_token": None if quantized else flops,
+        "mfu": None if quantized or peak is None else per_second * flops / peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "estimated_memory_bytes": training_bytes(
+            Shape.of(trainer.model.config.to_dict()), section, recipe.max_length_tokens
+        ),
+        "whole_training_seconds_estimated": rows * tokens_a_row * epochs / per_second,
+        "training_rows": rows,
+        "tokens_per_row": tokens_a_row,
+        "epochs": epochs,
+        "last_loss": float(clock.loss),
+    }
+    print(json.dumps(figures))
+
+
+def recipe_of(arm: str, stage: str, steps: int, cuda: bool) -> Any:
+    """The repository's recipe, or the earlier attempt's settings in it. Without CUDA there are no 4 bits."""
+    from llamarefine_jobs.recipe_file import load_recipe
+
+    overrides = [f"{stage}.max_steps={steps + WARM_UP_STEPS}", f"{stage}.checkpoint_every_s=null"]
+    if arm == "earlier":
+        overrides += [*EARLIER[stage], f"{stage}.lora={EARLIER_LORA}"]
+        overrides += [f"{stage}.quantization=nf4"] if cuda else []
+    return load_recipe(RECIPE, overrides)
+
+
+def load(backend: Any, recipe: Any, section: Any, prepared: Path) -> tuple[Any, Any]:
+    """The base with a fresh adapter, and its tokenizer. DPO is timed on the bare base: its arithmetic is the same."""
+    from llamarefine_jobs import training
+    from llamarefine_jobs.encoding import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared / "base")
+    model = backend.load(
+        prepared / "base", quantization=section.quantization, max_length_tokens=recipe.max_length_tokens
+    )
+    training.settle_model(model, tokenizer)
+    return backend.add_adapter(model, section.lora, seed=recipe.seed, gradient_checkpointing=False), tokenizer
+
+
+def build(
+    arm: str, stage: str, recipe: Any, backend: Any, model: Any, tokenizer: Any, prepared: Path
+) -> tuple[Any, float, int]:
+    """The stage's own trainer, or the earlier attempt's padding in it; mean tokens a row; how many rows."""
+    from llamarefine_jobs import dpo, sft, training
+
+    context: Any = bare_context(stage, recipe, prepared.parent)
+    rows = training.read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
+    held_out = rows[:8]  # evaluation is not what is timed
+    section = recipe.section(stage)
+    if stage == "sft":
+        encoded = sft.encode_questions(tokenizer, rows)
+        trainer = sft.build_trainer(
+            context, section, backend, model, tokenizer, encoded, sft.encode_questions(tokenizer, held_out), silent()
+        )
+        if arm == "earlier":
+            trainer.data_collator.pad_to_multiple_of = EARLIER_TOKENS
+            trainer.train_dataset = trainer.train_dataset.map(_cut)
+            lengths = [min(len(row), EARLIER_TOKENS) for row in encoded]
+        else:
+            lengths = [len(row) for row in encoded]
+    else:
+        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, held_out, silent())
+        lengths = [len(chosen) + len(rejected) for chosen, rejected in dpo.encode_pairs(tokenizer, rows)]
+    return trainer, sum(lengths) / len(lengths), len(rows)
+
+
+def _cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The earlier attempt's row: cut, and a loss on the prompt too."""
+    return {"input_ids": row["input_ids"][:EARLIER_TOKENS], "labels": row["input_ids"][:EARLIER_TOKENS]}
+
+
+def silent() -> Any:
+    """In place of the stage's callback: nothing is evaluated, saved or told."""
+    from transformers import TrainerCallback
+
+    return TrainerCallback()
+
+
+def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
+    """A context without a store: the trainers' settings need its folder and its recipe."""
+    from llamarefine_jobs.contract.stages import STAGES
+    from llamarefine_jobs.entry import Context
+    from llamarefine_jobs.store import Store
+
+    return Context(
+        stage=STAGES[stage],
+        recipe=recipe,
+        store=Store(str(folder / "store")),
+        key="0" * 64,
+        parents={},
+        inputs={},
+        output=folder,
+        work=folder,
+        started_at=datetime.now(UTC),
+        stop=threading.Event(),
+    )
+
+
+def watch(trainer: Any) -> Any:
+    """Count what the trainer is fed and when its steps end."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.counts: list[list[Any]] = [[]]
+            self.ends_s: list[float] = []
+            self.loss: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= WARM_UP_STEPS and (
+                state.global_step == WARM_UP_STEPS or state.global_step == state.max_steps
+            ):
+                synchronize()
+            self.ends_s.append(time.monotonic())
+            self.counts.append([])
+
+        def reading(self) -> tuple[float, int, int]:
+            warm = min(WARM_UP_STEPS, len(self.ends_s) - 1)
+            seconds = self.ends_s[-1] - self.ends_s[warm - 1]
+            tokens = sum(int(count) for step in self.counts[warm : len(self.ends_s)] for count in step)
+            return seconds, tokens, len(self.ends_s) - warm
+
+    clock, step = Clock(), trainer.training_step
+
+    def counted(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        clock.counts[-1].append(mask.sum() if mask is not None else inputs["input_ids"].numel())
+        clock.loss = step(model, inputs, *rest, **more).detach()
+        return clock.loss
+
+    trainer.training_step = counted
+    trainer.add_callback(clock)
+    return clock
+
+
+def synchronize() -> None:
+    """Wait for the GPU, so that the clock reads what was done and not what was asked for."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def base_parameters(model: Any) -> list[Any]:
+    return [part for name, part in model.named_parameters() if "lora_" not in name]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))

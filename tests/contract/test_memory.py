@@ -1,0 +1,61 @@
+"""The memory estimate: its counts are those of real models, and it moves as memory does. Its size is not calibrated."""
+
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs.contract.memory import Shape, training_bytes
+from llamarefine_jobs.contract.recipe import Dpo, Lora, Sft
+
+TINYLLAMA = {
+    "num_hidden_layers": 22,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+}
+
+
+@pytest.fixture
+def shape() -> Shape:
+    return Shape.of(TINYLLAMA)
+
+
+def test_tinyllama_has_its_parameters(shape: Shape) -> None:
+    assert shape.linear_parameters() + shape.other_parameters() == 1_100_048_384
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_counts_are_those_of_a_real_model_and_a_real_adapter(tied: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from tests.jobs import tiny
+
+    model: Any = tiny.make_model(400, tie_word_embeddings=tied, num_key_value_heads=2)
+    shape = Shape.of(model.config.to_dict())
+    assert shape.linear_parameters() + shape.other_parameters() == model.num_parameters()
+    lora = Lora(rank=3, target_layers=("q_proj", "k_proj", "down_proj"))
+    adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=list(lora.target_layers)))
+    trained = sum(part.numel() for part in adapted.parameters() if part.requires_grad)
+    assert shape.adapter_parameters(lora) == trained
+
+
+def test_it_is_never_less_than_the_weights_and_the_optimizer(shape: Shape) -> None:
+    least = 2 * 1_100_048_384 + 16 * shape.adapter_parameters(Lora())
+    assert least < training_bytes(shape, Sft(micro_batch_rows=1, batch_rows=1), 16) < 2 * least
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (Sft(micro_batch_rows=4), Sft(micro_batch_rows=8)),
+        (Sft(gradient_checkpointing=True), Sft()),
+        (Sft(quantization="nf4"), Sft()),
+        (Sft(lora=Lora(rank=8)), Sft(lora=Lora(rank=64))),
+        (Sft(), Dpo()),
+    ],
+)
+def test_what_takes_less_is_estimated_lower(shape: Shape, less: Sft | Dpo, more: Sft | Dpo) -> None:
+    assert training_bytes(shape, less, 1024) < training_bytes(shape, more, 1024)
+    assert training_bytes(shape, less, 512) < training_bytes(shape, less, 1024)

@@ -1,0 +1,126 @@
+"""Wheels for a GPU machine that reaches no package index, in parcels small enough to be sent one by one.
+
+    python tests/gpu/carry.py --into wheels --has there.txt [--parcel-mib 60] [--python 3.12]
+
+`there.txt` is that machine's own `pip list --format=freeze`: whatever it names stays as it is there, so take out
+of it what is too old. All else that the gpu extra locks is downloaded for x86-64 Linux and lightened of what a CUDA 13
+machine does not load. There, parcel after parcel: `pip install --no-index --no-deps --target SITE wheels/1/*.whl`, and
+SITE on PYTHONPATH. Needs uv and pip here.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+_NEVER = re.compile(r"^(nvidia-|cuda-|torch$|torchvision$|triton$|xformers$|llamarefine$)")
+# What of a wheel a CUDA 13 machine never opens: other CUDA versions' kernels, a browser application.
+_UNUSED: dict[str, Callable[[str], bool]] = {
+    "bitsandbytes": lambda name: name.endswith(".so") and "cuda13" not in name and "cpu" not in name,
+    "unsloth": lambda name: name.startswith(("studio/", "unsloth_cli/")),
+}
+_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)]
+_PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
+
+
+def main() -> None:
+    options = _options()
+    there = _names(options.has.read_text().splitlines())
+    wanted = {name: pin for name, pin in locked().items() if name not in there and not _NEVER.match(name)}
+    options.into.mkdir(parents=True)
+    download(sorted(wanted.values()), options.into, options.python)
+    for wheel in options.into.glob("*.whl"):
+        lighten(wheel)
+    for number, parcel in enumerate(parcels(list(options.into.glob("*.whl")), options.parcel_mib * 2**20), 1):
+        folder = options.into / str(number)
+        folder.mkdir()
+        for wheel in parcel:
+            shutil.move(wheel, folder)
+        print(f"{folder}: {len(parcel)} wheels, {sum(file.stat().st_size for file in folder.iterdir()) >> 20} MiB")
+
+
+def locked() -> dict[str, str]:
+    """The lock file's pins of the gpu extra, by package."""
+    command = [
+        "uv",
+        "export",
+        "--quiet",
+        "--locked",
+        "--no-dev",
+        "--extra",
+        "gpu",
+        "--no-hashes",
+        "--no-header",
+        "--no-annotate",
+    ]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pins = [line.split(";")[0].strip() for line in lines if "==" in line and "win32" not in line]
+    return dict(zip((_name(pin) for pin in pins), pins, strict=True))
+
+
+def download(pins: list[str], into: Path, python: str) -> None:
+    """Each pin's wheel for that machine; a package without one is named, and left out."""
+    target = ["--python-version", python, "--implementation", "cp", "--only-binary=:all:", "--no-deps", "-q"]
+    platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
+    for pin in pins:
+        command = [sys.executable, "-m", "pip", "download", *target, *platforms, "-d", str(into), pin]
+        if subprocess.run(command, check=False).returncode:
+            print(f"no wheel for {pin}", file=sys.stderr)
+
+
+def lighten(wheel: Path) -> None:
+    """Write `wheel` anew without its unused files, their lines in RECORD gone too."""
+    unused = _UNUSED.get(_name(wheel.name.split("-")[0]))
+    if unused is None:
+        return
+    light = wheel.with_suffix(".light")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(light, "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.infolist():
+            if unused(item.filename):
+                continue
+            content = old.read(item)
+            if item.filename.endswith(".dist-info/RECORD"):
+                lines = content.decode().splitlines(keepends=True)
+                content = "".join(line for line in lines if not unused(line.split(",")[0])).encode()
+            new.writestr(item, content)
+    light.replace(wheel)
+
+
+def parcels(wheels: list[Path], limit_bytes: int) -> list[list[Path]]:
+    """The wheels, largest first, each into the first parcel that has room; one that is larger goes alone."""
+    filled: list[tuple[int, list[Path]]] = []
+    for wheel in sorted(wheels, key=lambda path: (-path.stat().st_size, path.name)):
+        size = wheel.stat().st_size
+        for place, (used, parcel) in enumerate(filled):
+            if used + size <= limit_bytes:
+                parcel.append(wheel)
+                filled[place] = (used + size, parcel)
+                break
+        else:
+            filled.append((size, [wheel]))
+    return [parcel for _, parcel in filled]
+
+
+def _names(lines: list[str]) -> set[str]:
+    return {_name(line) for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _name(pin: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[=<>@ \[;]", pin.strip())[0]).lower()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--into", type=Path, required=True, help="a new folder for the parcels")
+    parser.add_argument("--has", type=Path, required=True, help="that machine's pip list --format=freeze")
+    parser.add_argument("--parcel-mib", type=int, default=60)
+    parser.add_argument("--python", default="3.12")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

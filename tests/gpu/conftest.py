@@ -1,0 +1,68 @@
+"""The CUDA backend's tests skip themselves where there is no CUDA, for one reason that pytest's summary tells once.
+
+LLAMAREFINE_GPU_TESTS=cpu runs the same bodies at the tiny shape on the CPU's backend: that shows the tests
+themselves to work, and nothing of CUDA. LLAMAREFINE_BACKEND chooses the backend, as it does for a stage.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import shapes
+from tests.jobs.test_sft import make_context
+
+ON_CPU = "LLAMAREFINE_GPU_TESTS"
+
+
+@pytest.fixture(scope="session")
+def cuda() -> bool:
+    """Whether the tests run on CUDA. Without CUDA they skip, unless they are asked to run on the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if os.environ.get(ON_CPU) != "cpu":
+        pytest.skip(f"needs a CUDA device ({ON_CPU}=cpu runs the same tests at a tiny shape without one)")
+    return False
+
+
+@pytest.fixture(scope="session", params=shapes.SHAPES)
+def shape(request: pytest.FixtureRequest, cuda: bool) -> shapes.Shape:
+    found = shapes.SHAPES[request.param]
+    if found.needs_cuda and not cuda:
+        pytest.skip("a model of TinyLlama's shape needs a CUDA device")
+    return found
+
+
+@pytest.fixture(scope="session")
+def prepared(shape: shapes.Shape, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What prepare leaves at this shape."""
+    return shapes.write_prepared(tmp_path_factory.mktemp(shape.name), shape, shapes.read_rows(shape.rows))
+
+
+@pytest.fixture(scope="session", params=["none", "nf4"])
+def quantization(request: pytest.FixtureRequest, cuda: bool) -> str:
+    if request.param == "nf4" and not cuda:
+        pytest.skip("nf4 needs a CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def settings(shape: shapes.Shape, quantization: str) -> tuple[str, ...]:
+    """On top of the tiny recipe, for both trainings."""
+    return (*shape.settings, f"sft.quantization={quantization}", f"dpo.quantization={quantization}")
+
+
+@pytest.fixture(scope="session")
+def trained(
+    prepared: Path, settings: tuple[str, ...], quantization: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished SFT, with adapter/ in it."""
+    from llamarefine_jobs import sft
+    from llamarefine_jobs.model import free_memory
+
+    context = make_context("sft", prepared, tmp_path_factory.mktemp(f"sft-{quantization}"), *settings)
+    sft.work(context)
+    free_memory()
+    return context.output

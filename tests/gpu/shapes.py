@@ -1,0 +1,76 @@
+"""What prepare leaves, at a tiny shape and at TinyLlama's: random weights of the right shape, real text."""
+
+import csv
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.jobs import tiny
+
+CSV = "LLAMAREFINE_GPU_CSV"  # questions and answers, in columns of these names; else Python's docstrings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape, and a training of it that is long enough to tell right from wrong."""
+
+    name: str
+    vocabulary: int
+    config: dict[str, Any]
+    rows: int
+    settings: tuple[str, ...] = ()
+    needs_cuda: bool = True
+
+
+TINY = Shape(
+    "tiny",
+    vocabulary=400,
+    # Heads of 64, as the fast kernels want them.
+    config={"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+    rows=80,
+    settings=("max_length_tokens=1024",),
+    needs_cuda=False,
+)
+TINYLLAMA = Shape(
+    "tinyllama",
+    vocabulary=32_000,
+    config={
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    rows=400,
+    settings=("max_length_tokens=1024", "sft.learning_rate=0.0005", "dpo.learning_rate=0.0002"),
+)
+SHAPES = {shape.name: shape for shape in (TINY, TINYLLAMA)}
+
+
+def read_rows(count: int) -> list[tuple[str, str]]:
+    """So many questions with answers, or all there are: of the CSV that the environment names, else of docstrings."""
+    from llamarefine_jobs.docstrings import question_rows
+
+    if path := os.environ.get(CSV):
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            rows = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
+        return [row for row in rows if all(row)][:count]
+    return list(itertools.islice(question_rows(), count))
+
+
+def write_prepared(folder: Path, shape: Shape, rows: list[tuple[str, str]]) -> Path:
+    """base/, questions/ and preferences/: of eight rows one validates and one tests."""
+    import torch
+
+    tokenizer = tiny.make_tokenizer([f"{asked}\n{said}" for asked, said in rows], shape.vocabulary)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = tiny.make_model(shape.vocabulary, **shape.config)
+    dtype = torch.bfloat16 if shape.needs_cuda else torch.float32
+    model.to(dtype).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    held_out = max(2, len(rows) // 8)
+    splits = {"validation": rows[:held_out], "test": rows[held_out : 2 * held_out], "train": rows[2 * held_out :]}
+    tiny.write_splits(folder, splits)
+    return folder

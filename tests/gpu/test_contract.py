@@ -1,0 +1,211 @@
+"""The training contract on this machine's backend, at a tiny shape and at TinyLlama's, in 16 bits and in 4."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamarefine_jobs import dpo, merge, sft, step_zero
+from llamarefine_jobs import model as models
+from llamarefine_jobs.contract.errors import ProofError
+from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.entry import Context
+from llamarefine_jobs.scoring import generate, score
+from tests.jobs import tiny
+from tests.jobs.test_dpo import make_dpo, prove_with
+from tests.jobs.test_sft import make_context
+
+Settings = tuple[str, ...]
+
+
+@pytest.fixture(autouse=True)
+def _free_memory(cuda: bool) -> Any:
+    yield
+    models.free_memory()
+
+
+@pytest.fixture
+def sft_context(prepared: Path, settings: Settings, tmp_path: Path) -> Context:
+    return make_context("sft", prepared, tmp_path, *settings)
+
+
+@pytest.fixture
+def dpo_context(prepared: Path, trained: Path, settings: Settings, tmp_path: Path) -> Context:
+    return make_dpo(prepared, trained, tmp_path, *settings)
+
+
+@pytest.fixture
+def backend() -> models.Backend:
+    return models.choose_backend()
+
+
+def test_on_cuda_the_wished_for_backend_runs(cuda: bool, backend: models.Backend) -> None:
+    wish = os.environ.get("LLAMAREFINE_BACKEND")
+    assert (backend.accelerator != "cpu") is cuda
+    assert not wish or backend.name.startswith(wish)
+    assert backend.bf16 is (cuda and torch.cuda.is_bf16_supported())
+
+
+def test_the_trainers_batches_carry_every_answer_with_its_eos_and_no_prompt(
+    sft_context: Context, prepared: Path, backend: models.Backend
+) -> None:
+    """Whatever the library makes of pre-tokenised rows: flattened or padded, the same tokens carry a loss."""
+    trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
+    sft.check_labels(trainer, rows)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    learned: list[int] = []
+    for batch in trainer.get_train_dataloader():
+        labels = batch["labels"].flatten()
+        learned += labels[labels != sft.NO_LOSS].tolist()
+        assert backend.flattens is (batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch)
+    assert sorted(learned) == sorted(token for row in rows for token in row.answer_ids)
+    assert learned.count(tokenizer.eos_token_id) == len(rows)
+    assert trainer.padding_free is backend.flattens
+
+
+def test_a_batchs_loss_is_that_of_its_rows_alone(sft_context: Context, prepared: Path, backend: models.Backend) -> None:
+    """Flattened or padded, no row sees another, and evaluation gives a loss without keeping logits."""
+    trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
+    some = rows[:4]
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[place] for place in range(4)]))
+    loss, logits, _ = trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=True, ignore_keys=None)
+    alone = score(trainer.model, tokenizer.pad_token_id, some, 1)
+    expected = -sum(found.logprob for found in alone) / sum(found.tokens for found in alone)
+    assert logits is None
+    assert float(loss) == pytest.approx(expected, rel=2e-2 if backend.bf16 else 1e-4)
+
+
+def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
+    sft_context: Context, prepared: Path, backend: models.Backend, quantization: str
+) -> None:
+    trainer, _, _ = build_sft(sft_context, prepared, backend)
+    before = trainer.evaluate()["eval_loss"]
+    frozen = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "lora_" not in name}
+    assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    changed = [
+        name
+        for name, part in trainer.model.named_parameters()
+        if name in frozen and not torch.equal(part, frozen[name])
+    ]
+    assert changed == []
+
+
+def test_before_the_first_step_of_dpo_all_is_as_it_must_be(dpo_context: Context, backend: models.Backend) -> None:
+    dpo.work(dpo_context)
+    proof = dpo_context.metrics["step_zero"]
+    assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert proof["margin"] == pytest.approx(0, abs=1e-6)
+    tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
+    if dpo_context.recipe.dpo.quantization == "none":
+        assert proof["reference_error"] < tolerance
+    assert proof["distance_from_base"] > 3 * proof["reference_error"]
+    margins = [row["eval_reward_margin"] for row in dpo_context.metrics["history"] if "eval_reward_margin" in row]
+    assert margins[-1] > 0
+    assert dpo_context.metrics["validation"]["accuracy"]["value"] > 0.5
+    adapter = load_file(dpo_context.output / "adapter" / models.ADAPTER_WEIGHTS)
+    given = load_file(dpo_context.inputs["sft"] / "adapter" / models.ADAPTER_WEIGHTS)
+    assert adapter.keys() == given.keys()
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
+
+
+def test_a_reference_on_the_bare_base_is_refused(
+    dpo_context: Context, backend: models.Backend, quantization: str
+) -> None:
+    base = dpo_context.inputs["prepare"] / "base"
+    with pytest.raises(ProofError, match="the reference is not the SFT policy"):
+        prove_with(dpo_context, backend.load(base, quantization=quantization))
+
+
+def test_the_merged_model_is_the_base_with_both_adapters(dpo_context: Context, backend: models.Backend) -> None:
+    """merge.work proves it itself, in fp32 on the CPU; here it is asked once more, by this backend."""
+    dpo.work(dpo_context)
+    models.free_memory()
+    context = Context(**{**vars(dpo_context), "output": dpo_context.work / "merged", "metrics": {}})
+    context.inputs["dpo"] = dpo_context.output
+    context.parents["dpo"] = tiny.publish(
+        context.store, dpo_context.output, "dpo", context.recipe, dict(dpo_context.parents)
+    )
+    context.output.mkdir()
+    merge.work(context)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    answers = [one for pair in pairs_of(dpo_context, tokenizer)[:4] for one in pair]
+    merged = backend.load(context.output / "model", dtype=context.recipe.merge.dtype)
+    found = per_token(merged, tokenizer, answers)
+    policy = models.merge_in_memory(
+        context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter", context.work / "again", bf16=backend.bf16
+    )
+    apart = models.attach_adapter(backend.load(policy), dpo_context.output / "adapter")
+    expected = per_token(apart, tokenizer, answers)
+    tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
+    assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 3 * tolerance
+
+
+def test_answers_in_a_batch_are_those_of_each_prompt_alone(
+    prepared: Path, trained: Path, backend: models.Backend, settings: Settings, tmp_path: Path
+) -> None:
+    """Padding on the left must move no position. In bf16 near ties may fall either way, so the first tokens count."""
+    tokenizer = load_tokenizer(prepared / "base")
+    model = models.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
+    context = make_context("sft", prepared, tmp_path, *settings)
+    prompts = [row.prompt_ids for row in rows_of(context, tokenizer, "test")[:6]]
+    options: dict[str, Any] = {"max_new_tokens": 4, "batch_rows": 6}
+    together = generate(model, tokenizer, prompts, **options)
+    alone = [generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
+    assert sum(one.text == other.text for one, other in zip(together, alone, strict=True)) >= len(prompts) - 1
+
+
+def test_recomputed_activations_learn_the_same(
+    prepared: Path, settings: Settings, tmp_path: Path, backend: models.Backend
+) -> None:
+    losses = []
+    for recompute in ("false", "true"):
+        (tmp_path / recompute).mkdir()
+        short = (*settings, "sft.max_steps=3", f"sft.gradient_checkpointing={recompute}")
+        context = make_context("sft", prepared, tmp_path / recompute, *short)
+        sft.work(context)
+        losses.append([row["loss"] for row in context.metrics["history"] if "loss" in row])
+        models.free_memory()
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if backend.bf16 else 1e-4)
+
+
+def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tuple[Any, list[Any], Any]:
+    """The trainer as sft.work builds it, the rows it was given, the tokenizer."""
+    from llamarefine_jobs import training
+
+    section = context.recipe.sft
+    tokenizer = load_tokenizer(prepared / "base")
+    rows = rows_of(context, tokenizer, "train")
+    model = backend.load(
+        prepared / "base", quantization=section.quantization, max_length_tokens=context.recipe.max_length_tokens
+    )
+    model = backend.add_adapter(
+        training.settle_model(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
+    )
+    watch = training.Watch(section, context, 10)
+    held_out = rows_of(context, tokenizer, "validation")
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, held_out, watch), rows, tokenizer
+
+
+def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:
+    """The rows of a split that are not too long, as prepare would keep them."""
+    from llamarefine_jobs import training
+
+    rows = sft.encode_questions(tokenizer, training.read_rows(context.inputs["prepare"] / "questions", split))
+    assert all(len(row) <= context.recipe.max_length_tokens for row in rows)
+    return rows
+
+
+def pairs_of(context: Context, tokenizer: Any) -> list[Any]:
+    from llamarefine_jobs import training
+
+    return dpo.encode_pairs(tokenizer, training.read_rows(context.inputs["prepare"] / "preferences", "test"))
+
+
+def per_token(model: Any, tokenizer: Any, answers: list[Any]) -> list[float]:
+    return [found.logprob / found.tokens for found in score(model, tokenizer.pad_token_id, answers, 4)]

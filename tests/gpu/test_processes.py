@@ -1,0 +1,113 @@
+"""Stages as processes on this machine's backend: stopped, killed, out of memory; and two backends that agree."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamarefine_jobs.store import Store
+from tests.gpu.shapes import TINY, Shape, read_rows, write_prepared
+from tests.jobs import processes, tiny
+from tests.jobs.test_training_resume import copy_up_to
+
+EVERY = 3  # steps between checkpoints
+_RECIPE = tiny.RECIPE.replace("max_length_tokens: 128", "max_length_tokens: 1024")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without trouble, at the tiny shape."""
+    from llamarefine_jobs.recipe_file import parse_recipe
+    from llamarefine_jobs.sources import pin
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "recipe.yaml").write_text(_RECIPE)
+    write_prepared(folder / "prepared", TINY, read_rows(TINY.rows))
+    recipe = pin(parse_recipe(_RECIPE, "tiny", ()))
+    tiny.publish_prepared(Store(str(folder / "store")), folder / "prepared", recipe)
+    for stage in ("sft", "dpo"):
+        exit_code, lines = processes.run(stage, folder / "recipe.yaml", str(folder / "store"))
+        assert exit_code == 0, "\n".join(lines)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_training_that_was_ended_goes_on_to_the_same_adapter(
+    stage: str, number: signal.Signals, undisturbed: Path, tmp_path: Path, cuda: bool
+) -> None:
+    store, recipe = copy_up_to(undisturbed, tmp_path, stage), undisturbed / "recipe.yaml"
+    every = f"{stage}.checkpoint_every_steps={EVERY}"
+    process = processes.start(stage, recipe, str(store), "--set", every)
+    lines = processes.signal_when(process, number, lambda line: processes.step(line) == 2 * EVERY + 1)
+    assert process.returncode == (30 if number == signal.SIGTERM else -signal.SIGKILL), "\n".join(lines)
+    exit_code, lines = processes.run(stage, recipe, str(store), "--set", every)
+    assert exit_code == 0, "\n".join(lines)
+    went_on = next(re.search(r"goes on from the checkpoint at step (\d+)", line) for line in lines if "goes on" in line)
+    assert went_on
+    assert int(went_on[1]) >= EVERY
+    expected, found = adapter_of(undisturbed / "store", stage), adapter_of(store, stage)
+    assert found.keys() == expected.keys()
+    if not cuda:
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        return
+    # Kernels on a GPU may add in another order each time: near, and nearer than the training went.
+    apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    moved = max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_B" in name)
+    assert apart < moved / 20
+
+
+def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
+    undisturbed: Path, tmp_path: Path, cuda: bool
+) -> None:
+    """The process may use so little of the card that its first large tensor does not fit."""
+    if not cuda:
+        pytest.skip("a limit on a GPU's memory needs a CUDA device")
+    store = copy_up_to(undisturbed, tmp_path, "sft")
+    code = (
+        "import torch; torch.cuda.set_per_process_memory_fraction(0.0005, 0)\n"
+        "from llamarefine_jobs import entry, sft; entry.main('sft', sft.work)"
+    )
+    rows = ["--set", "sft.batch_rows=48", "--set", "sft.micro_batch_rows=48"]
+    command = [sys.executable, "-c", code, "--recipe", undisturbed / "recipe.yaml", "--store", store, *rows]
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 14, ended.stdout + ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("sft: error: the GPU's memory is too small")
+    assert "lower sft.micro_batch_rows" in last
+    assert not list((store / "artifacts").glob("sft/*"))
+
+
+def test_two_backends_give_the_same_log_probabilities(shape: Shape, prepared: Path, trained: Path, cuda: bool) -> None:
+    """Within what bf16 may round. On the CPU there is one backend: twice the same shows that the test works."""
+    if cuda and importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed: there is one backend only")
+    names = ["transformers", "unsloth"] if cuda else ["transformers", "transformers"]
+    answers = [ask(name, prepared, trained / "adapter") for name in names]
+    assert [answer["backend"].split()[0] for answer in answers] == names
+    for model in ("base", "sft"):
+        one, other = (answer["nats_per_token"][model] for answer in answers)
+        distance = sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+        assert distance < (3e-2 if cuda else 1e-6), f"{model}: {distance} nats a token apart at the shape {shape.name}"
+
+
+def ask(backend: str, prepared: Path, adapter: Path) -> dict[str, object]:
+    command = [sys.executable, "-m", "tests.gpu.logprobs", str(prepared), str(adapter)]
+    environment = os.environ | {"LLAMAREFINE_BACKEND": backend}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, object] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def adapter_of(store: Path, stage: str) -> dict[str, torch.Tensor]:
+    (weights,) = (store / "artifacts" / stage).rglob("adapter_model.safetensors")
+    return load_file(weights)
