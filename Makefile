@@ -2,11 +2,29 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs bench clean
+.PHONY: help setup demo test lint format docs bench images kind-up kind-down submit-pipeline pull e2e clean
 
 PYTHON ?= python3
 DEMO   ?= demo
 ARGS   ?=
+
+# Images, and what a registry, a proxy or a private authority changes about them: images/README.md.
+ENGINE          ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
+REGISTRY        ?= localhost
+VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamarefine_jobs/__init__.py)
+TAG             ?= $(VERSION)
+GIT_COMMIT      ?= $(shell git rev-parse HEAD 2>/dev/null)
+CA_CERTIFICATES ?= $(wildcard /usr/local/share/ca-certificates/*.crt)
+export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES
+
+# The cluster on this machine, and what is submitted to the current one: k8s/README.md.
+CLUSTER         ?= llamarefine
+NAMESPACE       ?= llamarefine
+GPUS            ?= 0
+IMAGE_LOADER    ?= kind
+RECIPE          ?= jobs/recipes/demo.yaml
+MODEL           ?= model
+export CLUSTER NAMESPACE GPUS IMAGE_LOADER RECIPE
 
 # The uv on the PATH where one runs, else one of our own in .uv/.
 UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
@@ -19,7 +37,7 @@ FIND_PYTHON = for python in $(PYTHON) python3.14 python3.13 python3.12 python3.1
 	"install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (with uv, which is fetched into .uv where missing)
 
@@ -46,6 +64,15 @@ docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
 
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
 	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
+
+IMAGES := $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
+.PHONY: $(IMAGES:%=image-%)
+
+images: ## build every container image with docker, podman or buildah; `make image-sft` builds one
+	@images/build
+
+$(IMAGES:%=image-%): image-%:
+	@images/build $*
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
