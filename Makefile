@@ -25,6 +25,7 @@ IMAGE_LOADER    ?= kind
 RECIPE          ?= jobs/recipes/demo.yaml
 MODEL           ?= model
 export CLUSTER NAMESPACE GPUS IMAGE_LOADER RECIPE
+ON_CLUSTER       = k8s/with-bucket $(RUN) llamarefine
 
 # The uv on the PATH where one runs, else one of our own in .uv/.
 UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
@@ -73,6 +74,21 @@ images: ## build every container image with docker, podman or buildah; `make ima
 
 $(IMAGES:%=image-%): image-%:
 	@images/build $*
+
+kind-up: ## a cluster on this machine with images, MinIO and the chart; GPUS=2 advertises two; run it again after a change
+	@EXTRA=$(or $(EXTRA),train) k8s/kind-up
+
+kind-down: ## remove that cluster
+	@k8s/kind-down
+
+submit-pipeline: $(READY) ## run a recipe on the current cluster: RECIPE=my.yaml ARGS="--set sft.epochs=2"
+	@$(ON_CLUSTER) submit "$(RECIPE)" $(ARGS)
+
+pull: $(READY) ## bring the newest run's merged model from the current cluster's bucket into MODEL=model
+	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
+
+e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
+	$(RUN) pytest tests/e2e/test_kind.py $(ARGS)
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
