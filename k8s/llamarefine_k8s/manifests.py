@@ -64,7 +64,7 @@ def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> 
     return patched(job, {"metadata": {"annotations": {MADE_FROM: made_from}}})
 
 
-def driver_job(run: str, settings: Settings) -> Manifest:
+def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
     """The Job that drives a run inside the cluster."""
     labels = _labels(run, DRIVER)
     container = {
@@ -95,7 +95,7 @@ def driver_job(run: str, settings: Settings) -> Manifest:
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(run, labels),
+        "metadata": _metadata(run, labels, owner),
         "spec": {
             "backoffLimit": _DRIVER_RETRIES,
             "podFailurePolicy": pod_failure_policy(DRIVER),

@@ -106,12 +106,18 @@ def start(cluster: Cluster, recipe: Recipe, given: Settings, say: Say) -> Object
         live.remove(cluster, run)
     _require_account(cluster, given.service_account)
     put_run_map(cluster, run_map(run, recipe, given))
-    made = cluster.create(driver_job(run, given)) or cluster.get("Job", run)
+    made = cluster.create(driver_job(run, given, _release(cluster))) or cluster.get("Job", run)
     if made is None:
         raise LlamaRefineError(f"the Job {run} was removed while it started; submit again")
     owner = owner_reference("Job", run, made["metadata"]["uid"])
     cluster.patch("ConfigMap", run, {"metadata": {"ownerReferences": [owner]}})
     return made
+
+
+def _release(cluster: Cluster) -> Object | None:
+    """The chart's ConfigMap as an owner: a run goes when the chart is uninstalled, which takes its permissions too."""
+    brought = cluster.get("ConfigMap", SETTINGS_MAP)
+    return owner_reference("ConfigMap", SETTINGS_MAP, brought["metadata"]["uid"]) if brought else None
 
 
 def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:
