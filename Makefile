@@ -88,7 +88,7 @@ pull: $(READY) ## bring the newest run's merged model from the current cluster's
 	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
 
 e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
-	$(RUN) pytest tests/e2e/test_kind.py $(ARGS)
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/e2e/test_kind.py $(ARGS)
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
