@@ -150,7 +150,7 @@ def _local_name(source: str, name: str) -> str:
 
 
 def content_sha256(path: Path) -> str:
-    """The fingerprint of what lies at a path: the sha256 of a file, or of the names and sha256s of all files of a folder."""
+    """The fingerprint of a path: the sha256 of a file, or of the names and sha256s of all files of a folder."""
     try:
         if path.is_file():
             return f"sha256:{file_sha256(path)}"

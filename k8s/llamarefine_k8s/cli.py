@@ -156,6 +156,8 @@ def submit(
     loaded = load_recipe(recipe, overrides)
     cluster = Cluster(context, namespace)
     given = submission.load_settings(cluster, file, store=store, context=context, namespace=namespace)
+    if not (foreground or dry_run):
+        submission.require_account(cluster, given.service_account)
     progress = open_console(stderr=True)
     pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
     run = runs.run_id(pinned)
@@ -191,8 +193,8 @@ def status(run: str | None, store: str | None, context: str | None, namespace: s
     opened = _open_store(store)
     record, jobs, trouble = live.find_status(opened, run, context, namespace)
     if as_json:
-        stages = {"cluster": [asdict(job) for job in jobs]}
-        print_json((record.model_dump(mode="json") if record else {}) | stages)
+        known = record.model_dump(mode="json") if record else {}
+        print_json(known | ({"cluster": [asdict(job) for job in jobs]} if jobs else {}))
     else:
         if record:
             summary.print_status(open_console(), opened, record)

@@ -136,7 +136,7 @@ class Start:
         self._timeout_s = timeout_s
         self._stage = stage
         self._since_s = self._looked_s = time.monotonic()
-        self._told = ""
+        self._told: set[str] = set()
 
     def check(self, feed: JobFeed, on_line: Callable[[str], None]) -> None:
         """Look, now and then, and raise what keeps the stage from starting once it has taken too long."""
@@ -150,8 +150,8 @@ class Start:
         reason = None
         with contextlib.suppress(StoreError):
             reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
-        if reason and reason.word != self._told:
-            self._told = reason.word
+        if reason and reason.word not in self._told:
+            self._told.add(reason.word)
             on_line(f"{self._stage}: waits, {reason}")
         if reason and reason.patient:
             self._since_s = now_s

@@ -104,7 +104,6 @@ def start(cluster: Cluster, recipe: Recipe, given: Settings, say: Say) -> Object
         return there
     if live.of_run(cluster, run):
         live.remove(cluster, run)
-    _require_account(cluster, given.service_account)
     put_run_map(cluster, run_map(run, recipe, given))
     made = cluster.create(driver_job(run, given, _release(cluster))) or cluster.get("Job", run)
     if made is None:
@@ -150,7 +149,7 @@ def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -
     return record
 
 
-def _require_account(cluster: Cluster, name: str) -> None:
+def require_account(cluster: Cluster, name: str) -> None:
     """Refuse to start a driver that no pod could be made for."""
     try:
         there = cluster.get("ServiceAccount", name)
