@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs bench images kind-up kind-down submit-pipeline pull e2e clean
+.PHONY: help setup demo test lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -88,7 +88,11 @@ pull: $(READY) ## bring the newest run's merged model from the current cluster's
 	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
 
 e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
-	LLAMAREFINE_E2E=1 $(RUN) pytest tests/e2e/test_kind.py $(ARGS)
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/e2e/test_kind.py tests/chart/test_on_kind.py $(ARGS)
+
+chart: ## check the Helm chart and pack it into dist/
+	@helm lint --strict charts/llamarefine --set minio.enabled=true
+	@helm package charts/llamarefine --destination dist
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"

@@ -1,8 +1,10 @@
 """The chart, rendered by the real helm and read back as objects."""
 
+import json
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,13 @@ def helm(*arguments: str | Path, values: Values | None = None, check: bool = Tru
 
 def render(values: Values, *options: str) -> list[Object]:
     """Every object of a release, tests included."""
+    return [found for found in yaml.safe_load_all(_text_of(json.dumps(values), *options)) if found]
+
+
+@cache
+def _text_of(values: str, *options: str) -> str:
     arguments = ("template", "llamarefine", CHART, "--namespace", "team", "--kube-version", "1.34")
-    text = helm(*arguments, *options, values=values).stdout
-    return [found for found in yaml.safe_load_all(text) if found]
+    return helm(*arguments, *options, values=json.loads(values)).stdout
 
 
 def refusal(values: Values) -> str:

@@ -56,7 +56,7 @@ def test_what_changes_the_recipe_or_the_pod_makes_another(more: Values) -> None:
 def test_it_submits_the_recipe_beside_the_settings() -> None:
     pod = launcher()["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["args"] == ["submit", "recipe.yaml"]
+    assert container["args"] == ["submit", "recipe.yaml", "--settings", "llamarefine.yaml", "--detach"]
     assert container["workingDir"] == "/etc/llamarefine"
     config = next(volume for volume in pod["volumes"] if volume["name"] == "config")
     maps = [source["configMap"]["name"] for source in config["projected"]["sources"]]

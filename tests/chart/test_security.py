@@ -14,7 +14,7 @@ pytestmark = needs_helm
 
 def all_pods() -> list[tuple[str, Object]]:
     found = [(f"{case}: {name}", pod) for case, values in CASES.items() for name, pod in pods(render(values)).items()]
-    assert len(found) > 2
+    assert len(found) > 5
     return found
 
 

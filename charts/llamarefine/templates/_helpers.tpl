@@ -75,7 +75,9 @@ containers:
   - name: launcher
     image: {{ include "llamarefine.image" (dict "root" .root "name" "launcher") }}
     imagePullPolicy: {{ $settings.image_pull_policy }}
-    args: {{- toYaml .args | nindent 6 }}
+    {{- with .args }}
+    args: {{- toYaml . | nindent 6 }}
+    {{- end }}
     workingDir: /etc/llamarefine  # where llamarefine.yaml is
     env:
       - {name: HOME, value: /scratch}
@@ -133,4 +135,14 @@ readOnlyRootFilesystem: true
 {{- define "llamarefine.bucketPort" -}}
 {{- $endpoint := (include "llamarefine.settings" . | fromYaml).s3_endpoint | default "https://" }}
 {{- regexFind ":[0-9]+/?$" $endpoint | trimPrefix ":" | trimSuffix "/" | default (hasPrefix "http://" $endpoint | ternary "80" "443") }}
+{{- end }}
+
+{{/* What whoever drives a run asks of the API server; tests/chart/test_role.py compares it with the launcher. */}}
+{{- define "llamarefine.rules" -}}
+- {apiGroups: [batch], resources: [jobs], verbs: [create, get, list, watch, patch, delete]}
+- {apiGroups: [""], resources: [configmaps], verbs: [create, get, list, patch, delete]}
+- {apiGroups: [""], resources: [pods], verbs: [get, list, watch, delete]}
+- {apiGroups: [""], resources: [pods/log], verbs: [get]}
+- {apiGroups: [""], resources: [events], verbs: [list]}
+- {apiGroups: [""], resources: [serviceaccounts], verbs: [get]}
 {{- end }}
