@@ -9,7 +9,7 @@ from llamarefine_jobs import __version__
 from llamarefine_k8s.manifests import SETTINGS_MAP
 from llamarefine_k8s.settings import Settings, parse
 
-from .rendering import BUCKET, MINIO, Values, needs_helm, one, render, settings_text
+from .rendering import BUCKET, MINIO, ROOT, Values, needs_helm, one, render, settings_text
 from .test_golden import CASES, EVERYTHING
 
 pytestmark = needs_helm
@@ -25,6 +25,12 @@ def settings_of(values: Values) -> Settings:
 @pytest.mark.parametrize("case", CASES)
 def test_the_launcher_accepts_every_release(case: str) -> None:
     settings_of(CASES[case])
+
+
+def test_the_values_of_make_kind_up_are_right() -> None:
+    values = yaml.safe_load((ROOT / "k8s/kind-values.yaml").read_text(encoding="utf-8"))
+    found = settings_of(values)
+    assert (found.store, found.gpu_resource) == ("s3://llamarefine", None)
 
 
 def test_the_launcher_looks_for_them_under_their_name() -> None:
