@@ -2,11 +2,30 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs bench clean
+.PHONY: help setup demo test test-gpu lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
 ARGS   ?=
+
+# Images, and what a registry, a proxy or a private authority changes about them: images/README.md.
+ENGINE          ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
+REGISTRY        ?= localhost
+VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamarefine_jobs/__init__.py)
+TAG             ?= $(VERSION)
+GIT_COMMIT      ?= $(shell git rev-parse HEAD 2>/dev/null)
+CA_CERTIFICATES ?= $(wildcard /usr/local/share/ca-certificates/*.crt)
+export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES
+
+# The cluster on this machine, and what is submitted to the current one: k8s/README.md.
+CLUSTER         ?= llamarefine
+NAMESPACE       ?= llamarefine
+GPUS            ?= 0
+IMAGE_LOADER    ?= kind
+RECIPE          ?= jobs/recipes/demo.yaml
+MODEL           ?= model
+export CLUSTER NAMESPACE GPUS IMAGE_LOADER RECIPE
+ON_CLUSTER       = k8s/with-bucket $(RUN) llamarefine
 
 # The uv on the PATH where one runs, else one of our own in .uv/.
 UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
@@ -19,7 +38,7 @@ FIND_PYTHON = for python in $(PYTHON) python3.14 python3.13 python3.12 python3.1
 	"install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (with uv, which is fetched into .uv where missing)
 
@@ -53,6 +72,34 @@ docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
 
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
 	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
+
+IMAGES := $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
+.PHONY: $(IMAGES:%=image-%)
+
+images: ## build every container image with docker, podman or buildah; `make image-sft` builds one
+	@images/build
+
+$(IMAGES:%=image-%): image-%:
+	@images/build $*
+
+kind-up: ## a cluster on this machine with images, MinIO and the chart; GPUS=2 advertises two; run it again after a change
+	@EXTRA=$(or $(EXTRA),train) k8s/kind-up
+
+kind-down: ## remove that cluster
+	@k8s/kind-down
+
+submit-pipeline: $(READY) ## run a recipe on the current cluster: RECIPE=my.yaml ARGS="--set sft.epochs=2"
+	@$(ON_CLUSTER) submit "$(RECIPE)" $(ARGS)
+
+pull: $(READY) ## bring the newest run's merged model from the current cluster's bucket into MODEL=model
+	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
+
+e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/e2e/test_kind.py tests/chart/test_on_kind.py $(ARGS)
+
+chart: ## check the Helm chart and pack it into dist/
+	@helm lint --strict charts/llamarefine --set minio.enabled=true
+	@helm package charts/llamarefine --destination dist
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"

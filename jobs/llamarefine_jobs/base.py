@@ -30,7 +30,7 @@ def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
             folder = hub.snapshot(repository, base.revision, "model", _HUB_FILES, _KEY)
             return folder, folder.name
         case sources.Kind.S3:
-            return sources.download_s3(base.source, work / _KEY), None
+            return sources.download_s3(base.source, work / _KEY, base.fingerprint), None
         case sources.Kind.PATH:
             return _in_hub_cache(sources.local_path(base.source), base.revision)
         case _:

@@ -78,6 +78,8 @@ def check_unchanged(source: Source, key: str) -> None:
     if source.fingerprint is None:
         return
     where = sources.kind(source.source, hub_id_allowed=key.endswith(".base"))
+    if sources.is_known_elsewhere(where, source.fingerprint):
+        return
     found = sources.fingerprint(source.source, where, key)
     if found != source.fingerprint:
         raise DataError(f"{key}: {source.source} changed since the run was planned; submit the run again")
@@ -111,7 +113,7 @@ def _bring(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
         case sources.Kind.HTTPS:
             return download(rows.source, into, key), None
         case sources.Kind.S3:
-            return sources.download_s3(rows.source, into), None
+            return sources.download_s3(rows.source, into, rows.fingerprint), None
         case sources.Kind.HUB:
             parts = urlsplit(rows.source)
             repository = parts.path.strip("/")

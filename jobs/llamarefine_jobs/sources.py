@@ -1,7 +1,8 @@
 """What prepare reads from outside the store: recognised, fingerprinted, brought to a local path.
 
 A fingerprint is taken when a run is planned and checked when the source is read, so a file that
-changes in between is noticed, and one that only moved is known again.
+changes in between is noticed, and one that only moved is known again. A file that the launcher
+uploaded keeps the fingerprint of its bytes: the same file is the same input here and on a cluster.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from llamarefine_jobs.objects import Entry, Objects, open_objects
 
 DOCSTRINGS = "python-docstrings"
 TINY_LLAMA = "tiny-llama"
+IN_IMAGE = "image:"  # and the name of the image whose Python the docstrings are of
 
 
 class Kind(Enum):
@@ -55,8 +57,8 @@ def local_path(source: str) -> Path:
 def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
     """`recipe` with a fingerprint at each source that can be looked at from here, and absolute paths.
 
-    A source that has one already is looked at again only to `check` it. Raises DataError where a
-    file or an object is missing, or is not the one that was pinned.
+    A source that has one already is looked at again only to `check` it, and only where looking can tell
+    (`is_known_elsewhere`). Raises DataError where a file or an object is missing, or is not the one that was pinned.
     """
     pinned = {}
     for name, source in recipe.sources().items():
@@ -64,7 +66,7 @@ def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
         changes: dict[str, str] = {}
         if where is Kind.PATH:
             changes["source"] = str(local_path(source.source))
-        if check or not source.fingerprint:
+        if not source.fingerprint or (check and not is_known_elsewhere(where, source.fingerprint)):
             found = fingerprint(source.source, where, f"prepare.{name}.source")
             if source.fingerprint and found and source.fingerprint != found:
                 raise DataError(
@@ -74,6 +76,14 @@ def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
                 changes["fingerprint"] = found
         pinned[name] = type(source).model_validate(source.model_dump() | changes)
     return recipe.with_sources(pinned)
+
+
+def is_known_elsewhere(where: Kind, fingerprint: str) -> bool:
+    """Whether a fingerprint is not one that looking gives: of bytes that were uploaded since, or of an image's Python.
+
+    Uploaded bytes are compared as they are downloaded.
+    """
+    return (where is Kind.S3 and "sha256:" in fingerprint) or fingerprint.startswith(IN_IMAGE)
 
 
 def fingerprint(source: str, where: Kind, key: str) -> str | None:
@@ -86,7 +96,7 @@ def fingerprint(source: str, where: Kind, key: str) -> str | None:
             path = local_path(source)
             if not path.exists():
                 raise DataError(f"{key}: there is no {path}")
-            return _tree_sha256(path)
+            return content_sha256(path)
         case Kind.S3:
             _, prefix, entries = _listed(source)
             if not entries:
@@ -97,8 +107,11 @@ def fingerprint(source: str, where: Kind, key: str) -> str | None:
             return None
 
 
-def download_s3(source: str, into: Path) -> Path:
-    """Bring an object, or all objects under a prefix, to `into`; the file's or the folder's path."""
+def download_s3(source: str, into: Path, pinned: str | None = None) -> Path:
+    """Bring an object, or all objects under a prefix, to `into`; the file's or the folder's path.
+
+    Raises DataError where `pinned` is the sha256 of other bytes.
+    """
     objects, prefix, entries = _listed(source)
     single = into / Path(prefix).name
     for entry in entries:
@@ -107,7 +120,10 @@ def download_s3(source: str, into: Path) -> Path:
         with target.open("wb") as file:
             if not objects.download(entry.path, file, lambda chunk: None):
                 raise DataError(f"{source}: {entry.path} was removed while it was read")
-    return single if single.is_file() else into
+    path = single if single.is_file() else into
+    if pinned and is_known_elsewhere(Kind.S3, pinned) and content_sha256(path) != pinned:
+        raise DataError(f"{source}: expected the bytes that were uploaded ({pinned}), found others; submit again")
+    return path
 
 
 def _listed(source: str) -> tuple[Objects, str, list[Entry]]:
@@ -133,8 +149,8 @@ def _local_name(source: str, name: str) -> str:
         raise DataError(f"{source}: {error}; rename that object") from None
 
 
-def _tree_sha256(path: Path) -> str:
-    """The sha256 of a file, or of the names and sha256s of all files of a folder."""
+def content_sha256(path: Path) -> str:
+    """The fingerprint of a path: the sha256 of a file, or of the names and sha256s of all files of a folder."""
     try:
         if path.is_file():
             return f"sha256:{file_sha256(path)}"

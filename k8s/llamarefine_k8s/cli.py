@@ -1,8 +1,5 @@
 """The command `llamarefine`: translate options, call, print. What is heavy is imported where it is used."""
 
-import io
-import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamarefine_jobs import __version__
-from llamarefine_jobs.contract.errors import LlamaRefineError, from_os_error
-from llamarefine_k8s.options import json_option, option, recipe_argument, run_argument, set_option, store_option
+from llamarefine_k8s.options import (
+    cluster_options,
+    json_option,
+    option,
+    recipe_argument,
+    run_argument,
+    set_option,
+    store_option,
+)
+from llamarefine_k8s.terminal import open_console, print_json, run_command
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llamarefine_jobs.store import Store
+    from llamarefine_k8s.runs import RunRecord
 
 
 class _InOrder(click.Group):
@@ -37,6 +41,9 @@ def cli() -> None:
     llamarefine run recipe.yaml        run its stages; what is in the store already is not run again
     llamarefine infer "Your question"  ask the model it made
     llamarefine pull --into ./model    bring that model here
+    \b
+    llamarefine submit recipe.yaml     the same on a Kubernetes cluster: a Job for each stage
+    llamarefine status                 how far it is, and why something waits
 
     RUN names a run: the beginning of its name is enough, and without one the newest is meant.
     """
@@ -75,9 +82,9 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
     pinned = pin(load_recipe(recipe, overrides))
     planned = plan.plan(pinned, opened)
     if as_json:
-        _print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": [asdict(stage) for stage in planned]})
+        print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": [asdict(stage) for stage in planned]})
     else:
-        summary.print_plan(_console(), runs.run_id(pinned), opened, planned)
+        summary.print_plan(open_console(), runs.run_id(pinned), opened, planned)
 
 
 @cli.command()
@@ -104,36 +111,127 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     pinned = pin(load_recipe(recipe, overrides))
     if local.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
         local.require_train_extra()  # before anything starts
-    progress = _console(stderr=True)
+    progress = open_console(stderr=True)
     summary.print_header(progress, runs.run_id(pinned), opened)
     with open_display(progress, lambda path: runs.where(opened, path)) as display:
         record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
         results.pull_report(opened, results.part_of(opened, record, "report"), into)
-    report = results.read_report(opened, record.run)
-    if as_json:
-        _print_json(record.model_dump(mode="json"))
-    else:
-        summary.print_report(_console(), report)
-        summary.print_results(_console(), opened, record, ["--store", store] if store else [], into)
-    results.check_gates(report)
+    _print_end(opened, record, store, into, as_json=as_json)
+
+
+@cli.command()
+@recipe_argument
+@set_option
+@store_option
+@cluster_options
+@option(
+    "--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="These settings alone."
+)
+@option("--detach", "-d", is_flag=True, help="Do not follow the run's log.")
+@option("--foreground", is_flag=True, help="Drive the run from this process; without, a Job in the cluster does.")
+@option("--dry-run", is_flag=True, help="Print every object that would be made, as YAML; make none, upload nothing.")
+def submit(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    store: str | None,
+    context: str | None,
+    namespace: str | None,
+    file: Path | None,
+    detach: bool,
+    foreground: bool,
+    dry_run: bool,
+) -> None:
+    """Run the pipeline of RECIPE on a cluster: a driver Job makes a Job for each stage that is due.
+
+    Local files of the recipe are brought into the bucket first. The run goes on whatever happens here:
+    Ctrl-C only ends the following of its log, and the same command follows it again.
+    """
+    from llamarefine_jobs.recipe_file import load_recipe
+    from llamarefine_k8s import runs, submission, summary
+    from llamarefine_k8s.api import Cluster
+    from llamarefine_k8s.display import open_display
+
+    loaded = load_recipe(recipe, overrides)
+    cluster = Cluster(context, namespace)
+    given = submission.load_settings(cluster, file, store=store, context=context, namespace=namespace)
+    if not (foreground or dry_run):
+        submission.require_account(cluster, given.service_account)
+    progress = open_console(stderr=True)
+    pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
+    run = runs.run_id(pinned)
+    if dry_run:
+        click.echo(summary.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
+        return
+    opened = _open_store(given.store)
+    summary.print_header(progress, run, opened)
+    if foreground:
+        with open_display(progress, lambda path: runs.where(opened, path)) as display:
+            record = submission.drive(cluster, pinned, given, display)
+        _print_end(opened, record, given.store, None)
+        return
+    job = submission.start(cluster, pinned, given, progress.print)
+    if detach:
+        progress.print(f"llamarefine logs -f {run}   follows it")
+        return
+    try:
+        submission.follow(cluster, job, given, click.echo)
+    except KeyboardInterrupt:
+        progress.print(f"the run goes on; llamarefine logs -f {run} follows it, llamarefine cancel {run} ends it")
 
 
 @cli.command()
 @run_argument
 @store_option
+@cluster_options
 @json_option
-def status(run: str | None, store: str | None, as_json: bool) -> None:
-    """Show how far RUN is, stage by stage."""
-    from llamarefine_k8s import runs, summary
+def status(run: str | None, store: str | None, context: str | None, namespace: str | None, as_json: bool) -> None:
+    """Show how far RUN is, stage by stage; on a cluster, what keeps a stage from running, and what to do about it."""
+    from llamarefine_k8s import live, summary
 
     opened = _open_store(store)
-    record = runs.find(opened, run)
+    record, jobs, trouble = live.find_status(opened, run, context, namespace)
     if as_json:
-        _print_json(record.model_dump(mode="json"))
+        known = record.model_dump(mode="json") if record else {}
+        print_json(known | ({"cluster": [asdict(job) for job in jobs]} if jobs else {}))
     else:
-        summary.print_status(_console(), opened, record)
+        if record:
+            summary.print_status(open_console(), opened, record)
+        summary.print_live(open_console(), record, jobs, trouble)
+
+
+@cli.command()
+@click.argument("run_and_stage", nargs=-1, metavar="[RUN] [STAGE]")
+@option("--follow", "-f", is_flag=True, help="Go on as lines come, to the run's end.")
+@store_option
+@cluster_options
+def logs(
+    run_and_stage: tuple[str, ...], follow: bool, store: str | None, context: str | None, namespace: str | None
+) -> None:
+    """Print the log of RUN: of STAGE, of the `driver`, or of all stages one after the other.
+
+    It comes from the cluster while a stage's pod is there, afterwards from the store.
+    """
+    from llamarefine_k8s import live
+
+    name, stage = live.run_and_stage(run_and_stage)
+    for line in live.all_lines(_open_store(store), name, stage, context, namespace, follow=follow):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("run")
+@cluster_options
+def cancel(run: str, context: str | None, namespace: str | None) -> None:
+    """End RUN on the cluster and leave nothing of it there; what it made stays in the bucket."""
+    from llamarefine_k8s import live
+    from llamarefine_k8s.api import Cluster
+
+    cluster = Cluster(context, namespace)
+    name = live.find_run(cluster, run)
+    live.remove(cluster, name)
+    click.echo(f"{name}: nothing is left of it on the cluster; the same submit goes on where it stopped")
 
 
 @cli.command(name="runs")
@@ -145,9 +243,9 @@ def list_runs(store: str | None, as_json: bool) -> None:
 
     records = runs.all_runs(_open_store(store))
     if as_json:
-        _print_json([record.model_dump(mode="json") for record in records])
+        print_json([record.model_dump(mode="json") for record in records])
     else:
-        summary.print_runs(_console(), records)
+        summary.print_runs(open_console(), records)
 
 
 @cli.command()
@@ -171,7 +269,7 @@ def pull(run: str | None, into: Path, what: str, force: bool, store: str | None)
     opened = _open_store(store)
     manifest = results.part_of(opened, runs.find(opened, run), what)
     results.pull(opened, manifest, what, into, force=force)
-    summary.print_pulled(_console(), manifest, what, into)
+    summary.print_pulled(open_console(), manifest, what, into)
 
 
 @cli.command()
@@ -240,33 +338,23 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command: a mistake is one line and the exit code of its kind, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a screen without our signs shows others
-    sys.exit(_exit_code())
+    """Run the command; see `terminal.run_command`."""
+    run_command(cli)
 
 
-def _exit_code() -> int:
-    try:
-        code: int | None = cli.main(prog_name="llamarefine", standalone_mode=False)
-        return code or 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except LlamaRefineError as error:
-        click.echo(f"{'' if error.reason == 'interrupted' else 'error: '}{error}", err=True)
-        return error.exit_code
-    except BrokenPipeError:  # `llamarefine report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds an open end
-        return 0
-    except OSError as error:
-        known = from_os_error(error)
-        click.echo(f"error: {known}", err=True)
-        return known.exit_code
+def _print_end(
+    opened: "Store", record: "RunRecord", store: str | None, into: Path | None, *, as_json: bool = False
+) -> None:
+    """What a finished run shows: the comparison, and what to type next."""
+    from llamarefine_k8s import results, summary
+
+    report = results.read_report(opened, record.run)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        summary.print_report(open_console(), report)
+        summary.print_results(open_console(), opened, record, ["--store", store] if store else [], into)
+    results.check_gates(report)
 
 
 def _open_store(given: str | None) -> "Store":
@@ -274,16 +362,3 @@ def _open_store(given: str | None) -> "Store":
     from llamarefine_k8s import settings
 
     return Store(settings.load(store=given).store)
-
-
-def _console(*, stderr: bool = False) -> "Console":
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 120  # nobody's window: wide enough for every table
-    return console
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

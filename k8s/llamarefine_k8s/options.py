@@ -27,3 +27,13 @@ set_option = option(
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 run_argument = click.argument("run", required=False)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--context and --namespace."""
+    for decorate in (
+        option("--namespace", "-n", metavar="NAME", help="Of the cluster.  [default: the kubeconfig context's]"),
+        option("--context", metavar="NAME", help="Of the kubeconfig.  [default: its current one]"),
+    ):
+        command = decorate(command)
+    return command

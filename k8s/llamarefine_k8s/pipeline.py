@@ -36,6 +36,7 @@ class Task:
 
     run: str
     stage: str
+    key: str
     recipe: Recipe
     store_uri: str
 
@@ -130,7 +131,7 @@ class Pipeline:
             )
             return standing
         self.journal.stage(stage, state="running", key=key, started_at=datetime.now(UTC))
-        self._execute(stage)
+        self._execute(stage, key)
         manifest = self.store.manifest(stage, key)
         if manifest is None:
             raise IntegrityError(
@@ -140,9 +141,9 @@ class Pipeline:
         self.journal.stage(stage, state="done", finished_at=datetime.now(UTC))
         return manifest
 
-    def _execute(self, stage: str) -> None:
+    def _execute(self, stage: str, key: str) -> None:
         """Run a stage, again after trouble that may pass by itself."""
-        task = Task(self.journal.record.run, stage, self.recipe, self.store.uri)
+        task = Task(self.journal.record.run, stage, key, self.recipe, self.store.uri)
         with StageLog(self.store, task.run, stage) as log:
             self.journal.stage(stage, log=log.path)
 

@@ -32,6 +32,7 @@ RECORD = "run.json"
 PROGRESS_S = 2.0  # progress is written so often at most
 HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
 STALE_S = 90.0
+DRIVER_JOB = "LLAMAREFINE_DRIVER_JOB"  # the Job that this process is a pod of, where it drives inside a cluster
 
 
 class StageRecord(BaseModel):
@@ -55,8 +56,9 @@ class Driver(BaseModel):
 
     @classmethod
     def this_process(cls) -> Self:
-        """The one that asks."""
-        return cls(pid=os.getpid(), host=platform.node())
+        """The one that asks. A pod of a driver Job is the same driver as the pod before it."""
+        job = os.environ.get(DRIVER_JOB)
+        return cls(pid=1, host=job) if job else cls(pid=os.getpid(), host=platform.node())
 
 
 class RunRecord(BaseModel):

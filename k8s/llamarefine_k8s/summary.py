@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -17,6 +19,7 @@ from rich.text import Text
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
 from llamarefine_k8s.runs import RunRecord, where
@@ -30,7 +33,7 @@ _ARROWS = {"lower": " ↓", "higher": " ↑"}
 
 def print_header(console: Console, run: str, store: Store) -> None:
     """Which run this is, and where it is kept."""
-    console.print(Text.assemble((run, "bold"), (f"  in {where(store, '.')}", "dim")), soft_wrap=True)
+    console.print(Text.assemble((run, "bold"), (f"  in {where(store, '.').removesuffix('/.')}", "dim")), soft_wrap=True)
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -89,6 +92,40 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
             console.print(Text(f"log: {where(store, stage.log)}", "dim"), soft_wrap=True)
     if record.state == "interrupted":
         console.print("The same `llamarefine run` goes on from there.")
+
+
+def print_live(console: Console, record: RunRecord | None, jobs: Sequence[Live], trouble: str | None) -> None:
+    """What the cluster says of a run beyond its record: a driver that does not run, a stage that waits, and why."""
+    done = record is not None and record.state == "done"
+    for job in jobs:
+        if job.state == "waits" and not done:
+            console.print(
+                Text(f"{job.name} waits: {job.reason or 'its pod is being started'}", "yellow"), soft_wrap=True
+            )
+        elif job.state == "failed" and (record is None or job.name not in record.stages):
+            console.print(Text(f"{job.name} failed: {job.reason}", "red"), soft_wrap=True)
+        elif record is None:
+            console.print(f"{job.name} {job.state}")
+    if trouble and record and record.state == "running":
+        console.print(Text(f"the cluster could not be asked: {trouble}", "dim"), soft_wrap=True)
+
+
+def yaml_of(objects: Sequence[dict[str, Any]]) -> str:
+    """Objects as a stream of YAML documents, each as it is sent."""
+    return yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120).rstrip()
+
+
+class _Plain(yaml.SafeDumper):
+    """No anchors for what stands twice, and a text of several lines as a block."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Plain.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def print_runs(console: Console, records: Sequence[RunRecord]) -> None:

@@ -31,7 +31,7 @@ ACTING = str(Path(acting.__file__))
 def task(recipe: Callable[..., Recipe], store: Store) -> Task:
     """The stage sft, its parent published."""
     acting.publish("prepare", recipe(), store)
-    return Task("small-12345678", "sft", recipe(), store.uri)
+    return Task("small-12345678", "sft", "5f" * 32, recipe(), store.uri)
 
 
 def execute(task: Task, act: str | None = None, executor: LocalExecutor | None = None) -> list[str]:
@@ -74,7 +74,7 @@ def test_a_stage_runs_and_its_lines_come_one_by_one(task: Task) -> None:
 
 
 def test_the_real_stage_without_its_parent_says_what_to_run_first(recipe: Callable[..., Recipe], store: Store) -> None:
-    task = Task("small-12345678", "sft", recipe(), store.uri)
+    task = Task("small-12345678", "sft", "5f" * 32, recipe(), store.uri)
     with pytest.raises(DataError, match="sft needs the artifact of prepare"):
         LocalExecutor().execute(task, lambda line: None)
 

@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from llamarefine_jobs.contract.recipe import json_schema
 from llamarefine_k8s.cli import cli
 
+from . import chart
+
 ROOT = Path(__file__).parents[2]
 
 _CLI_HEAD = """# The command line
@@ -36,6 +38,7 @@ def contents() -> dict[str, str]:
     return {
         "docs/cli.md": cli_reference(),
         "jobs/recipes/recipe.schema.json": json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
+        **chart.contents(),
     }
 
 

@@ -1,0 +1,324 @@
+"""The API server: the only module that talks to it. Objects are plain dictionaries, in the API's own form.
+
+The client library brings kubeconfig, certificates, tokens and their renewal; each failure leaves here as one line.
+A watch survives what a watch meets: its end, silence, 410 Gone, an expired token, a server that restarts.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, StoreError
+
+Object = dict[str, Any]
+Query = Sequence[tuple[str, Any]]
+
+_CONNECT_S, _READ_S = 5, 30
+_WATCH_S = 60  # the server ends a watch so soon; a line that stays silent is dropped a little later
+_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_PATHS = {
+    "Job": "/apis/batch/v1/namespaces/{namespace}/jobs",
+    "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
+    "Pod": "/api/v1/namespaces/{namespace}/pods",
+    "Event": "/api/v1/namespaces/{namespace}/events",
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Secret": "/api/v1/namespaces/{namespace}/secrets",
+}
+_FORBIDDEN = re.compile(
+    r'User "(?P<user>[^"]+)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)" in API group "(?P<group>[^"]*)"'
+)
+
+
+class Cluster:
+    """One namespace of one cluster, as the person, or the pod, that asks may see it."""
+
+    def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
+        self._context = context
+        self.namespace = namespace or "default"
+        self._client = self._connect()
+        if not namespace:
+            self.namespace = self._own_namespace() or "default"
+
+    def get(self, kind: str, name: str) -> Object | None:
+        """An object, or None."""
+        return self._ask("GET", self._path(kind, name), missing_ok=True)
+
+    def objects(self, kind: str, *, labels: str = "", fields: str = "") -> list[Object]:
+        """The objects that the selectors name."""
+        return self._listed(kind, labels, fields)[0]
+
+    def create(self, manifest: Object) -> Object | None:
+        """Make an object; None where one of that name is there."""
+        return self._ask("POST", self._path(manifest["kind"]), manifest, existing_ok=True)
+
+    def patch(self, kind: str, name: str, patch: Object) -> Object | None:
+        """Merge a patch into an object; None where there is none."""
+        return self._ask("PATCH", self._path(kind, name), patch, missing_ok=True)
+
+    def delete(self, kind: str, name: str, grace_s: int | None = None) -> None:
+        """Remove an object, and in the background what it owns; nothing happens where there is none."""
+        options: Object = {"propagationPolicy": "Background"}
+        if grace_s is not None:
+            options["gracePeriodSeconds"] = grace_s
+        self._ask("DELETE", self._path(kind, name), options, missing_ok=True)
+
+    def log(self, pod: str, container: str, *, since: str | None, follow: bool) -> Iterator[bytes]:
+        """The lines of a container's log, each with its time before it; ends early where the connection breaks."""
+        query: list[tuple[str, Any]] = [("container", container), ("timestamps", "true")]
+        query += [("follow", "true")] if follow else []
+        query += [("sinceTime", since)] if since else []
+        yield from _lines(self._open(f"{self._path('Pod', pod)}/log", query))
+
+    def watch(
+        self, kind: str, *, labels: str = "", fields: str = "", stopped: Callable[[], bool]
+    ) -> Iterator[tuple[str, Object]]:
+        """What is there, as ADDED, then each change, until `stopped`.
+
+        After anything lost the objects are listed again: a change may be told twice, the last state always is, and
+        what vanished meanwhile comes as DELETED. Raises what no patience mends (403).
+        """
+        known: dict[str, Object] = {}
+        failures = 0
+        while not stopped():
+            try:
+                objects, version = self._listed(kind, labels, fields)
+                there = {item["metadata"]["uid"]: item for item in objects}
+                yield from (("DELETED", known[uid]) for uid in known.keys() - there.keys())
+                yield from (("ADDED", item) for item in objects)
+                known, failures = there, 0
+                for change, item in self._changes(kind, labels, fields, version, stopped):
+                    uid = item["metadata"]["uid"]
+                    known[uid] = item
+                    if change == "DELETED":
+                        del known[uid]
+                    yield change, item
+            except StoreError:
+                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+                failures += 1
+
+    def _changes(
+        self, kind: str, labels: str, fields: str, version: str, stopped: Callable[[], bool]
+    ) -> Iterator[tuple[str, Object]]:
+        """Changes after `version`, watch after watch, until one breaks off or its version is too old."""
+        while not stopped():
+            query: list[tuple[str, Any]] = [
+                ("watch", "true"),
+                ("resourceVersion", version),
+                ("timeoutSeconds", _WATCH_S),
+            ]
+            query += [("allowWatchBookmarks", "true"), *_selectors(labels, fields)]
+            response = self._open(self._path(kind), query)
+            began_s = time.monotonic()
+            for line in _lines(response):
+                event = json.loads(line)
+                if event["type"] == "ERROR":  # 410 Gone, or a server that asks for a new list
+                    return
+                version = event["object"]["metadata"]["resourceVersion"]
+                if event["type"] != "BOOKMARK":
+                    yield event["type"], event["object"]
+            if time.monotonic() - began_s < _WATCH_S / 2:  # not the end that was agreed
+                return
+
+    def _open(self, path: str, query: Query) -> Any:
+        """A response that goes on: silence for longer than a watch lasts is a broken line."""
+        try:
+            with self._errors():
+                return self._call("GET", path, query=query, read_timeout_s=_WATCH_S + 15)
+        except _RefusedError as refused:
+            if refused.status == 410:
+                raise StoreError("the watch is too old") from None
+            raise self._from_status(refused) from None
+
+    def _listed(self, kind: str, labels: str, fields: str) -> tuple[list[Object], str]:
+        found = self._ask("GET", self._path(kind), query=_selectors(labels, fields)) or {}
+        return found["items"], found["metadata"]["resourceVersion"]
+
+    def _path(self, kind: str, name: str = "") -> str:
+        return _PATHS[kind].format(namespace=self.namespace) + (f"/{name}" if name else "")
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Object | None = None,
+        *,
+        query: Query = (),
+        missing_ok: bool = False,
+        existing_ok: bool = False,
+    ) -> Object | None:
+        """One request, tried again where the server or the way to it failed; what cannot be mended is raised."""
+        expected = [status for status, ok in ((404, missing_ok), (409, existing_ok)) if ok]
+        for pause_s in (*_PAUSES_S[:3], None):
+            try:
+                with self._errors():
+                    found: Object = json.loads(self._call(method, path, body, query).data)
+                    return found
+            except _RefusedError as refused:
+                if refused.status in expected:
+                    return None
+                raise self._from_status(refused) from None
+            except StoreError:
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("the loop above returns or raises")
+
+    def _call(
+        self, method: str, path: str, body: Object | None = None, query: Query = (), read_timeout_s: float = _READ_S
+    ) -> Any:
+        """One request's response, its body still to be read; credentials that were not accepted are read anew, once."""
+        from urllib3 import Timeout
+
+        for renewed in (False, True):
+            token = self._client.configuration.auth_settings().get("BearerToken", {}).get("value")
+            patch = "application/merge-patch+json"
+            response = self._client.rest_client.pool_manager.request(
+                method,
+                f"{self._client.configuration.host}{path}?{urlencode(query)}".rstrip("?"),
+                body=None if body is None else json.dumps(body),
+                headers={
+                    "Accept": "application/json",
+                    "Content-Type": patch if method == "PATCH" else "application/json",
+                    **({"Authorization": token} if token else {}),
+                },
+                timeout=Timeout(connect=_CONNECT_S, read=read_timeout_s),
+                retries=False,
+                preload_content=False,
+            )
+            if response.status < 400:
+                return response
+            refused = _RefusedError(response.status, response.data)
+            if refused.status != 401 or renewed:
+                break
+            self._client = self._connect()
+        if refused.status == 429 or refused.status >= 500:
+            raise StoreError(f"the API server answered {refused.status}: {refused}")
+        raise refused
+
+    def _connect(self) -> Any:
+        """A client for the kubeconfig's context, or for the pod that this runs in."""
+        from kubernetes import client, config
+
+        settings = client.Configuration()
+        try:
+            if self._context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=settings)
+            else:
+                config.load_kube_config(context=self._context, client_configuration=settings)
+        except config.ConfigException as error:
+            raise AccessError(_kubeconfig_trouble(self._context, error)) from None
+        except Exception as error:  # a kubeconfig that is no YAML, or names files that are not there
+            raise AccessError(f"the kubeconfig cannot be used: {_sentence(error)}; set KUBECONFIG") from None
+        return client.ApiClient(settings)
+
+    def _own_namespace(self) -> str | None:
+        from kubernetes import config
+
+        inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+        if self._context is None and inside.is_file():
+            return inside.read_text().strip()
+        with contextlib.suppress(Exception):
+            contexts, active = config.list_kube_config_contexts()
+            for each in contexts:
+                if each["name"] == (self._context or active["name"]):
+                    namespace: str | None = each["context"].get("namespace")
+                    return namespace
+        return None
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what the network does into a StoreError."""
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except (HTTPError, OSError) as error:
+            raise StoreError(
+                f"the API server at {self._client.configuration.host} cannot be reached: {_cause(error)}; "
+                "is the cluster up, and the kubeconfig's context the right one?"
+            ) from None
+
+    def _from_status(self, refused: "_RefusedError") -> LlamaRefineError:
+        match refused.status:
+            case 401:
+                return AccessError(
+                    "the API server does not accept these credentials (401): the token may have expired; log in to "
+                    "the cluster again"
+                )
+            case 403:
+                return AccessError(self._forbidden(str(refused)))
+            case 404:
+                return AccessError(f"the cluster has no such thing: {refused}")
+            case status:
+                return LlamaRefineError(f"the API server refused ({status}): {refused}")
+
+    def _forbidden(self, message: str) -> str:
+        found = _FORBIDDEN.search(message)
+        if not found:  # a quota, an admission rule: the server says it best
+            return f"the cluster forbids it: {_sentence(message)}"
+        what = found["resource"] + (f".{found['group']}" if found["group"] else "")
+        account = re.fullmatch(r"system:serviceaccount:([^:]+):([^:]+)", found["user"])
+        subject = f"--serviceaccount={account[1]}:{account[2]}" if account else f"--user={found['user']}"
+        return (
+            f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; an admin grants it: "
+            f"kubectl -n {self.namespace} create rolebinding llamarefine-user --role=llamarefine-driver {subject}"
+        )
+
+
+class _RefusedError(Exception):
+    """An answer of 400 to 499, in the server's words."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        try:
+            message = str(json.loads(body)["message"])
+        except (TypeError, ValueError, KeyError):
+            message = body.decode(errors="replace")
+        super().__init__(_sentence(message))
+        self.status = status
+
+
+def _selectors(labels: str, fields: str) -> Query:
+    return [(name, value) for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value]
+
+
+def _lines(response: Any) -> Iterator[bytes]:
+    """The whole lines of a body that comes bit by bit; what ends it, ends it."""
+    from urllib3.exceptions import HTTPError
+
+    pending = b""
+    try:
+        for chunk in response.stream(amt=1 << 16, decode_content=False):
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from lines
+    except (HTTPError, OSError):
+        return
+    finally:
+        response.close()
+    if pending:
+        yield pending
+
+
+def _kubeconfig_trouble(context: str | None, error: Exception) -> str:
+    from kubernetes import config
+
+    try:
+        contexts, _ = config.list_kube_config_contexts()
+    except Exception:
+        return f"no cluster to talk to: {_sentence(error)}; set KUBECONFIG, or log in to a cluster first"
+    names = ", ".join(each["name"] for each in contexts) or "none"
+    return f"the kubeconfig has no context `{context}`; there are {names}" if context else _sentence(error)
+
+
+def _cause(error: BaseException) -> str:
+    reason = getattr(error, "reason", None) or error
+    return _sentence(str(reason).rpartition(": ")[2] or reason)
+
+
+def _sentence(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

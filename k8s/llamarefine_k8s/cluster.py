@@ -1,0 +1,208 @@
+"""Executor: a stage as a Job of the cluster.
+
+The Job's controller tries again what errors.py says may be tried again; here the Job is made, followed and explained.
+A Job that is there already is followed from where the last driver left it, so a driver may die at any moment.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError, StoreError
+from llamarefine_k8s.api import Cluster, Object
+from llamarefine_k8s.feed import JobFeed
+from llamarefine_k8s.manifests import CONTAINER, MADE_FROM, RUN, owner_reference, run_map, stage_job
+from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, why_replaced, why_waiting
+from llamarefine_k8s.runs import DRIVER_JOB
+from llamarefine_k8s.settings import Settings
+
+DRIVER_UID = "LLAMAREFINE_DRIVER_UID"
+READ_TO = "llamarefine/log-read-to"
+_GLANCE_S, _LOOK_S = 0.2, 2.0
+_GONE_S = 60.0
+
+
+class ClusterExecutor:
+    """Runs stages as Jobs, one at a time."""
+
+    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self._cancels = 0
+        self._running = False
+        # A driver in the cluster that is told to stop leaves the stage to its successor; a person's Ctrl-C means it.
+        self._is_driver = DRIVER_UID in os.environ
+        self._owner: Object | None = None
+
+    def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Run a stage; see `pipeline.Executor`."""
+        self._running = True
+        try:
+            job = self._bring_job(task)
+            after = (job["metadata"].get("annotations") or {}).get(READ_TO)
+            with JobFeed(self._cluster, job, CONTAINER, after) as feed:
+                self._follow(task, feed, on_line)
+        finally:
+            self._running = False
+
+    def cancel(self) -> bool:
+        """Take note that the stage shall stop; see `pipeline.Executor`."""
+        self._cancels += 1
+        return self._running
+
+    def clear(self) -> None:
+        """Remove the ConfigMap that owns the stages' Jobs, where no driver Job does: it has no end of its own."""
+        if self._owner and self._owner["kind"] == "ConfigMap":
+            self._cluster.delete("ConfigMap", self._owner["name"])
+
+    def _follow(self, task: Task, feed: JobFeed, on_line: Callable[[str], None]) -> None:
+        start = Start(self._cluster, self._settings.start_timeout_s, task.stage)
+        cancelled, pods = 0, 0
+        while not feed.is_over:
+            for line in feed.lines(_GLANCE_S):
+                on_line(line)
+            if len(feed.pods) > max(pods, 1):
+                earlier = sorted(feed.pods.values(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))[-2]
+                on_line(f"{task.stage}: {why_replaced(earlier)}; another one goes on")
+            pods = len(feed.pods)
+            if self._cancels > cancelled:
+                cancelled = self._cancels
+                self._stop(task, feed, cancelled)
+            if not cancelled and not feed.is_over:
+                self._watch_start(start, feed, on_line)
+        if cancelled and not feed.has_succeeded:
+            raise PreemptedError(f"{task.stage} was told to stop")
+        if feed.has_succeeded:
+            return
+        if feed.has_failed:
+            raise how_it_ended(task.stage, feed.job, list(feed.pods.values()))
+        raise PreemptedError(f"{task.stage} was stopped: its Job {feed.job['metadata']['name']} was removed")
+
+    def _watch_start(self, start: "Start", feed: JobFeed, on_line: Callable[[str], None]) -> None:
+        try:
+            start.check(feed, on_line)
+        except LlamaRefineError:
+            self._remove(feed)
+            raise
+
+    def _stop(self, task: Task, feed: JobFeed, times: int) -> None:
+        name = feed.job["metadata"]["name"]
+        if self._is_driver:
+            if feed.read_to:
+                self._cluster.patch("Job", name, {"metadata": {"annotations": {READ_TO: feed.read_to}}})
+            raise PreemptedError(f"{task.stage} goes on without its driver")
+        self._remove(feed, grace_s=None if times == 1 else 0)
+
+    def _remove(self, feed: JobFeed, grace_s: int | None = None) -> None:
+        """Remove the Job, and its pods at once: the garbage collector would come a little later."""
+        self._cluster.delete("Job", feed.job["metadata"]["name"])
+        for pod in feed.pods.values():
+            self._cluster.delete("Pod", pod["metadata"]["name"], grace_s)
+
+    def _bring_job(self, task: Task) -> Object:
+        """The Job of a stage: the one that is at work already, or a new one."""
+        manifest = stage_job(task, self._settings, self._bring_owner(task))
+        name, made_from = manifest["metadata"]["name"], manifest["metadata"]["annotations"][MADE_FROM]
+        there = self._cluster.get("Job", name)
+        if there and is_at_work(there) and (there["metadata"].get("annotations") or {}).get(MADE_FROM) == made_from:
+            return there
+        if there:
+            check_ours(there, task.run)
+            self._cluster.delete("Job", name)
+            wait_until(lambda: self._cluster.get("Job", name) is None, f"the Job {name} is not removed")
+        made = self._cluster.create(manifest)
+        if made is None:
+            raise LlamaRefineError(f"the Job {name} was made by someone else just now; is the run driven twice?")
+        return made
+
+    def _bring_owner(self, task: Task) -> Object:
+        """What takes the stage's Job along when it goes: the driver's Job, or the run's ConfigMap without one."""
+        if self._owner is None:
+            driver = None
+            if self._is_driver:
+                driver = owner_reference("Job", os.environ[DRIVER_JOB], os.environ[DRIVER_UID])
+            recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, driver))
+            self._owner = driver or owner_reference("ConfigMap", task.run, recipe["metadata"]["uid"])
+        return self._owner
+
+
+class Start:
+    """The start watchdog: says what a stage waits for, and ends the wait when it was too long."""
+
+    def __init__(self, cluster: Cluster, timeout_s: float, stage: str) -> None:
+        self._cluster = cluster
+        self._timeout_s = timeout_s
+        self._stage = stage
+        self._since_s = self._looked_s = time.monotonic()
+        self._told: set[str] = set()
+
+    def check(self, feed: JobFeed, on_line: Callable[[str], None]) -> None:
+        """Look, now and then, and raise what keeps the stage from starting once it has taken too long."""
+        now_s = time.monotonic()
+        if feed.is_running:
+            self._since_s = now_s
+        if feed.is_running or now_s - self._looked_s < _LOOK_S:
+            return
+        self._looked_s = now_s
+        pods = list(feed.pods.values())
+        reason = None
+        with contextlib.suppress(StoreError):
+            reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
+        if reason and reason.word not in self._told:
+            self._told.add(reason.word)
+            on_line(f"{self._stage}: waits, {reason}")
+        if reason and reason.patient:
+            self._since_s = now_s
+        if now_s - self._since_s > self._timeout_s:
+            raise self._late(reason)
+
+    def _late(self, reason: Reason | None) -> LlamaRefineError:
+        kind = reason.kind if reason else LlamaRefineError
+        return kind(
+            f"{self._stage} could not start within {self._timeout_s:g} s: {reason or 'its pod does not say why'}"
+        )
+
+
+def events_of(cluster: Cluster, job: Object, pods: list[Object]) -> list[Object]:
+    """What the cluster's controllers said lately of a Job and of its newest pod."""
+    latest = newest(pods)
+    uids = [each["metadata"]["uid"] for each in (job, latest) if each]
+    return [event for uid in uids for event in cluster.objects("Event", fields=f"involvedObject.uid={uid}")]
+
+
+def is_at_work(job: Object) -> bool:
+    """Whether a Job has not ended and is not being removed."""
+    return condition(job, "Complete", "Failed") is None and "deletionTimestamp" not in job["metadata"]
+
+
+def check_ours(there: Object, run: str) -> None:
+    """Refuse to touch an object of our name that is not of this run."""
+    if (there["metadata"].get("labels") or {}).get(RUN) != run:
+        raise AccessError(
+            f"{there.get('kind', 'an object')} {there['metadata']['name']} is there and not of llamarefine; "
+            "remove or rename it, or give the recipe another name"
+        )
+
+
+def put_run_map(cluster: Cluster, manifest: Object) -> Object:
+    """Make a run's ConfigMap, or bring the one that is there up to date."""
+    name = manifest["metadata"]["name"]
+    there = cluster.get("ConfigMap", name)
+    if there is None:
+        there = cluster.create(manifest) or cluster.get("ConfigMap", name)
+        if there is None:
+            raise LlamaRefineError(f"the ConfigMap {name} was removed while the run started; submit again")
+        return there
+    check_ours(there | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
+    return cluster.patch("ConfigMap", name, {"data": manifest["data"]}) or there
+
+
+def wait_until(true: Callable[[], bool], complaint: str, timeout_s: float = _GONE_S) -> None:
+    """Wait for the cluster; a LlamaRefineError with `complaint` when it takes too long."""
+    until_s = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > until_s:
+            raise LlamaRefineError(f"{complaint} within {timeout_s:g} s; `kubectl describe` it")
+        time.sleep(_GLANCE_S)

@@ -1,0 +1,152 @@
+"""What becomes of one Job: its changes, its pods' and their log lines, as they happen, in one place."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_k8s.api import Cluster, Object
+from llamarefine_k8s.manifests import JOB_NAME
+from llamarefine_k8s.podlog import PodLog
+from llamarefine_k8s.reasons import condition, has_begun, newest
+
+_LATE_S = 3.0
+
+
+class JobFeed:
+    """Watches a Job and its pods, and reads every pod's log. Threads only put into a queue; `lines` takes it out."""
+
+    def __init__(self, cluster: Cluster, job: Object, container: str, after: str | None = None) -> None:
+        self.job = job
+        self.pods: dict[str, Object] = {}
+        self.is_removed = False
+        self._uid = job["metadata"]["uid"]
+        self._name = job["metadata"]["name"]
+        self._container = container
+        self._cluster = cluster
+        self._after = after
+        self._logs: dict[str, PodLog] = {}
+        self._reading: set[str] = set()
+        self._queue: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
+        self._closed = threading.Event()
+        self._ended_s = math.inf
+
+    def __enter__(self) -> Self:
+        self._start(self._watch, "Job", {"fields": f"metadata.name={self._name}"})
+        self._start(self._watch, "Pod", {"labels": f"{JOB_NAME}={self._name}"})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._closed.set()  # the threads end with their watch at the latest; nobody waits for them
+
+    def lines(self, wait_s: float) -> Iterator[str]:
+        """The lines that come within `wait_s`; the Job and its pods are those of that time afterwards."""
+        until_s = time.monotonic() + wait_s
+        while True:
+            try:
+                what, subject, value = self._queue.get(timeout=max(0.0, until_s - time.monotonic()))
+            except Empty:
+                return
+            match what:
+                case "line":
+                    yield value
+                case "read":
+                    self._reading.discard(subject)
+                case "error":
+                    raise value
+                case "Job":
+                    self._take_job(subject, value)
+                case _:
+                    self._take_pod(subject, value)
+            if self.is_over and self._queue.empty():
+                return
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the Job has ended one way or the other, or was removed, and every line was read."""
+        if self._reading:
+            return False
+        if self.is_removed:
+            return not self.pods
+        return any(map(_has_succeeded, self.pods.values())) or (self._has_ended and self._pods_are_known)
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Told by the pod, a moment before the Job's controller has noticed."""
+        succeeded = condition(self.job, "Complete", "SuccessCriteriaMet") is not None
+        return succeeded or any(map(_has_succeeded, self.pods.values()))
+
+    @property
+    def has_failed(self) -> bool:
+        """Told by the Job's controller: it decides whether another pod is tried."""
+        return condition(self.job, "Failed", "FailureTarget") is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the newest pod's container runs."""
+        pod = newest(list(self.pods.values()))
+        return pod is not None and pod["status"].get("phase") == "Running"
+
+    @property
+    def read_to(self) -> str | None:
+        """The time of the last line that was read."""
+        return max((log.read_to for log in self._logs.values() if log.read_to), default=self._after)
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.has_succeeded or self.has_failed
+
+    @property
+    def _pods_are_known(self) -> bool:
+        """Whether the last pod's end is known, too, and so its log read; it is not waited for long."""
+        pod = newest(list(self.pods.values()))
+        ended = pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")
+        return ended or time.monotonic() - self._ended_s > _LATE_S
+
+    def _take_job(self, change: str, job: Object) -> None:
+        if job["metadata"]["uid"] == self._uid:  # and not one of the same name that was made later
+            self.job = job
+            self.is_removed = self.is_removed or change == "DELETED"
+            if self._ended_s == math.inf and self._has_ended:
+                self._ended_s = time.monotonic()
+
+    def _take_pod(self, change: str, pod: Object) -> None:
+        uid = pod["metadata"]["uid"]
+        if not any(owner["uid"] == self._uid for owner in pod["metadata"].get("ownerReferences") or ()):
+            return
+        if change == "DELETED" and self.is_removed:
+            self.pods.pop(uid, None)
+        else:
+            self.pods[uid] = pod
+        if has_begun(pod) and uid not in self._logs:
+            self._logs[uid] = PodLog(self._cluster, pod["metadata"]["name"], self._container, self._after)
+            self._reading.add(uid)
+            self._start(self._read, uid, self._logs[uid])
+
+    def _watch(self, kind: str, selector: dict[str, str]) -> None:
+        for change, item in self._cluster.watch(kind, stopped=self._closed.is_set, **selector):
+            self._queue.put((kind, change, item))
+
+    def _read(self, uid: str, log: PodLog) -> None:
+        for line in log.lines():
+            self._queue.put(("line", uid, line))
+            if self._closed.is_set():
+                return
+        self._queue.put(("read", uid, None))
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        def run() -> None:
+            try:
+                work(*arguments)
+            except LlamaRefineError as error:
+                self._queue.put(("error", None, error))
+
+        threading.Thread(target=run, daemon=True).start()
+
+
+def _has_succeeded(pod: Object) -> bool:
+    return bool(pod["status"].get("phase") == "Succeeded")

@@ -1,0 +1,292 @@
+"""Stage + recipe + settings → the objects of a run, as plain dictionaries in the API's own form. Pure.
+
+    ConfigMap <run>          the pinned recipe, and the settings it was submitted with
+    Job <run>                the driver: `llamarefine submit --foreground` inside the cluster
+    Job <run>-<stage>        one for each stage that is due, made by whoever drives the run
+
+What `--dry-run` prints is what is sent. Whoever owns the stage Jobs (the driver Job, or the ConfigMap when a
+person's own machine drives) takes them along when it is removed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.artifact import short
+from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, all_errors
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_k8s.pipeline import InterruptedRunError, Task
+from llamarefine_k8s.settings import ALL, DRIVER, Settings
+
+Manifest = dict[str, Any]
+
+RUN, STAGE, KEY = "llamarefine/run", "llamarefine/stage", "llamarefine/key"
+MADE_FROM = "llamarefine/made-from"  # a digest: a Job that is at work is followed only where a new one would equal it
+JOB_NAME = "batch.kubernetes.io/job-name"
+RECIPE_FILE = "/etc/llamarefine/recipe.yaml"
+SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamarefine.yaml"
+CONTAINER = "stage"
+_CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
+_DRIVER_RETRIES = 3
+_OUT_OF_MEMORY = 137  # SIGKILL: the kernel's, when a container passes its memory limit
+
+
+def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The Job of one stage."""
+    spec = {
+        "backoffLimit": settings.retries,
+        "podFailurePolicy": pod_failure_policy(CONTAINER),
+        "podReplacementPolicy": "Failed",  # the next pod starts when this one has saved and is gone
+        "ttlSecondsAfterFinished": settings.ttl_s,
+    }
+    if settings.deadline_s:
+        spec["activeDeadlineSeconds"] = settings.deadline_s
+    if settings.queue:
+        spec["suspend"] = True  # Kueue resumes it when its turn has come
+    labels = _labels(task.run, task.stage) | {KEY: short(task.key)}
+    spec["template"] = {"metadata": {"labels": labels}, "spec": _stage_pod(task, settings)}
+    queue = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(stage_job_name(task.run, task.stage), labels | queue, owner),
+        "spec": spec,
+    }
+    for name in (ALL, task.stage):
+        job = patched(job, settings.patches.get(name, {}))
+    made_from = hashlib.sha256(json.dumps([task.key, job["spec"]], sort_keys=True).encode()).hexdigest()[:16]
+    return patched(job, {"metadata": {"annotations": {MADE_FROM: made_from}}})
+
+
+def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The Job that drives a run inside the cluster."""
+    labels = _labels(run, DRIVER)
+    container = {
+        "name": DRIVER,
+        "image": settings.image("launcher"),
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": ["submit", RECIPE_FILE, "--foreground", "--settings", SETTINGS_FILE],
+        "env": [
+            *_environment(settings),
+            # Its Job is who drives: a pod that takes over from another goes on, and owns what that one made.
+            _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
+            _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
+        ],
+        "resources": _resources(settings, DRIVER),
+        "securityContext": _CONTAINER_SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "config", "mountPath": _CONFIG, "readOnly": True},
+            {"name": "scratch", "mountPath": _SCRATCH},
+        ],
+    }
+    pod = {
+        "serviceAccountName": settings.service_account,
+        **_pod(settings, container),
+        "volumes": [{"name": "config", "configMap": {"name": run}}, {"name": "scratch", "emptyDir": {}}],
+        "terminationGracePeriodSeconds": 30,
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(run, labels, owner),
+        "spec": {
+            "backoffLimit": _DRIVER_RETRIES,
+            "podFailurePolicy": pod_failure_policy(DRIVER),
+            "podReplacementPolicy": "Failed",
+            "ttlSecondsAfterFinished": settings.ttl_s,
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+    return patched(job, settings.patches.get(DRIVER, {}))
+
+
+def run_map(run: str, recipe: Recipe, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The ConfigMap of a run: its pinned recipe, and the settings as they were when it was submitted."""
+    pinned = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
+    files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(pinned, sort_keys=False)}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(run, _labels(run), owner), "data": files}
+
+
+def stage_job_name(run: str, stage: str) -> str:
+    """At most 58 characters: a recipe's name has 40, the digest after it 8, a stage's name 8."""
+    return f"{run}-{stage}"
+
+
+def owner_reference(kind: str, name: str, uid: str) -> Manifest:
+    """What makes an object go when `name` goes."""
+    version = {"Job": "batch/v1", "ConfigMap": "v1"}[kind]
+    return {"apiVersion": version, "kind": kind, "name": name, "uid": uid, "controller": False}
+
+
+def pod_failure_policy(container: str) -> Manifest:
+    """errors.py's dispositions as the Job controller's rules; the first that fits decides.
+
+    A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts.
+    """
+    codes: dict[Disposition, list[int]] = {disposition: [] for disposition in Disposition}
+    kinds: list[type[LlamaRefineError]] = [LlamaRefineError, *all_errors(), InterruptedRunError]
+    for kind in kinds:
+        codes[kind.disposition].append(kind.exit_code)
+    codes[Disposition.FAIL].append(_OUT_OF_MEMORY)
+    actions = {Disposition.RESUME: "Ignore", Disposition.FAIL: "FailJob", Disposition.RETRY: "Count"}
+    rules = [
+        {
+            "action": action,
+            "onExitCodes": {"containerName": container, "operator": "In", "values": sorted(codes[disposition])},
+        }
+        for disposition, action in actions.items()
+    ]
+    return {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, *rules]}
+
+
+def patched(manifest: Manifest, patch: Manifest) -> Manifest:
+    """`patch` merged into `manifest`: keys one by one, null removes a key.
+
+    Lists whose items have a `mountPath`, else a `name`, are merged by it (containers, env, volumes, volumeMounts);
+    any other list is replaced (args, tolerations).
+    """
+    kept = {name: item for name, item in manifest.items() if not (name in patch and patch[name] is None)}
+    return kept | {name: _merged(manifest.get(name), item) for name, item in patch.items() if item is not None}
+
+
+def _merged(value: Any, patch: Any) -> Any:
+    if isinstance(patch, dict):
+        return patched(value if isinstance(value, dict) else {}, patch)
+    key = next((key for key in ("mountPath", "name") if _all_have(patch, key)), None)
+    if key and _all_have(value, key):
+        items = {item[key]: item for item in value}
+        return list((items | {item[key]: _merged(items.get(item[key]), item) for item in patch}).values())
+    return patch
+
+
+def _all_have(items: Any, key: str) -> bool:
+    return isinstance(items, list) and bool(items) and all(isinstance(item, dict) and key in item for item in items)
+
+
+def _stage_pod(task: Task, settings: Settings) -> Manifest:
+    gpus = settings.gpus_of(task.stage)
+    mounts: list[Manifest] = [
+        {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
+        {"name": "scratch", "mountPath": _SCRATCH},
+    ]
+    scratch = {"sizeLimit": settings.scratch} if settings.scratch else {}
+    volumes: list[Manifest] = [
+        {
+            "name": "recipe",
+            "configMap": {"name": task.run, "items": [{"key": "recipe.yaml", "path": "recipe.yaml"}]},
+        },
+        {"name": "scratch", "emptyDir": scratch},
+    ]
+    if gpus and settings.shared_memory:  # data loaders hand tensors over in /dev/shm, of which a pod has 64 MiB
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108 the kernel's own place
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}})
+    threads = task.recipe.cpu_threads
+    container = {
+        "name": CONTAINER,
+        "image": settings.image(task.stage),
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
+        "env": _environment(settings) + ([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
+        "resources": _resources(settings, task.stage),
+        "securityContext": _CONTAINER_SECURITY,
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+    placement: Manifest = {}
+    if settings.stage_service_account:
+        placement["serviceAccountName"] = settings.stage_service_account
+    if settings.node_selector:
+        placement["nodeSelector"] = dict(settings.node_selector)
+    if settings.tolerations:
+        placement["tolerations"] = [dict(toleration) for toleration in settings.tolerations]
+    return {
+        "automountServiceAccountToken": False,
+        **placement,
+        **_pod(settings, container),
+        "volumes": volumes,
+        "terminationGracePeriodSeconds": settings.grace_s,
+    }
+
+
+_CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
+_POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "runAsGroup": 1000,
+    "fsGroup": 1000,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def _pod(settings: Settings, container: Manifest) -> Manifest:
+    """What every pod of ours has."""
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "enableServiceLinks": False,  # a variable for each service of the namespace is nobody's wish
+        "securityContext": _POD_SECURITY,
+        "containers": [container],
+    }
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if settings.priority_class:
+        pod["priorityClassName"] = settings.priority_class
+    return pod
+
+
+def _environment(settings: Settings) -> list[Manifest]:
+    """Where the bucket is, its credentials by reference, and a place to write under a read-only root."""
+    plain = {"AWS_REGION": settings.s3_region}
+    if settings.s3_endpoint:
+        plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
+    plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "LLAMAREFINE_WORK": _SCRATCH, "PYTHONUNBUFFERED": "1"}
+    secret = [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        if settings.secret_name
+    ]
+    return [{"name": name, "value": value} for name, value in plain.items()] + secret
+
+
+def _from_label(variable: str, label: str) -> Manifest:
+    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
+
+
+def _resources(settings: Settings, name: str) -> Manifest:
+    asked = settings.resources_of(name)
+    gpus = settings.gpus_of(name) if name in STAGES else 0
+    gpu = {str(settings.gpu_resource): str(gpus)} if gpus else {}
+    limits: Mapping[str, str] = asked.limits | gpu
+    resources: Manifest = {"requests": dict(asked.requests)}
+    return resources | ({"limits": dict(limits)} if limits else {})
+
+
+def _labels(run: str, component: str | None = None) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": "llamarefine",
+        "app.kubernetes.io/instance": run,
+        "app.kubernetes.io/version": __version__,
+        "app.kubernetes.io/managed-by": "llamarefine",
+        RUN: run,
+    }
+    if component == DRIVER:
+        labels["app.kubernetes.io/component"] = DRIVER
+    elif component:
+        labels |= {"app.kubernetes.io/component": "stage", STAGE: component}
+    return labels
+
+
+def _metadata(name: str, labels: Mapping[str, str], owner: Manifest | None = None) -> Manifest:
+    metadata: Manifest = {"name": name, "labels": dict(labels)}
+    return metadata | ({"ownerReferences": [owner]} if owner else {})

@@ -1,0 +1,59 @@
+"""What every command needs of the terminal: a console, JSON, and an end that is one line and an exit code."""
+
+import io
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llamarefine_jobs.contract.errors import LlamaRefineError, from_os_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_command(command: click.Command) -> None:
+    """Run the command: a mistake is one line and the exit code of its kind, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a screen without our signs shows others
+    sys.exit(_exit_code(command))
+
+
+def open_console(*, stderr: bool = False) -> "Console":
+    """A console that prints text as it is."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120  # nobody's window: wide enough for every table
+    return console
+
+
+def print_json(value: Any) -> None:
+    """A value, for a script to read."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _exit_code(command: click.Command) -> int:
+    try:
+        code: int | None = command.main(prog_name="llamarefine", standalone_mode=False)
+        return code or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except LlamaRefineError as error:
+        click.echo(f"{'' if error.reason == 'interrupted' else 'error: '}{error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:  # `llamarefine report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds an open end
+        return 0
+    except OSError as error:
+        known = from_os_error(error)
+        click.echo(f"error: {known}", err=True)
+        return known.exit_code

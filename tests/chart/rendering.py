@@ -1,0 +1,78 @@
+"""The chart, rendered by the real helm and read back as objects."""
+
+import json
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts/llamarefine"
+DEMO = ROOT / "jobs/recipes/demo.yaml"
+
+BUCKET = {"settings": {"store": "s3://bucket/prefix"}}
+MINIO = {"minio": {"enabled": True}, "secret": {"accessKeyId": "key", "secretAccessKey": "secret-key"}}
+
+Object = dict[str, Any]
+Values = dict[str, Any]
+
+
+def program(name: str) -> str | None:
+    """Where `name` is: on the PATH, or where the project's local cluster tools are built."""
+    built = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache/llamarefine-cluster"), "bin")
+    return shutil.which(name) or shutil.which(name, path=str(built))
+
+
+needs_helm = pytest.mark.skipif(program("helm") is None, reason="helm is not installed")
+
+
+def helm(*arguments: str | Path, values: Values | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run helm, `values` as a values file."""
+    command = [str(program("helm")), *map(str, arguments), *(["--values", "-"] if values is not None else [])]
+    given = None if values is None else yaml.safe_dump(values)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def render(values: Values, *options: str) -> list[Object]:
+    """Every object of a release, tests included."""
+    return [found for found in yaml.safe_load_all(_text_of(json.dumps(values), *options)) if found]
+
+
+@cache
+def _text_of(values: str, *options: str) -> str:
+    arguments = ("template", "llamarefine", CHART, "--namespace", "team", "--kube-version", "1.34")
+    return helm(*arguments, *options, values=json.loads(values)).stdout
+
+
+def refusal(values: Values) -> str:
+    """What helm says of values that it does not take."""
+    done = helm("template", "x", CHART, "--kube-version", "1.34", values=values, check=False)
+    assert done.returncode != 0, done.stdout
+    return done.stderr
+
+
+def one(objects: list[Object], kind: str, name: str = "") -> Object:
+    """The one object of a kind whose name begins with `name`, hooks left out."""
+    found = [each for each in objects if each["kind"] == kind and each["metadata"]["name"].startswith(name)]
+    found = [each for each in found if "helm.sh/hook" not in each["metadata"].get("annotations", {})]
+    assert len(found) == 1, [each["metadata"]["name"] for each in found]
+    return found[0]
+
+
+def settings_text(objects: list[Object]) -> str:
+    """What the launcher reads as llamarefine.yaml."""
+    text: str = one(objects, "ConfigMap", "llamarefine-settings")["data"]["llamarefine.yaml"]
+    return text
+
+
+def pods(objects: list[Object]) -> dict[str, Object]:
+    """The pod of each object that has a template, labels and spec, by the object's name."""
+    templates = ((each["metadata"]["name"], each.get("spec", {}).get("template")) for each in objects)
+    return {name: template for name, template in templates if template}

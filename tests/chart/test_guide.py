@@ -1,0 +1,86 @@
+"""docs/cluster.md: every values file in it renders, every helm command is one, every table is the real one."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_k8s.manifests import driver_job, stage_job
+from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.settings import parse
+
+from .rendering import BUCKET, DEMO, ROOT, Object, Values, helm, needs_helm, one, render, settings_text
+
+GUIDE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+VALUES: list[Values] = [yaml.safe_load(text) for language, text in BLOCKS if language == "yaml"]
+COMMANDS = [
+    shlex.split(line.partition(" | ")[0], comments=True)
+    for _, text in BLOCKS
+    for line in text.replace("\\\n", " ").splitlines()
+    if re.match(r"helm (install|template) ", line)
+]
+
+
+def test_there_are_values_and_commands_to_try() -> None:
+    assert len(VALUES) > 5
+    assert len(COMMANDS) > 2
+
+
+def complete(values: Values) -> Values:
+    return {**values, "settings": {**BUCKET["settings"], **values.get("settings", {})}}
+
+
+@needs_helm
+@pytest.mark.parametrize("number", range(len(VALUES)))
+def test_values_of_the_guide_render(number: int) -> None:
+    parse(yaml.safe_load(settings_text(render(complete(VALUES[number])))), f"block {number}")
+
+
+@needs_helm
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_helm_commands_of_the_guide_render(number: int) -> None:
+    options = [str(ROOT / each) if each.startswith("charts/") else each for each in COMMANDS[number][2:]]
+    options = [each.replace("=jobs/", f"={ROOT}/jobs/") for each in options]
+    assert "kind:" in helm("template", *options, "--kube-version", "1.34").stdout
+
+
+@needs_helm
+def test_the_proxy_and_the_authority_reach_every_pod() -> None:
+    (values,) = [each for each in VALUES if "HTTPS_PROXY" in str(each)]
+    objects = render({**values, "recipe": yaml.safe_load(DEMO.read_text(encoding="utf-8"))})
+    settings = parse(yaml.safe_load(settings_text(objects)), "the guide")
+    recipe = load_recipe(DEMO)
+    task = Task("demo-00000000", "prepare", artifact_key("prepare", recipe, {}), recipe, settings.store)
+    launcher = one(objects, "Job", "llamarefine-submit")
+    for job in (launcher, driver_job("demo-00000000", settings), stage_job(task, settings)):
+        assert {"HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "AWS_CA_BUNDLE"} <= environment(job)
+        pod = job["spec"]["template"]["spec"]
+        assert {"name": "trusted", "configMap": {"name": "trusted"}} in pod["volumes"]
+        assert "/trusted" in {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+
+
+def environment(job: Object) -> set[str]:
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return {variable["name"] for variable in container["env"]}
+
+
+@needs_helm
+def test_the_table_of_permissions_is_the_role() -> None:
+    table = re.search(r"<!-- role -->\n(.*?)<!-- /role -->", GUIDE, re.DOTALL)
+    assert table
+    rows = re.findall(r"\| `(.*?)` \| (.*?) \|", table[1])
+    rules = one(render(BUCKET), "Role")["rules"]
+    assert rows == [
+        (".".join(filter(None, (rule["resources"][0], rule["apiGroups"][0]))), ", ".join(rule["verbs"]))
+        for rule in rules
+    ]
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", GUIDE)
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

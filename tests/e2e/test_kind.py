@@ -1,0 +1,176 @@
+"""The demo on a real cluster: kind, images from these Dockerfiles, the chart, MinIO; then the same on one machine."""
+
+import base64
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+
+from . import kind
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LLAMAREFINE_E2E"), reason="takes minutes and 30 GB of disk: `make e2e` runs it"
+)
+EVERY_KIND = ("configmaps", "jobs", "pods", "events", "services", "deployments", "serviceaccounts", "roles")
+PRIVILEGED = """
+{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "privileged"}, "spec": {"containers": [
+    {"name": "one", "image": "any", "securityContext": {"privileged": true}}]}}
+"""
+# Every small object of the bucket: manifests, run records, logs, reports.
+BUCKET_TEXTS = """
+import boto3, sys
+client = boto3.client("s3")
+for page in client.get_paginator("list_objects_v2").paginate(Bucket="llamarefine"):
+    for item in page.get("Contents", []):
+        if item["Size"] < 1_000_000:
+            print(item["Key"])
+            sys.stdout.buffer.write(client.get_object(Bucket="llamarefine", Key=item["Key"])["Body"].read())
+"""
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    env = kind.environment(tmp_path_factory.mktemp("kind"))
+    lacking = kind.missing(env)
+    if lacking:
+        pytest.skip(f"needs {', '.join(lacking)}")
+    return env
+
+
+@pytest.fixture(scope="module")
+def cluster(env: dict[str, str]) -> Iterator[str]:
+    """The output of `make kind-up`; removed by `make kind-down`."""
+    try:
+        yield kind.make(env, "kind-up")
+    finally:
+        kind.make(env, "kind-down")
+
+
+@pytest.fixture(scope="module")
+def submitted(env: dict[str, str], cluster: str) -> str:
+    """The output of `make submit-pipeline` with the demo's recipe, followed to its end."""
+    return kind.make(env, "submit-pipeline")
+
+
+@pytest.fixture(scope="module")
+def pods(env: dict[str, str], submitted: str) -> list[dict[str, Any]]:
+    """Every pod of the namespace, the finished ones too."""
+    return kind.items(env, "pods")
+
+
+def stage_of(pod: dict[str, Any]) -> str | None:
+    stage: str | None = pod["metadata"]["labels"].get("llamarefine/stage")
+    return stage
+
+
+def sha256_of_files(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_kind_up_says_what_to_type_next(cluster: str) -> None:
+    assert "make submit-pipeline" in cluster.splitlines()[-3]
+
+
+def test_the_pulled_model_is_byte_for_byte_that_of_one_machine(
+    env: dict[str, str], submitted: str, tmp_path: Path
+) -> None:
+    kind.make(env, "pull", MODEL=tmp_path / "pulled")
+    machine = tmp_path / "machine"
+    machine.mkdir(mode=0o777)
+    machine.chmod(0o777)  # the image's user is not the tests'
+    image = next(pod["spec"]["containers"][0]["image"] for pod in kind.items(env, "pods") if stage_of(pod) == "prepare")
+    command = "llamarefine run jobs/recipes/demo.yaml --store /machine/store --into /machine && chmod -R a+rwX /machine"
+    subprocess.run(
+        [str(kind.engine(env)), "run", "--rm", f"--volume={machine}:/machine", "--entrypoint=sh", image, "-c", command],
+        env=env,
+        check=True,
+    )
+    pulled = sha256_of_files(tmp_path / "pulled")
+    assert any(name.endswith(".safetensors") for name in pulled)
+    assert pulled == sha256_of_files(machine / "model")
+
+
+def test_there_was_one_finished_pod_for_each_stage(pods: list[dict[str, Any]]) -> None:
+    phases = [(stage_of(pod), pod["status"]["phase"]) for pod in pods if stage_of(pod)]
+    assert sorted(phases) == sorted((stage, "Succeeded") for stage in SEQUENCE)
+
+
+def test_every_pod_is_a_numbered_user_on_a_read_only_root_without_privilege(pods: list[dict[str, Any]]) -> None:
+    assert len(pods) >= len(SEQUENCE) + 2, "the stages, the driver, MinIO"
+    for pod in pods:
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] == 1000
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_no_stage_holds_a_token_of_the_cluster(pods: list[dict[str, Any]]) -> None:
+    stages = [pod["spec"] for pod in pods if stage_of(pod)]
+    assert stages
+    for spec in stages:
+        assert spec["automountServiceAccountToken"] is False
+        sources = [source for volume in spec["volumes"] for source in volume.get("projected", {}).get("sources", [])]
+        assert not any("serviceAccountToken" in source for source in sources)
+
+
+def test_the_stages_that_need_a_gpu_were_given_one(pods: list[dict[str, Any]]) -> None:
+    asked = {
+        stage_of(pod): pod["spec"]["containers"][0]["resources"].get("limits", {}).get("nvidia.com/gpu")
+        for pod in pods
+        if stage_of(pod)
+    }
+    assert asked == {stage: "1" if STAGES[stage].needs_gpu else None for stage in SEQUENCE}
+
+
+def test_the_namespace_refuses_a_privileged_pod(env: dict[str, str], cluster: str) -> None:
+    command = ["kubectl", "--context", f"kind-{kind.CLUSTER}", "--namespace", kind.NAMESPACE, "apply", "-f", "-"]
+    refused = subprocess.run(command, env=env, input=PRIVILEGED, text=True, capture_output=True, check=False)
+    assert refused.returncode != 0
+    assert 'violates PodSecurity "restricted' in refused.stderr
+
+
+def test_the_buckets_key_is_in_no_object_no_log_and_nothing_of_the_bucket(
+    env: dict[str, str], pods: list[dict[str, Any]], submitted: str
+) -> None:
+    encoded = kind.kubectl(
+        env, "get", "secret", "llamarefine-bucket", "--output", "jsonpath={.data.AWS_SECRET_ACCESS_KEY}"
+    )
+    key = base64.b64decode(encoded).decode()
+    assert len(key) >= 20
+    texts = {"the output of submit": submitted, "objects": str(kind.items(env, *EVERY_KIND))}
+    for pod in pods:
+        name = pod["metadata"]["name"]
+        texts[f"the log of {name}"] = kind.kubectl(env, "logs", name, "--all-containers")
+    texts["the bucket"] = subprocess.run(
+        [kind.ROOT / "k8s/with-bucket", sys.executable, "-c", BUCKET_TEXTS],
+        cwd=kind.ROOT,
+        env=env,
+        capture_output=True,
+        check=True,
+    ).stdout.decode(errors="replace")
+    assert "manifest.json" in texts["the bucket"], "the search must have had something to search in"
+    assert [place for place, text in texts.items() if key in text or encoded in text] == []
+
+
+def test_submitting_again_runs_nothing_again(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
+    kind.make(env, "submit-pipeline")
+    before = {pod["metadata"]["uid"] for pod in pods if stage_of(pod)}
+    assert {pod["metadata"]["uid"] for pod in kind.items(env, "pods") if stage_of(pod)} == before
+
+
+def test_kind_up_again_leaves_what_is_there(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
+    kind.make(env, "kind-up")
+    uids = {pod["metadata"]["uid"] for pod in kind.items(env, "pods")}
+    assert {pod["metadata"]["uid"] for pod in pods if "minio" in pod["metadata"]["name"]} <= uids

@@ -1,0 +1,97 @@
+"""What of a recipe comes to a cluster: files in the bucket, keys as on one machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs import sources
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.runs import run_id
+from llamarefine_k8s.settings import Settings
+from llamarefine_k8s.submission import bring_sources, objects_of
+
+
+@pytest.fixture
+def own_files(recipe_file: Path, tmp_path: Path) -> Path:
+    """A recipe whose rows are files."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    recipe_file.write_text(recipe_file.read_text().replace("python-docstrings", str(pairs)))
+    return recipe_file
+
+
+def bring(file: Path, store: str, said: list[str] | None = None, *, upload: bool = True) -> Recipe:
+    return bring_sources(
+        load_recipe(file), Settings(store=store), (said if said is not None else []).append, upload=upload
+    )
+
+
+def test_uploaded_files_keep_the_key_they_have_on_one_machine(own_files: Path, s3_uri: str) -> None:
+    here = sources.pin(load_recipe(own_files))
+    there = bring(own_files, s3_uri)
+    assert there.prepare.questions.source.startswith(f"{s3_uri}/inputs/")
+    assert there.prepare.questions.source.endswith("/questions.csv")
+    assert artifact_key("prepare", there, {}) == artifact_key("prepare", here, {})
+
+
+def test_a_file_is_uploaded_once(own_files: Path, s3_uri: str) -> None:
+    first: list[str] = []
+    second: list[str] = []
+    assert run_id(bring(own_files, s3_uri, first)) == run_id(bring(own_files, s3_uri, second))
+    assert len(first) == 2
+    assert second == []
+
+
+def test_nothing_is_uploaded_for_a_dry_run(own_files: Path, s3_uri: str) -> None:
+    dry = bring(own_files, s3_uri, upload=False)
+    assert list(Store(s3_uri).entries("inputs/")) == []
+    assert dry == bring(own_files, s3_uri)
+
+
+def test_the_driver_pins_what_is_pinned_to_the_same_recipe(recipe_file: Path, s3_uri: str, tmp_path: Path) -> None:
+    from llamarefine_jobs.recipe_file import to_yaml
+
+    pinned = bring(recipe_file, s3_uri)
+    (tmp_path / "pinned.yaml").write_text(to_yaml(pinned))
+    assert bring(tmp_path / "pinned.yaml", s3_uri) == pinned
+    assert sources.pin(pinned) == pinned
+
+
+def test_the_docstrings_are_those_of_the_image(recipe_file: Path, s3_uri: str) -> None:
+    assert bring(recipe_file, s3_uri).prepare.preferences.fingerprint == f"image:{Settings().image('prepare')}"
+
+
+def test_other_bytes_under_an_uploaded_name_are_refused(own_files: Path, s3_uri: str, tmp_path: Path) -> None:
+    rows = bring(own_files, s3_uri).prepare.questions
+    path = sources.download_s3(rows.source, tmp_path / "right", rows.fingerprint)
+    assert path.read_bytes() == (tmp_path / "questions.csv").read_bytes()
+    name = rows.source.removeprefix(f"{s3_uri}/")
+    Store(s3_uri).write(name, b"question,answer\nother,bytes\n")
+    with pytest.raises(DataError, match="expected the bytes that were uploaded"):
+        sources.download_s3(rows.source, tmp_path / "wrong", rows.fingerprint)
+
+
+def test_a_folder_is_uploaded_whole(recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "deep" / "weights").write_bytes(b"\0" * 9)
+    given = Settings(store=s3_uri)
+    base = bring_sources(recipe(f"prepare.base.source={folder}"), given, lambda text: None).prepare.base
+    fetched = sources.download_s3(base.source, tmp_path / "fetched", base.fingerprint)
+    assert sources.content_sha256(fetched) == sources.content_sha256(folder) == base.fingerprint
+
+
+def test_everything_of_a_run_is_listed(recipe_file: Path, s3_uri: str) -> None:
+    pinned = bring(recipe_file, s3_uri)
+    made = [(each["kind"], each["metadata"]["name"]) for each in objects_of(pinned, Settings(store=s3_uri))]
+    run = run_id(pinned)
+    assert made[:2] == [("ConfigMap", run), ("Job", run)]
+    assert [name for _, name in made[2:]] == [
+        f"{run}-{stage}" for stage in ("prepare", "sft", "dpo", "merge", "evaluate")
+    ]
