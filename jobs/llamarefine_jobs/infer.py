@@ -102,7 +102,8 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
         inputs = entry.fetch_inputs(_STAGE, parents, store, Path(folder))
         _say(f"{name}, from " + ", ".join(f"{stage} {short(parent.key)}" for stage, parent in parents.items()))
         base = inputs["merge"] / "model" if name == "merged" else inputs["prepare"] / "base"
-        model = backend.load(base)
+        # The merged model in the type it was rounded to, as it was evaluated: a coarser one rounds the DPO update away.
+        model = backend.load(base, dtype=recipe.merge.dtype if name == "merged" else None)
         if name == "sft":
             model = models.attach_adapter(model, inputs["sft"] / "adapter")
         yield Respondent(model, load_tokenizer(base), recipe)

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from llamarefine_jobs import entry, infer, merge
+from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.recipe_file import to_yaml
 
@@ -88,6 +89,23 @@ def plainly(run: merging.Run, name: str, asked: str) -> str:
 
 def written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("base", None), ("merged", "float32")])
+def test_on_cuda_the_merged_model_answers_in_the_type_it_was_evaluated_in(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, model: str, dtype: str | None
+) -> None:
+    """In bf16 they would be answers of another rounding than the report's. A CPU loads in fp32, whatever is asked."""
+    asked_for = []
+    load = models.TransformersBackend.load
+
+    def spy(self: models.TransformersBackend, folder: Path, **options: Any) -> Any:
+        asked_for.append(options.get("dtype"))
+        return load(self, folder, **options)
+
+    monkeypatch.setattr(models.TransformersBackend, "load", spy)
+    ask("--model", model, ASKED[0])
+    assert asked_for == [dtype]
 
 
 def test_each_model_answers_as_it_does_when_loaded_plainly(run: merging.Run, ask: Ask, tmp_path: Path) -> None:
