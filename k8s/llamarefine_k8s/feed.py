@@ -23,13 +23,14 @@ class JobFeed:
     def __init__(self, cluster: Cluster, job: Object, container: str, after: str | None = None) -> None:
         self.job = job
         self.pods: dict[str, Object] = {}
+        self.read_to = after  # the time of the last line that was given
         self.is_removed = False
         self._uid = job["metadata"]["uid"]
         self._name = job["metadata"]["name"]
         self._container = container
         self._cluster = cluster
         self._after = after
-        self._logs: dict[str, PodLog] = {}
+        self._known: set[str] = set()
         self._reading: set[str] = set()
         self._queue: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
         self._closed = threading.Event()
@@ -53,6 +54,7 @@ class JobFeed:
                 return
             match what:
                 case "line":
+                    self.read_to = subject
                     yield value
                 case "read":
                     self._reading.discard(subject)
@@ -92,11 +94,6 @@ class JobFeed:
         return pod is not None and pod["status"].get("phase") == "Running"
 
     @property
-    def read_to(self) -> str | None:
-        """The time of the last line that was read."""
-        return max((log.read_to for log in self._logs.values() if log.read_to), default=self._after)
-
-    @property
     def _has_ended(self) -> bool:
         return self.has_succeeded or self.has_failed
 
@@ -122,10 +119,11 @@ class JobFeed:
             self.pods.pop(uid, None)
         else:
             self.pods[uid] = pod
-        if has_begun(pod) and uid not in self._logs:
-            self._logs[uid] = PodLog(self._cluster, pod["metadata"]["name"], self._container, self._after)
+        if has_begun(pod) and uid not in self._known:
+            self._known.add(uid)
             self._reading.add(uid)
-            self._start(self._read, uid, self._logs[uid])
+            log = PodLog(self._cluster, pod["metadata"]["name"], self._container, self._after)
+            self._start(self._read, uid, log)
 
     def _watch(self, kind: str, selector: dict[str, str]) -> None:
         for change, item in self._cluster.watch(kind, stopped=self._closed.is_set, **selector):
@@ -133,7 +131,7 @@ class JobFeed:
 
     def _read(self, uid: str, log: PodLog) -> None:
         for line in log.lines():
-            self._queue.put(("line", uid, line))
+            self._queue.put(("line", log.read_to, line))
             if self._closed.is_set():
                 return
         self._queue.put(("read", uid, None))

@@ -16,7 +16,9 @@ CLUSTER, NAMESPACE = "llamarefine-e2e", "llamarefine"
 
 def environment(folder: Path) -> dict[str, str]:
     """The environment of every command below: a kubeconfig of our own, and this machine's substitutes."""
-    ours = os.environ | {"CLUSTER": CLUSTER, "NAMESPACE": NAMESPACE, "GPUS": "2", "KUBECONFIG": str(folder / "config")}
+    outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")  # of the `make e2e` that runs the tests
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    ours = inherited | {"CLUSTER": CLUSTER, "NAMESPACE": NAMESPACE, "GPUS": "2", "KUBECONFIG": str(folder / "config")}
     home = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache/llamarefine-cluster"))
     if SUBSTITUTE.exists() and (home / "bin/kind").exists():
         subprocess.run([SUBSTITUTE / "up-engine"], check=True)

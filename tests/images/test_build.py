@@ -1,0 +1,65 @@
+"""The launcher's image, built and run as a cluster runs it; the stages' images are built by `make e2e`."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs import __version__
+
+from ..e2e import kind
+
+TAG = "tests"
+IMAGE = f"localhost/llamarefine-launcher:{TAG}"
+RESTRICTED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    env = kind.environment(tmp_path_factory.mktemp("engine")) | {"REGISTRY": "localhost", "TAG": TAG}
+    if kind.engine(env) is None:
+        pytest.skip("needs docker or podman, and none answers")
+    kind.make(env, "image-launcher")
+    return env
+
+
+def run(env: dict[str, str], *arguments: str) -> str:
+    command = [str(kind.engine(env)), "run", "--rm", *RESTRICTED, *arguments]
+    return subprocess.run(command, env=env, text=True, capture_output=True, check=True).stdout
+
+
+def test_the_command_runs_on_a_read_only_root_without_privilege(env: dict[str, str]) -> None:
+    assert run(env, IMAGE, "--version").strip() == __version__
+    assert run(env, "--entrypoint=id", IMAGE, "-u").strip() == "1000"
+
+
+def test_no_library_that_trains_is_in_it(env: dict[str, str]) -> None:
+    assert "stages cannot run here: no torch" in run(env, IMAGE, "version")
+
+
+def test_what_built_it_is_gone(env: dict[str, str]) -> None:
+    """No package manager's cache, no uv, no certificate of the building machine; bytecode is there."""
+    listing = run(
+        env, "--entrypoint=find", IMAGE, "/tmp", "/scratch", "/root/.cache", "/var/lib/apt/lists", "-type", "f"
+    )
+    assert listing == ""
+    compiled = run(env, "--entrypoint=find", IMAGE, "/opt/llamarefine/.venv", "-name", "cli.*.pyc")
+    assert "llamarefine_k8s/__pycache__/cli." in compiled
+    private = "\n".join(path.read_text() for path in Path("/usr/local/share/ca-certificates").glob("*.crt"))
+    if private:
+        trusted = run(env, "--entrypoint=cat", IMAGE, "/etc/ssl/certs/ca-certificates.crt")
+        assert private.split("\n")[1] not in trusted
+
+
+def test_it_says_which_commit_it_was_built_from(env: dict[str, str]) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=kind.ROOT, text=True, capture_output=True, check=True
+    ).stdout
+    command = [str(kind.engine(env)), "image", "inspect", IMAGE]
+    (image,) = json.loads(subprocess.run(command, env=env, text=True, capture_output=True, check=True).stdout)
+    config: dict[str, Any] = image["Config"]
+    assert config["Labels"]["org.opencontainers.image.revision"] == commit.strip()
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
+    assert f"LLAMAREFINE_GIT_COMMIT={commit.strip()}" in config["Env"]
