@@ -250,9 +250,10 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
 
 
 def hold_in_fp32(model: Any) -> None:
-    """Keep what is trained in fp32. On a 4-bit base TRL rounds adapters to bf16 as it builds its trainer, and an
+    """Keep what is trained in fp32.
 
-    update of DPO's size is then lost: at a weight of 0.01 bf16's next number is 6e-5 away, ten learning rates.
+    On a 4-bit base TRL rounds adapters to bf16 as it builds its trainer, and an update of DPO's size is then lost:
+    at a weight of 0.01 bf16's next number is 6e-5 away, ten learning rates.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
