@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -54,16 +55,18 @@ def test_every_command_helps(command: str) -> None:
     assert result.output.startswith(f"Usage: cli {command}")
 
 
-def test_help_takes_less_than_half_a_second() -> None:
+def test_help_takes_less_than_half_a_second_of_a_core() -> None:
+    """In seconds of the processor, not of the clock: other work on the machine must not fail it."""
+
     def seconds() -> float:
-        began_s = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "llamarefine_k8s.cli", "--help"], check=True, capture_output=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-c", "from llamarefine_k8s.cli import main; main()", "--help"],
             check=True,
             capture_output=True,
         )
-        return (time.perf_counter() - began_s) / 2
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.5
 

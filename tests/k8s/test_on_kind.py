@@ -20,6 +20,9 @@ from tests.s3_server import KEY, SECRET, find_minio
 
 from .acting import STEPS
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LLAMAREFINE_E2E"), reason="builds images and takes minutes: `make e2e` runs it"
+)
 NAMESPACE = "launcher"
 SECRET_OBJECT = f"""\
 apiVersion: v1
