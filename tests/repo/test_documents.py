@@ -62,11 +62,11 @@ def test_every_link_to_a_file_leads_to_one(name: str) -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", text_of("Makefile"), re.MULTILINE))
     targets |= {f"image-{file.parent.name}" for file in (ROOT / "images").glob("*/Dockerfile")}  # a pattern's rule
     documents = ["README.md", "CONTRIBUTING.md", *(path for path in tracked() if path.endswith("README.md"))]
-    named = {found for path in documents for found in re.findall(r"`make ([a-z][a-z-]*)", text_of(path))}
-    named |= {found for path in documents for found in re.findall(r"^make ([a-z][a-z-]*)", text_of(path), re.MULTILINE)}
+    named = {found for path in documents for found in re.findall(r"`make ([a-z][a-z0-9-]*)", text_of(path))}
+    named |= {found for path in documents for found in re.findall(r"^make ([a-z][a-z0-9-]*)", text_of(path), re.MULTILINE)}
     assert named
     assert named - targets == set()
 
