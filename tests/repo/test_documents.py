@@ -66,7 +66,9 @@ def test_every_make_target_that_is_named_exists() -> None:
     targets |= {f"image-{file.parent.name}" for file in (ROOT / "images").glob("*/Dockerfile")}  # a pattern's rule
     documents = ["README.md", "CONTRIBUTING.md", *(path for path in tracked() if path.endswith("README.md"))]
     named = {found for path in documents for found in re.findall(r"`make ([a-z][a-z0-9-]*)", text_of(path))}
-    named |= {found for path in documents for found in re.findall(r"^make ([a-z][a-z0-9-]*)", text_of(path), re.MULTILINE)}
+    named |= {
+        found for path in documents for found in re.findall(r"^make ([a-z][a-z0-9-]*)", text_of(path), re.MULTILINE)
+    }
     assert named
     assert named - targets == set()
 
