@@ -1,15 +1,17 @@
-"""Objects in an S3-compatible bucket, through boto3: its retries, its credential chain, its timeouts.
+"""Objects in an S3-compatible bucket, through boto3: its credential chain, its timeouts, its retries of one request.
+
+An outage that outlasts those is waited out here: see `contract/patience.py`.
 
 The endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where it is not Amazon's.
 """
 
 import contextlib
 import errno
-import time
+import functools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from llamarefine_jobs.contract.errors import (
     AccessError,
@@ -19,22 +21,45 @@ from llamarefine_jobs.contract.errors import (
     StoreError,
     from_os_error,
 )
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refuse_too_large
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_REQUEST_ATTEMPTS = 9  # boto3's own; a dead endpoint is reported after 6 s on average, 13 s at most
-_ATTEMPTS = 5  # of what boto3 does not try again: a body that breaks off, a conditional write under way elsewhere
+_REQUEST_ATTEMPTS = 4  # boto3's own, within about a second, for a part of a large file most of all
 _REFUSED = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403")
 _ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
 _FULL = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+_BUSY = (
+    "ConditionalRequestConflict",  # another conditional write is under way; who wins is known when it ends
+    "IncompleteBody",
+    "NoSuchUpload",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+)
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def _patiently(
+    method: Callable[Concatenate["S3Objects", Rest], Result],
+) -> Callable[Concatenate["S3Objects", Rest], Result]:
+    """`method`, which is tried again as a whole while the bucket is away."""
+
+    def call(self: "S3Objects", /, *arguments: Rest.args, **named: Rest.kwargs) -> Result:
+        return self.patience.call(lambda: method(self, *arguments, **named))
+
+    return call
 
 
 class S3Objects:
     """The objects of `bucket` whose keys begin with `prefix`."""
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    def __init__(self, bucket: str, prefix: str = "", patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -61,6 +86,7 @@ class S3Objects:
         except (BotoCoreError, ValueError) as error:
             raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None
 
+    @_patiently
     def read(self, path: str) -> bytes | None:
         with self._errors(path):
             response = self._get(path)
@@ -70,49 +96,54 @@ class S3Objects:
 
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """As `Objects.download`; a connection that breaks is taken up again where it broke."""
-        done_bytes, attempt = 0, 1
+        done_bytes = 0
         more: dict[str, str] = {}
+        outage = self.patience.outage()
         while True:
-            with self._errors(path):
-                response = self._get(path, **more)
-                if response is None:
-                    return False
-                try:
+            try:
+                with self._errors(path):
+                    response = self._get(path, **more)
+                    if response is None:
+                        return False
                     for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
                         into.write(chunk)
                         on_chunk(chunk)
                         done_bytes += len(chunk)
-                    return True
-                except Exception as error:
-                    if attempt == _ATTEMPTS or not _is_broken_connection(error):
-                        raise
-            if done_bytes:
-                more = {"Range": f"bytes={done_bytes}-", "IfMatch": response["ETag"]}
-            time.sleep(2**attempt / 4)
-            attempt += 1
+                        more = {"Range": f"bytes={done_bytes}-", "IfMatch": response["ETag"]}
+                        outage.end()
+                outage.end()
+                return True
+            except StoreError as error:
+                outage.wait(error)
 
-    def write(self, path: str, data: bytes) -> None:
-        with self._errors(path):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        write = functools.partial(self._write, path, data)
+        if patient:
+            self.patience.call(write)
+            return
+        try:
+            write()
+        except StoreError:
+            self.patience.fails()
+            raise
+        self.patience.works()
 
+    @_patiently
     def create(self, path: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         with self._errors(path):
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
-                    return True
-                except ClientError as error:
-                    if _code(error) in ("PreconditionFailed", "412"):
-                        # boto3 may have sent the request twice: the first try may be what stands there now.
-                        return self.read(path) == data
-                    # 409: another conditional write of this key is under way; who wins is known when it ends.
-                    if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == _ATTEMPTS:
-                        raise
-                time.sleep(2**attempt / 4)
-            raise AssertionError("the loop above returns or raises")
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412"):
+                    raise
+                # A try whose answer was lost may be what stands there now.
+                response = self._get(path)
+                return response is not None and response["Body"].read(len(data) + 1) == data
 
+    @_patiently
     def upload(self, path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
         with self._errors(path):
             self.client.upload_file(str(file), self.bucket, self._key(path))
@@ -121,15 +152,26 @@ class S3Objects:
                     on_chunk(chunk)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        with self._errors(prefix):
-            listing = self.client.get_paginator("list_objects_v2")
-            for page in listing.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
-                for item in page.get("Contents", []):
-                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'))
+        yield from self._listed(prefix)
 
+    @_patiently
     def delete(self, path: str) -> None:
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    @_patiently
+    def _listed(self, prefix: str) -> list[Entry]:
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            return [
+                Entry(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'), item["LastModified"])
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self._errors(path):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
 
     def _key(self, path: str) -> str:
         return self.prefix + path  # to a bucket a key is only a name: none leads out of it
@@ -199,7 +241,10 @@ class S3Objects:
             return AccessError(f"{where}: this machine's clock differs too much from the bucket's; set it right")
         if code in _FULL:
             return DiskFullError(f"{where}: the bucket is full ({answer}); free some room, then run again")
-        return StoreError(f"{where}: the bucket answered {answer}")
+        failed = StoreError(f"{where}: the bucket answered {answer}")
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
+            failed.retry_after_s = None
+        return failed
 
 
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR)

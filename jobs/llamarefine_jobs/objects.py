@@ -9,12 +9,14 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.artifact import safe_relative_path
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError, from_os_error
+from llamarefine_jobs.contract.patience import Patience
 
 CHUNK_BYTES = 1 << 20
 READ_LIMIT_BYTES = 64 << 20
@@ -28,6 +30,7 @@ class Entry:
     path: str
     size_bytes: int
     etag: str | None = None
+    modified_at: datetime | None = None
 
 
 class Objects(Protocol):
@@ -41,8 +44,8 @@ class Objects(Protocol):
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """Write the object into `into`, each chunk also given to `on_chunk`; False where there is none."""
 
-    def write(self, path: str, data: bytes) -> None:
-        """Make or replace an object, all at once."""
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        """Make or replace an object, all at once; where not `patient`, no outage is waited out."""
 
     def create(self, path: str, data: bytes) -> bool:
         """Make an object unless it is there; False, and nothing changed, where it is."""
@@ -57,8 +60,8 @@ class Objects(Protocol):
         """Remove an object; nothing happens where there is none."""
 
 
-def open_objects(uri: str) -> Objects:
-    """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``."""
+def open_objects(uri: str, patience: Patience | None = None) -> Objects:
+    """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``, with patience for a bucket."""
     parts = urlsplit(uri)
     match parts.scheme:
         case "s3":
@@ -66,7 +69,7 @@ def open_objects(uri: str) -> Objects:
 
             if not parts.netloc:
                 raise RecipeError(f"store {uri}: expected s3://bucket/prefix, found no bucket")
-            return S3Objects(parts.netloc, parts.path.strip("/"))
+            return S3Objects(parts.netloc, parts.path.strip("/"), patience)
         case "file":
             if parts.netloc not in ("", "localhost"):
                 raise RecipeError(f"store {uri}: expected file:///absolute/folder, found the host `{parts.netloc}`")
@@ -115,7 +118,7 @@ class FileObjects:
                 _copy(source, into, on_chunk)
             return True
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
         with self._temporary(path) as (file, temporary, target):
             file.write(data)
             _flush(file)
@@ -146,7 +149,10 @@ class FileObjects:
                     path = file.relative_to(self.root).as_posix()
                     if path.startswith(prefix) and not name.startswith(_TEMPORARY):
                         with contextlib.suppress(FileNotFoundError):  # another writer removed it meanwhile
-                            entries.append(Entry(path, file.stat().st_size))
+                            now = file.stat()
+                            entries.append(
+                                Entry(path, now.st_size, modified_at=datetime.fromtimestamp(now.st_mtime, UTC))
+                            )
         yield from sorted(entries, key=lambda entry: entry.path)
 
     def delete(self, path: str) -> None:

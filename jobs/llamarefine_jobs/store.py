@@ -27,6 +27,7 @@ from llamarefine_jobs.contract.artifact import (
     safe_relative_path,
 )
 from llamarefine_jobs.contract.errors import AccessError, DataError, DiskFullError, IntegrityError, from_os_error
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.objects import Entry, FileObjects, open_objects
 
 _TRANSFERS = 8
@@ -36,10 +37,10 @@ Result = TypeVar("Result")
 
 
 class Store:
-    """Artifacts, checkpoints and runs under one URI."""
+    """Artifacts, checkpoints and runs under one URI. An outage of a bucket is waited out with `patience`."""
 
-    def __init__(self, uri: str) -> None:
-        self.objects = open_objects(uri)
+    def __init__(self, uri: str, patience: Patience | None = None) -> None:
+        self.objects = open_objects(uri, patience)
         self.uri = self.objects.uri
 
     # Artifacts and checkpoints
@@ -94,9 +95,9 @@ class Store:
         """A file of a run, or None."""
         return self.objects.read(path)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Make or replace a file of a run."""
-        self.objects.write(path, data)
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        """Make or replace a file of a run; where not `patient`, an outage is an error at once."""
+        self.objects.write(path, data, patient=patient)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """All objects below `prefix`."""

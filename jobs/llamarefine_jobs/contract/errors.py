@@ -95,6 +95,7 @@ class StoreError(LlamaRefineError):
     exit_code = 20
     reason = "store"
     disposition = Disposition.RETRY
+    retry_after_s: float | None = 0.0  # what the server asked for; None: the same request fails again
 
 
 class PreemptedError(LlamaRefineError):
