@@ -191,12 +191,6 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of one split, as prepare wrote them."""
-    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
