@@ -7,6 +7,7 @@ the answer's tokens and its EOS, never the prompt's. The adapter kept is the one
 validation loss.
 """
 
+import math
 from typing import Any
 
 from llamarefine_jobs import entry
@@ -45,7 +46,8 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows))
+    guessing = math.log(len(tokenizer))  # the loss of a model that knows nothing
+    watch = training.Watch(section, context, tokens / len(train_rows), hopeless_loss=2 * guessing)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
     check_labels(trainer, train_rows)
     training.train(trainer, watch, context)
