@@ -17,7 +17,7 @@ from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
-from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.intervals import Bootstrap, Interval
 from llamarefine_jobs.lineage import check_lineage
@@ -41,8 +41,8 @@ def work(context: Context) -> None:
 
     # Data.
     tokenizer = load_tokenizer(base)
-    train_rows = training.read_rows(preferences, "train")
-    validation_rows = training.read_rows(preferences, "validation")
+    train_rows = read_rows(preferences, "train")
+    validation_rows = read_rows(preferences, "validation")
     pairs = encode_pairs(tokenizer, train_rows)
     tokens = sum(len(chosen) + len(rejected) for chosen, rejected in pairs)
     context.note(f"{len(train_rows)} pairs to train on, {tokens} tokens; {len(validation_rows)} to validate")
@@ -59,7 +59,7 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows))
+    watch = training.Watch(section, context, tokens / len(train_rows), hopeless_loss=10 * step_zero.LN_2)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
     check_rows(trainer, pairs)
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
@@ -67,14 +67,6 @@ def work(context: Context) -> None:
 
     # What it learned, on pairs it was not trained on.
     context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
-
-
-def encode_pairs(tokenizer: Any, rows: list[dict[str, Any]]) -> list[tuple[Encoded, Encoded]]:
-    """Each row's prompt with its chosen and with its rejected answer, tokenised."""
-    return [
-        (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))
-        for row in rows
-    ]
 
 
 def build_trainer(

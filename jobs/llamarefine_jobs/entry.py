@@ -31,7 +31,6 @@ from llamarefine_jobs.contract.errors import (
     DiskFullError,
     IntegrityError,
     LlamaRefineError,
-    OutOfMemoryError,
     PreemptedError,
     from_os_error,
 )
@@ -39,12 +38,11 @@ from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES, Stage
+from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
 _DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
-# What torch raises as a RuntimeError where the GPU's memory runs out outside its own allocator.
-_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -91,7 +89,7 @@ class Context:
 
     def publish_checkpoint(self, step: int, folder: Path) -> None:
         """Publish the training's state after `step` steps."""
-        self.store.publish_checkpoint(step, folder, self._draft())
+        self.store.publish_checkpoint(step, folder, self.draft())
 
     def fetch_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of this very training, as a local folder."""
@@ -107,12 +105,13 @@ class Context:
         missing = [name for name in self.stage.writes if not (self.output / name).exists()]
         if missing:
             raise AssertionError(f"{self.stage.name} did not write {', '.join(missing)}")
-        manifest = self.store.publish(self.output, self._draft())
+        manifest = self.store.publish(self.output, self.draft())
         if self.stage.has_checkpoints:
             self.store.remove_checkpoints(self.stage.name, self.key)
         return manifest
 
-    def _draft(self) -> Manifest:
+    def draft(self) -> Manifest:
+        """The manifest of what is made here, as far as it is known now."""
         return Manifest(
             stage=self.stage.name,
             key=self.key,
@@ -152,7 +151,8 @@ def main(stage_name: str, work: Work) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
-        run(stage_name, work, recipe, Store(options.store))
+        with halving_micro_batches(stage_name, recipe):
+            run(stage_name, work, recipe, Store(options.store))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
@@ -252,17 +252,11 @@ def exit_code(stage_name: str) -> Iterator[None]:
         _end(stage_name, error)
     except KeyboardInterrupt:
         _end(stage_name, PreemptedError(f"{stage_name} was interrupted"))
-    except OSError as error:
-        _end(stage_name, from_os_error(error))
-    except MemoryError:
-        _end(stage_name, OutOfMemoryError(f"{stage_name} needs more memory than this machine gives it"))
     except Exception as error:
-        # torch's own is named so as not to import torch here
-        if type(error).__name__ == "OutOfMemoryError" or _GPU_MEMORY.search(str(error)):
-            _end(
-                stage_name,
-                OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"),
-            )
+        if is_out_of_memory(error):
+            _end(stage_name, described(stage_name, error))
+        if isinstance(error, OSError):
+            _end(stage_name, from_os_error(error))
         if full := _DISK_FULL.search(str(error)):  # torch and safetensors report it as errors of their own
             _end(
                 stage_name,
@@ -306,12 +300,6 @@ def _stop_on_sigterm() -> threading.Event:
 
         threading.Thread(target=watch, daemon=True).start()
     return stop
-
-
-def _smaller(stage_name: str) -> str:
-    if STAGES[stage_name].has_checkpoints:
-        return f"lower {stage_name}.micro_batch_rows (the result stays that of batch_rows) or max_length_tokens"
-    return f"lower {stage_name}.batch_rows" if stage_name in ("evaluate", "infer") else "use a larger machine"
 
 
 def _versions() -> dict[str, str]:

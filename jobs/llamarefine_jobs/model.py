@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
 from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.out_of_memory import is_out_of_memory
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -302,13 +303,11 @@ def _freeze(model: Any) -> Any:
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too
-        raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):  # torch's is a RuntimeError
+            raise
         raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
 
 

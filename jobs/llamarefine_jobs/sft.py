@@ -7,13 +7,14 @@ the answer's tokens and its EOS, never the prompt's. The adapter kept is the one
 validation loss.
 """
 
+import math
 from typing import Any
 
 from llamarefine_jobs import entry
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.recipe import Sft
-from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.encoding import Encoded, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 
 NO_LOSS = -100  # the label that cross entropy leaves out
@@ -32,8 +33,8 @@ def work(context: Context) -> None:
 
     # Data: tokenised here, so what carries a loss is decided in one place for both backends.
     tokenizer = load_tokenizer(base)
-    train_rows = encode_questions(tokenizer, training.read_rows(questions, "train"))
-    validation_rows = encode_questions(tokenizer, training.read_rows(questions, "validation"))
+    train_rows = encode_questions(tokenizer, read_rows(questions, "train"))
+    validation_rows = encode_questions(tokenizer, read_rows(questions, "validation"))
     tokens = sum(len(row) for row in train_rows)
     context.note(f"{len(train_rows)} rows to train on, {tokens} tokens; {len(validation_rows)} to validate")
 
@@ -45,15 +46,11 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows))
+    guessing = math.log(len(tokenizer))  # the loss of a model that knows nothing
+    watch = training.Watch(section, context, tokens / len(train_rows), hopeless_loss=2 * guessing)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
     check_labels(trainer, train_rows)
     training.train(trainer, watch, context)
-
-
-def encode_questions(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Encoded]:
-    """Prompt and answer of each row, tokenised: the last message is the answer."""
-    return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
 
 
 def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:

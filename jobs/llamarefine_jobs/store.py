@@ -76,12 +76,16 @@ class Store:
 
     def fetch_checkpoint(self, stage: str, key: str, into: Path) -> int | None:
         """Download the newest complete checkpoint into `into`; its step, or None where there is none."""
-        for step in reversed(self._checkpoint_steps(stage, key)):
+        while found := self._newest_checkpoint(stage, key):
+            step, manifest = found
             where = checkpoint_path(stage, key, step)
-            manifest = self._manifest(where)
-            if manifest is not None:
+            try:
                 self._fetch(where, manifest, into, ())
                 return step
+            except IntegrityError:
+                if self._manifest(where) is not None:
+                    raise
+                # Another process of this training, on its way out, replaced it by a newer one meanwhile.
         return None
 
     def remove_checkpoints(self, stage: str, key: str) -> None:
@@ -189,6 +193,16 @@ class Store:
     def _remedy(self, where: str) -> str:
         folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
         return f"to make it anew, remove {folder} and run again"
+
+    def _newest_checkpoint(self, stage: str, key: str) -> tuple[int, Manifest] | None:
+        listed: list[int] = []
+        while (steps := self._checkpoint_steps(stage, key)) != listed:  # changed beside us: look again
+            for step in reversed(steps):
+                manifest = self._manifest(checkpoint_path(stage, key, step))
+                if manifest is not None:
+                    return step, manifest
+            listed = steps
+        return None
 
     def _checkpoint_steps(self, stage: str, key: str) -> list[int]:
         prefix = checkpoint_path(stage, key) + "/"

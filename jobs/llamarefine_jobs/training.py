@@ -12,9 +12,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from llamarefine_jobs import model as models
 from llamarefine_jobs import sources
+from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
+from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.out_of_memory import ran_out_at
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
@@ -57,18 +60,23 @@ class Watch(TrainerCallback):
     a training that was killed and goes on ends with the same one.
     """
 
-    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float) -> None:
+    def __init__(
+        self, section: Sft | Dpo, context: Context, tokens_per_row: float, hopeless_loss: float = math.inf
+    ) -> None:
         self.section = section
         self.context = context
         self.tokens_per_row = tokens_per_row
+        self.hopeless_loss = hopeless_loss  # no training that is on its way has such a loss
         self.best = context.work / _BEST
         self.best_loss = math.inf
         self.best_step = 0
         self.last_loss: float | None = None
         self.preempted = False
+        self.checkpoints = Checkpoints(context.store, context.note)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step
+        self.checkpoints.newest_step = state.global_step or None
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
 
@@ -92,11 +100,8 @@ class Watch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is None:
             return
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {state.global_step} of {state.max_steps}; "
-                f"lower {self.context.stage.name}.learning_rate (now {self.section.learning_rate:g})"
-            )
+        if not loss < self.hopeless_loss:  # nor is NaN
+            raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
         self.last_loss = loss
         seconds = time.monotonic() - self.began_s
         steps = max(1, state.global_step - self.first_step)
@@ -119,6 +124,8 @@ class Watch(TrainerCallback):
     ) -> None:
         loss = (metrics or {})["eval_loss"]
         self.context.note(f"validation loss {loss:.4f} at step {state.global_step}")
+        if not math.isfinite(loss):
+            raise self.diverged(f"the validation loss is {loss} at step {state.global_step} of {state.max_steps}")
         if loss < self.best_loss:
             from safetensors.torch import save_file
 
@@ -127,13 +134,25 @@ class Watch(TrainerCallback):
             save_file(models.adapter_state(model), self.best / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        if not _is_finite(model):  # the loss says so only when it is logged next
+            raise self.diverged(f"the adapter holds no finite weights at step {state.global_step} of {state.max_steps}")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.best.exists():
             shutil.copytree(self.best, folder / _BEST)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
-        self.context.publish_checkpoint(state.global_step, folder)
-        shutil.rmtree(folder)
+        checkpoint = Checkpoint(state.global_step, folder, self.context.draft())
+        if self.preempted:
+            self.checkpoints.publish(checkpoint)
+        else:
+            self.checkpoints.offer(checkpoint)
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
@@ -142,6 +161,16 @@ class Watch(TrainerCallback):
             shutil.move(checkpoint / _BEST, self.best)
             best = json.loads((self.best / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error that names the last good checkpoint: none is published once a weight is not finite."""
+        self.checkpoints.settle()
+        step, stage = self.checkpoints.newest_step, self.context.stage.name
+        good = "no checkpoint was written before"
+        if step is not None:
+            where = f"{self.context.store.uri}/{checkpoint_path(stage, self.context.key, step)}"
+            good = f"the last good checkpoint is that of step {step}, {where}"
+        return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
@@ -158,7 +187,12 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
     began_s = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception:
+        watch.checkpoints.settle()  # whoever goes on needs them
+        raise
+    watch.checkpoints.abandon()
     state = trainer.state
     if watch.preempted:
         raise PreemptedError(
@@ -176,6 +210,8 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "train_seconds": round(seconds, 3),
         "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
         "resumed_at_step": watch.first_step or None,
+        "micro_batch_rows": watch.section.micro_batch_rows,
+        "ran_out_of_memory_at_micro_batch_rows": ran_out_at(),
         "history": list(_history(state.log_history)),
     }
     context.note(f"kept the adapter of step {watch.best_step}, validation loss {watch.best_loss:.4f}")
@@ -191,22 +227,19 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of one split, as prepare wrote them."""
-    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not math.isfinite(watch.best_loss):
-        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     state = load_file(watch.best / models.ADAPTER_WEIGHTS)
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]
     models.save_adapter(config, state, context.output / "adapter", _base_name(context))
+
+
+def _is_finite(model: Any) -> bool:
+    """Whether every trained weight is a number."""
+    return all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad)
 
 
 def _base_name(context: Context) -> str | None:

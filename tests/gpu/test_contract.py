@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from llamarefine_jobs import dpo, merge, sft, step_zero
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.scoring import generate, score
 from tests.jobs import tiny
@@ -194,17 +194,13 @@ def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tupl
 
 def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:
     """The rows of a split that are not too long, as prepare would keep them."""
-    from llamarefine_jobs import training
-
-    rows = sft.encode_questions(tokenizer, training.read_rows(context.inputs["prepare"] / "questions", split))
+    rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", split))
     assert all(len(row) <= context.recipe.max_length_tokens for row in rows)
     return rows
 
 
 def pairs_of(context: Context, tokenizer: Any) -> list[Any]:
-    from llamarefine_jobs import training
-
-    return dpo.encode_pairs(tokenizer, training.read_rows(context.inputs["prepare"] / "preferences", "test"))
+    return encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", "test"))
 
 
 def per_token(model: Any, tokenizer: Any, answers: list[Any]) -> list[float]:

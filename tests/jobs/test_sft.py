@@ -15,7 +15,7 @@ from llamarefine_jobs import model as models
 from llamarefine_jobs import sft
 from llamarefine_jobs.contract.errors import DataError, DivergedError, ProofError, RecipeError
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.encoding import encode, load_tokenizer, settle_tokenizer
+from llamarefine_jobs.encoding import encode, encode_questions, load_tokenizer, read_rows, settle_tokenizer
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.store import Store
 
@@ -199,8 +199,8 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
     backend = models.choose_backend()
     section = context.recipe.sft
     questions = context.inputs["prepare"] / "questions"
-    rows = sft.encode_questions(tokenizer, training.read_rows(questions, "train"))
-    held_out = sft.encode_questions(tokenizer, training.read_rows(questions, "validation"))
+    rows = encode_questions(tokenizer, read_rows(questions, "train"))
+    held_out = encode_questions(tokenizer, read_rows(questions, "validation"))
     model = backend.add_adapter(
         training.settle_model(backend.load(context.inputs["prepare"] / "base"), tokenizer),
         section.lora,
@@ -213,12 +213,11 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
 
 def validation_loss(context: Context) -> float:
     """The published adapter's loss on the validation split, by our own scoring."""
-    from llamarefine_jobs import training
     from llamarefine_jobs.scoring import score
 
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
     model = models.attach_adapter(models.choose_backend().load(base), context.output / "adapter")
-    rows = sft.encode_questions(tokenizer, training.read_rows(context.inputs["prepare"] / "questions", "validation"))
+    rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", "validation"))
     scores = score(model, tokenizer.pad_token_id, rows, 4)
     return -sum(found.logprob for found in scores) / sum(found.tokens for found in scores)

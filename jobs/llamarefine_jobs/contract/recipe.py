@@ -146,7 +146,12 @@ class _Training(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
-    micro_batch_rows: Count = Field(8, description="rows in one forward pass; batch_rows is a multiple of it")
+    micro_batch_rows: Count = Field(
+        8, description="rows in one forward pass; batch_rows is a multiple of it", json_schema_extra=_FREE
+    )
+    on_out_of_memory: Literal["fail", "halve_micro_batch"] = Field(
+        "fail", description="halve_micro_batch: start anew from the newest checkpoint", json_schema_extra=_FREE
+    )
     evaluate_every_steps: Count | None = Field(None, description="measure the validation split; null: four times a run")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: slower, less memory"
