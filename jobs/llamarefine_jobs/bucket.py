@@ -7,6 +7,8 @@ import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -131,6 +133,13 @@ class S3Objects:
     def delete(self, path: str) -> None:
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def clock(self) -> datetime | None:
+        """What the bucket's clock says, to the second; None where it does not say."""
+        with self._errors(""):
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            return parsedate_to_datetime(date) if date else None
 
     def _key(self, path: str) -> str:
         return self.prefix + path  # to a bucket a key is only a name: none leads out of it

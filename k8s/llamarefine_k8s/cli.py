@@ -17,6 +17,7 @@ from llamarefine_k8s.options import (
     recipe_argument,
     run_argument,
     set_option,
+    settings_option,
     store_option,
 )
 from llamarefine_k8s.terminal import open_console, print_json, run_command
@@ -78,15 +79,20 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
     """Show which stages of RECIPE would run, and why; runs none."""
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import plan, runs, summary
+    from llamarefine_k8s import gpu_memory, plan, runs, summary
 
     opened = open_store(store)
     pinned = pin(load_recipe(recipe, overrides))
     planned = plan.plan(pinned, opened)
+    memory = gpu_memory.estimates(pinned, opened.uri, ask_hub=False)
     if as_json:
-        print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": [asdict(stage) for stage in planned]})
+        stages = [asdict(stage) | {"gpu_memory_bytes": memory.get(stage.stage)} for stage in planned]
+        print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": stages})
     else:
-        summary.print_plan(open_console(), runs.run_id(pinned), opened, planned)
+        summary.print_plan(open_console(), runs.run_id(pinned), opened, planned, memory)
+
+
+cli.add_command(upkeep.preflight)
 
 
 @cli.command()
@@ -128,12 +134,11 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
 @set_option
 @store_option
 @cluster_options
-@option(
-    "--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="These settings alone."
-)
+@settings_option
 @option("--detach", "-d", is_flag=True, help="Do not follow the run's log.")
 @option("--foreground", is_flag=True, help="Drive the run from this process; without, a Job in the cluster does.")
 @option("--dry-run", is_flag=True, help="Print every object that would be made, as YAML; make none, upload nothing.")
+@option("--no-memory-check", is_flag=True, help="Submit though a training's estimate is far over the largest GPU.")
 def submit(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -144,6 +149,7 @@ def submit(
     detach: bool,
     foreground: bool,
     dry_run: bool,
+    no_memory_check: bool,
 ) -> None:
     """Run the pipeline of RECIPE on a cluster: a driver Job makes a Job for each stage that is due.
 
@@ -151,7 +157,7 @@ def submit(
     Ctrl-C only ends the following of its log, and the same command follows it again.
     """
     from llamarefine_jobs.recipe_file import load_recipe
-    from llamarefine_k8s import runs, submission, summary
+    from llamarefine_k8s import placement, runs, submission, summary
     from llamarefine_k8s.api import Cluster
     from llamarefine_k8s.display import open_display
 
@@ -168,6 +174,8 @@ def submit(
         return
     opened = open_store(given.store)
     summary.print_header(progress, run, opened)
+    if not (no_memory_check or submission.is_in_cluster()):
+        placement.require_memory(cluster, given, pinned, progress.print)
     if foreground:
         with open_display(progress, lambda path: runs.where(opened, path)) as display:
             record = submission.drive(cluster, pinned, given, display)

@@ -29,6 +29,9 @@ store_option = option(
 set_option = option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as in sft.epochs=2; may repeat."
 )
+settings_option = option(
+    "--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="These settings alone."
+)
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 run_argument = click.argument("run", required=False)

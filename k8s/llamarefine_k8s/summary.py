@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llamarefine_jobs.store import Store
 from llamarefine_k8s.checks import Check
 from llamarefine_k8s.display import clean, duration, stage_table
 from llamarefine_k8s.garbage import Garbage
+from llamarefine_k8s.gpu_memory import gib
 from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
@@ -142,14 +143,18 @@ def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
     console.print(table)
 
 
-def print_plan(console: Console, run: str, store: Store, planned: Sequence[PlannedStage]) -> None:
-    """What a run would do, one line a stage."""
+def print_plan(
+    console: Console, run: str, store: Store, planned: Sequence[PlannedStage], memory: Mapping[str, int]
+) -> None:
+    """What a run would do, one line a stage; `memory` is what trainings are estimated to need of a GPU's, in bytes."""
     states = {"there": ("is there", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
     print_header(console, run, store)
     table = Table.grid(padding=(0, 3, 0, 0))
     for stage in planned:
         key = short(stage.key) if stage.key else "key not known yet"
-        table.add_row(stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
+        row = (stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
+        needs = stage.state != "there" and memory.get(stage.stage)
+        table.add_row(*row, Text(f"about {gib(needs)} of GPU memory (estimated)" if needs else "", "dim"))
     console.print(table)
     due = sum(stage.state != "there" for stage in planned)
     if not due:

@@ -3,12 +3,75 @@
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import click
 
 from llamarefine_jobs import __version__
-from llamarefine_k8s.options import Age, json_option, open_store, option, run_argument, store_option
+from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_k8s.options import (
+    Age,
+    cluster_options,
+    json_option,
+    open_store,
+    option,
+    run_argument,
+    set_option,
+    settings_option,
+    store_option,
+)
 from llamarefine_k8s.terminal import open_console, print_json
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@set_option
+@store_option
+@cluster_options
+@settings_option
+@option("--local", is_flag=True, help="What `run` needs on this machine. It is so where the store is a folder.")
+@json_option
+def preflight(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    store: str | None,
+    context: str | None,
+    namespace: str | None,
+    file: Path | None,
+    local: bool,
+    as_json: bool,
+) -> None:
+    """Prove the run of RECIPE before it holds a GPU: permissions, objects, nodes, memory, bucket, data.
+
+    One line a check, on after what is wrong; ends well only where nothing failed. Without RECIPE, what any run
+    needs. The objects are given to the API server to look at, and none is made; in the bucket one small object is
+    written and removed.
+    """
+    from llamarefine_jobs.recipe_file import load_recipe
+    from llamarefine_k8s import preflight, settings, submission, summary
+    from llamarefine_k8s.api import Cluster
+
+    loaded = load_recipe(recipe, overrides) if recipe else None
+    named = store or settings.read_file(file or settings.default_file()).get("store")
+    if local or (named and not str(named).startswith("s3://")):
+        found = preflight.check_local(loaded, settings.load(file, store=store))
+    else:
+        found = preflight.check_cluster(
+            loaded,
+            lambda: Cluster(context, namespace),
+            lambda cluster: submission.load_settings(cluster, file, store=store, context=context, namespace=namespace),
+        )
+    console = open_console()
+    checks = []
+    for check in found:
+        checks.append(check)
+        if not as_json:
+            summary.print_check(console, check)
+    if as_json:
+        print_json([check.as_json() for check in checks])
+    failed = sum(check.state == "FAIL" for check in checks)
+    if failed:
+        raise LlamaRefineError(f"{failed} of {len(checks)} checks failed")
 
 
 @click.command()
