@@ -9,6 +9,8 @@ import contextlib
 import errno
 import functools
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
@@ -158,6 +160,14 @@ class S3Objects:
     def delete(self, path: str) -> None:
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    @_patiently
+    def clock(self) -> datetime | None:
+        """What the bucket's clock says, to the second; None where it does not say."""
+        with self._errors(""):
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            return parsedate_to_datetime(date) if date else None
 
     @_patiently
     def _listed(self, prefix: str) -> list[Entry]:

@@ -1,6 +1,8 @@
 """A file from the web, to a local folder: http and https only, wherever it redirects."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib import request
@@ -35,12 +37,27 @@ def download(url: str, into: Path, key: str, limit_bytes: int = _LIMIT_BYTES) ->
     """
     target = into / (PurePosixPath(unquote(urlsplit(url).path)).name or "download")
     into.mkdir(parents=True, exist_ok=True)
+    with _errors(url, key, limit_bytes), _opener().open(url, timeout=_TIMEOUT_S) as response:
+        capped = _Capped(target, limit_bytes)
+        with capped.file:
+            shutil.copyfileobj(response, capped)
+        expected = response.headers.get("Content-Length")
+    if expected is not None and expected.isdigit() and int(expected) != target.stat().st_size:
+        raise StoreError(f"{key}: {url} broke off after {target.stat().st_size} of {expected} bytes")
+    return target
+
+
+def read_head(url: str, key: str, size_bytes: int, timeout_s: float = 10) -> bytes:
+    """The first `size_bytes` behind `url`; raises as `download` does."""
+    with _errors(url, key), _opener().open(url, timeout=timeout_s) as response:
+        head: bytes = response.read(size_bytes)
+        return head
+
+
+@contextlib.contextmanager
+def _errors(url: str, key: str, limit_bytes: int = _LIMIT_BYTES) -> Iterator[None]:
     try:
-        with _opener().open(url, timeout=_TIMEOUT_S) as response:
-            capped = _Capped(target, limit_bytes)
-            with capped.file:
-                shutil.copyfileobj(response, capped)
-            expected = response.headers.get("Content-Length")
+        yield
     except OverflowError:
         raise DataError(
             f"{key}: {url} is over {limit_bytes >> 20} MiB; bring it to a bucket or a folder first"
@@ -56,9 +73,6 @@ def download(url: str, into: Path, key: str, limit_bytes: int = _LIMIT_BYTES) ->
         raise StoreError(f"{key}: {url} cannot be reached: {error.reason}") from None
     except (TimeoutError, ConnectionError, HTTPException) as error:
         raise StoreError(f"{key}: {url} broke off: {type(error).__name__}") from None
-    if expected is not None and expected.isdigit() and int(expected) != target.stat().st_size:
-        raise StoreError(f"{key}: {url} broke off after {target.stat().st_size} of {expected} bytes")
-    return target
 
 
 def _opener() -> request.OpenerDirector:

@@ -15,6 +15,7 @@ from typing import Any
 
 from llamarefine_jobs import data_card, docstrings, entry, tiny_llama
 from llamarefine_jobs.base import bring_base, describe, install_base, write_around
+from llamarefine_jobs.columns import lacks_columns
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.data import (
@@ -30,7 +31,7 @@ from llamarefine_jobs.data import (
     take_evenly,
 )
 from llamarefine_jobs.entry import Context
-from llamarefine_jobs.reading import Table, check_unchanged, lacks_columns, read_table
+from llamarefine_jobs.reading import Table, check_unchanged, read_table
 from llamarefine_jobs.sources import DOCSTRINGS, TINY_LLAMA
 from llamarefine_jobs.splits import SPLITS, assign_splits, group_rows
 

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llamarefine_jobs import hub, sources
+from llamarefine_jobs.columns import delimiter, format_of, lacks_columns
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Rows, Source
 from llamarefine_jobs.download import download
@@ -17,14 +18,6 @@ from llamarefine_jobs.download import download
 Cells = tuple[Any, ...]
 Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, and the wanted cells of each row
 
-_FORMAT_BY_ENDING = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
 # Those in wide use: among all that exist, a rare one often fits a little better and is wrong.
 _ENCODINGS = ["utf_16", "utf_32", "cp1252", "cp1250", "cp1251", "shift_jis", "euc_jp", "euc_kr", "gb18030", "big5"]
 _LONGEST_CELL = 2**31 - 1  # what fits the csv module on every platform
@@ -50,7 +43,7 @@ def read_table(rows: Rows, key: str, work: Path, columns: Sequence[str], optiona
     Raises DataError where the source is not what it should be, or is no longer what was planned.
     """
     path, commit = _bring(rows, key, work)
-    name = rows.format if rows.format != "auto" else _format_of(path, key)
+    name = rows.format if rows.format != "auto" else format_of(path, key)
     wanted = _Wanted(key, rows.source, tuple(columns), frozenset(optional))
     match name:
         case "csv":
@@ -65,12 +58,6 @@ def read_table(rows: Rows, key: str, work: Path, columns: Sequence[str], optiona
         raise DataError(f"{key}: {rows.source} has columns and no row")
     check_unchanged(rows, key)
     return Table(name, found, there, commit)
-
-
-def lacks_columns(key: str, source: str, missing: Sequence[str], there: Sequence[str]) -> DataError:
-    """The error that says which columns a source lacks and which it has."""
-    wanted, found = (", ".join(f"`{column}`" for column in columns) for columns in (missing, there))
-    return DataError(f"{key}: {source} has no column {wanted}, only {found or 'none'}; name the right one under {key}")
 
 
 def check_unchanged(source: Source, key: str) -> None:
@@ -127,17 +114,6 @@ def _bring(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
             raise DataError(f"{key}: {rows.source} is not a source of these rows")
 
 
-def _format_of(path: Path, key: str) -> str:
-    if path.is_dir():
-        return "hub"
-    found = _FORMAT_BY_ENDING.get(path.suffix.lower())
-    if found is None:
-        raise DataError(
-            f"{key}: {path.name} ends in none of {', '.join(_FORMAT_BY_ENDING)}; say what it is with {key}.format"
-        )
-    return found
-
-
 def _text(path: Path, wanted: _Wanted) -> str:
     """A text file's whole text; DataError with the encoding it seems to have where it is not UTF-8."""
     if path.is_dir():
@@ -170,7 +146,9 @@ def _encoding(sample: bytes) -> str:
 def _csv_rows(path: Path, wanted: _Wanted) -> Found:
     text = _text(path, wanted)
     before = csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(text, wanted))
+    reader = csv.reader(
+        io.StringIO(text, newline=""), strict=True, delimiter=delimiter(text, set(wanted.columns) - wanted.optional)
+    )
     line = 1  # where the row that is being read begins
     header: list[str] = []
     places: list[int] = []
@@ -197,19 +175,6 @@ def _csv_rows(path: Path, wanted: _Wanted) -> Found:
     finally:
         csv.field_size_limit(before)
     return header, found
-
-
-def _delimiter(text: str, wanted: _Wanted) -> str:
-    """The delimiter under which the header has the wanted columns; a comma where none does."""
-    first_line = text.lstrip("\r\n").split("\n", 1)[0]
-    for delimiter in (",", ";", "\t"):
-        try:
-            header = next(csv.reader([first_line], delimiter=delimiter), [])
-        except csv.Error:
-            continue
-        if set(wanted.columns) - wanted.optional <= set(header):
-            return delimiter
-    return ","
 
 
 def _jsonl_rows(path: Path, wanted: _Wanted) -> Found:

@@ -5,9 +5,11 @@ changes in between is noticed, and one that only moved is known again. A file th
 uploaded keeps the fingerprint of its bytes: the same file is the same input here and on a cluster.
 """
 
+import contextlib
 import hashlib
 import platform
 from enum import Enum
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -124,6 +126,25 @@ def download_s3(source: str, into: Path, pinned: str | None = None) -> Path:
     if pinned and is_known_elsewhere(Kind.S3, pinned) and content_sha256(path) != pinned:
         raise DataError(f"{source}: expected the bytes that were uploaded ({pinned}), found others; submit again")
     return path
+
+
+def read_s3_head(source: str, key: str, size_bytes: int) -> bytes:
+    """The first `size_bytes` of an object, or a little more. DataError where there is none."""
+    parts = urlsplit(source)
+    head = BytesIO()
+
+    def enough(chunk: bytes) -> None:
+        if head.tell() >= size_bytes:
+            raise _EnoughError
+
+    with contextlib.suppress(_EnoughError):
+        if not open_objects(f"s3://{parts.netloc}").download(unquote(parts.path).strip("/"), head, enough):
+            raise DataError(f"{key}: there is nothing at {source}")
+    return head.getvalue()
+
+
+class _EnoughError(Exception):
+    """As much was read as was wanted."""
 
 
 def _listed(source: str) -> tuple[Objects, str, list[Entry]]:

@@ -35,6 +35,13 @@ _PATHS = {
     "Event": "/api/v1/namespaces/{namespace}/events",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
     "Secret": "/api/v1/namespaces/{namespace}/secrets",
+    "ResourceQuota": "/api/v1/namespaces/{namespace}/resourcequotas",
+    "LocalSubjectAccessReview": "/apis/authorization.k8s.io/v1/namespaces/{namespace}/localsubjectaccessreviews",
+    "SelfSubjectAccessReview": "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+    "SelfSubjectReview": "/apis/authentication.k8s.io/v1/selfsubjectreviews",
+    "Namespace": "/api/v1/namespaces",
+    "Node": "/api/v1/nodes",
+    "PodAnywhere": "/api/v1/pods",
 }
 _FORBIDDEN = re.compile(
     r'User "(?P<user>[^"]+)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)" in API group "(?P<group>[^"]*)"'
@@ -55,6 +62,11 @@ class Cluster:
         if not namespace:
             self.namespace = self._own_namespace() or "default"
 
+    @property
+    def host(self) -> str:
+        """The API server's address."""
+        return str(self._client.configuration.host)
+
     def get(self, kind: str, name: str) -> Object | None:
         """An object, or None."""
         return self._ask("GET", self._path(kind, name), missing_ok=True)
@@ -66,6 +78,18 @@ class Cluster:
     def create(self, manifest: Object) -> Object | None:
         """Make an object; None where one of that name is there."""
         return self._ask("POST", self._path(manifest["kind"]), manifest, existing_ok=True)
+
+    def try_out(self, manifest: Object) -> list[str]:
+        """Have the server check an object without making it: its warnings. Raises what it would be refused for."""
+        try:
+            with self._errors():
+                response = self._call("POST", self._path(manifest["kind"]), manifest, [("dryRun", "All")])
+        except _RefusedError as refused:
+            if refused.status == 409:
+                return []
+            raise self._from_status(refused) from None
+        said = ", ".join(response.headers.getlist("Warning"))
+        return [text.replace('\\"', '"') for text in re.findall(r'299 \S+ "((?:[^"\\]|\\.)*)"', said)]
 
     def patch(self, kind: str, name: str, patch: Object) -> Object | None:
         """Merge a patch into an object; None where there is none."""
@@ -297,12 +321,20 @@ class Cluster:
         if not found:  # a quota, an admission rule: the server says it best
             return AccessError(f"the cluster forbids it: {_sentence(message)}")
         what = found["resource"] + (f".{found['group']}" if found["group"] else "")
-        account = re.fullmatch(r"system:serviceaccount:([^:]+):([^:]+)", found["user"])
-        subject = f"--serviceaccount={account[1]}:{account[2]}" if account else f"--user={found['user']}"
         return _DoubtfulError(
-            f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; an admin grants it: "
-            f"kubectl -n {self.namespace} create rolebinding llamarefine-user --role=llamarefine-driver {subject}"
+            f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; "
+            f"{how_to_grant(found['user'], self.namespace)}"
         )
+
+
+def how_to_grant(user: str, namespace: str) -> str:
+    """What an admin types so that a user may do what the launcher asks for."""
+    account = re.fullmatch(r"system:serviceaccount:([^:]+):([^:]+)", user)
+    subject = f"--serviceaccount={account[1]}:{account[2]}" if account else f"--user={user}"
+    return (
+        f"an admin grants it: kubectl -n {namespace} create rolebinding llamarefine-user --role=llamarefine-driver "
+        f"{subject}"
+    )
 
 
 class _RefusedError(Exception):

@@ -1,5 +1,6 @@
 """Bring a run to the cluster: its files into the bucket, its recipe pinned, its driver made and followed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llamarefine_k8s.settings import DRIVER, Settings
 
 Say = Callable[[str], None]
 _GLANCE_S = 0.2
-_INSTALL = "install the chart (`helm install llamarefine charts/llamarefine`), or name its namespace by --namespace"
+INSTALL = "install the chart (`helm install llamarefine charts/llamarefine`), or name its namespace by --namespace"
 
 
 def load_settings(cluster: Cluster, given_file: Path | None, **given: Any) -> Settings:
@@ -42,7 +43,7 @@ def load_settings(cluster: Cluster, given_file: Path | None, **given: Any) -> Se
         values = settings.read_text(text, f"ConfigMap {SETTINGS_MAP}") | values
         if not brought and not (given.get("store") or values.get("store")):
             raise AccessError(
-                f"namespace {cluster.namespace} has no ConfigMap {SETTINGS_MAP}, so no bucket is known: {_INSTALL}, "
+                f"namespace {cluster.namespace} has no ConfigMap {SETTINGS_MAP}, so no bucket is known: {INSTALL}, "
                 "or give --store"
             )
     found = settings.parse(values, where, **given)
@@ -51,6 +52,11 @@ def load_settings(cluster: Cluster, given_file: Path | None, **given: Any) -> Se
             f"store {found.store}: pods cannot reach a folder of this machine; expected s3://bucket/prefix"
         )
     return found
+
+
+def is_in_cluster() -> bool:
+    """Whether this process is a pod: the chart's, or a driver, that does what a person has decided."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def bring_sources(recipe: Recipe, given: Settings, say: Say, *, upload: bool = True) -> Recipe:
@@ -156,4 +162,4 @@ def require_account(cluster: Cluster, name: str) -> None:
     except AccessError:
         return  # not ours to look at: the Job's own events tell
     if there is None:
-        raise AccessError(f"namespace {cluster.namespace} has no service account {name}: {_INSTALL}")
+        raise AccessError(f"namespace {cluster.namespace} has no service account {name}: {INSTALL}")

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from rich.text import Text
 
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
 from llamarefine_jobs.store import Store
+from llamarefine_k8s.checks import Check
 from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.garbage import Garbage
+from llamarefine_k8s.gpu_memory import gib
 from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
@@ -140,14 +143,18 @@ def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
     console.print(table)
 
 
-def print_plan(console: Console, run: str, store: Store, planned: Sequence[PlannedStage]) -> None:
-    """What a run would do, one line a stage."""
+def print_plan(
+    console: Console, run: str, store: Store, planned: Sequence[PlannedStage], memory: Mapping[str, int]
+) -> None:
+    """What a run would do, one line a stage; `memory` is what trainings are estimated to need of a GPU's, in bytes."""
     states = {"there": ("is there", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
     print_header(console, run, store)
     table = Table.grid(padding=(0, 3, 0, 0))
     for stage in planned:
         key = short(stage.key) if stage.key else "key not known yet"
-        table.add_row(stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
+        row = (stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
+        needs = stage.state != "there" and memory.get(stage.stage)
+        table.add_row(*row, Text(f"about {gib(needs)} of GPU memory (estimated)" if needs else "", "dim"))
     console.print(table)
     due = sum(stage.state != "there" for stage in planned)
     if not due:
@@ -167,6 +174,26 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) ->
         "report": f"open {into / 'report.html'}",
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
+
+
+def print_check(console: Console, check: Check) -> None:
+    """One line of `preflight` or `verify`."""
+    style = {"ok": "green", "warning": "yellow", "FAIL": "red bold"}[check.state]
+    console.print(Text.assemble((f"{check.state:<8}", style), f"{check.name}: {check}"), soft_wrap=True)
+
+
+def print_garbage(console: Console, found: Garbage, *, removed: bool) -> None:
+    """What goes, one line each, and what stays."""
+    for item in found.items:
+        number = len(item.files) + bool(item.seal)
+        text = f"{number} object{'s' if number > 1 else ''}, {decimal(item.size_bytes)}; {item.why}"
+        console.print(Text.assemble(f"{item.kind} {item.name}  ", (text, "dim")), soft_wrap=True)
+    stay = f"{found.kept_runs} run{'s' if found.kept_runs != 1 else ''} stay{'s' if found.kept_runs == 1 else ''}"
+    if not found.items:
+        console.print(f"nothing to remove; {stay}")
+        return
+    done = "removed" if removed else "would go, and --delete removes it"
+    console.print(f"{decimal(found.size_bytes)} {done}; {stay}", soft_wrap=True)
 
 
 def _print_example(console: Console, example: Example) -> None:
