@@ -101,10 +101,8 @@ class Store:
             try:
                 self._fetch(where, manifest, into, ())
                 return step
-            except IntegrityError:
-                if self._manifest(where) is not None:
-                    raise
-                # Another process of this training, on its way out, replaced it by a newer one meanwhile.
+            except DataError:
+                continue  # another process of this training, on its way out, replaced it by a newer one meanwhile
         return None
 
     def remove_checkpoints(self, stage: str, key: str) -> None:
