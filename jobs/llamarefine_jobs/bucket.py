@@ -8,6 +8,7 @@ The endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where it is not 
 import contextlib
 import errno
 import functools
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -206,6 +207,7 @@ class S3Objects:
             NoCredentialsError,
             ParamValidationError,
             PartialCredentialsError,
+            SSLError,
         )
 
         where = f"{self.uri}/{path}".rstrip("/")
@@ -218,7 +220,10 @@ class S3Objects:
                 f"{where}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from None
         except ParamValidationError as error:
-            raise RecipeError(f"{where}: {_sentence(error)}; correct the store's URI") from None
+            said = _sentence(error).partition(": Bucket name must match")[0]
+            raise RecipeError(f"{where}: {said}; correct the store's URI") from None
+        except SSLError as error:
+            raise AccessError(f"{where}: {self._tls_trouble(str(error))}") from None
         except ClientError as error:
             raise self._from_client_error(where, error) from None
         except (BotoCoreError, Boto3Error) as error:
@@ -232,6 +237,15 @@ class S3Objects:
             if _is_broken_connection(error):
                 raise StoreError(f"{where}: the connection broke: {_sentence(error)}") from None
             raise
+
+    def _tls_trouble(self, error: str) -> str:
+        endpoint = self.client.meta.endpoint_url
+        if "CERTIFICATE_VERIFY_FAILED" in error:
+            reason = _sentence(error.rpartition("certificate verify failed: ")[2]).partition(" (_ssl")[0]
+            return f"the certificate of {endpoint} is not trusted ({reason}); name its authority by AWS_CA_BUNDLE"
+        if "WRONG_VERSION_NUMBER" in error or "record layer failure" in error:
+            return f"{endpoint} does not speak TLS; give it a certificate, or write http:// where that is meant"
+        return f"no TLS connection to {endpoint}: {_sentence(error)}; is the endpoint right?"
 
     def _from_client_error(self, where: str, error: Any) -> LlamaRefineError:
         code = _code(error)
@@ -251,6 +265,9 @@ class S3Objects:
             return AccessError(f"{where}: this machine's clock differs too much from the bucket's; set it right")
         if code in _FULL:
             return DiskFullError(f"{where}: the bucket is full ({answer}); free some room, then run again")
+        if re.fullmatch(r"4\d\d|501", code) and code not in ("408", "429"):  # a status without S3's own word for it
+            endpoint = self.client.meta.endpoint_url
+            return AccessError(f"{where}: {endpoint} does not answer as S3 ({answer}); is it the endpoint, TLS or not?")
         failed = StoreError(f"{where}: the bucket answered {answer}")
         if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
             failed.retry_after_s = None

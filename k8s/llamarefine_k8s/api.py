@@ -266,7 +266,8 @@ class Cluster:
         except config.ConfigException as error:
             raise AccessError(_kubeconfig_trouble(self._context, error)) from None
         except Exception as error:  # a kubeconfig that is no YAML, or names files that are not there
-            raise AccessError(f"the kubeconfig cannot be used: {_sentence(error)}; set KUBECONFIG") from None
+            why = "it is none" if isinstance(error, TypeError | AttributeError | KeyError) else _sentence(error)
+            raise AccessError(f"the kubeconfig cannot be used: {why}; set KUBECONFIG") from None
         return client.ApiClient(settings)
 
     def _own_namespace(self) -> str | None:
@@ -398,6 +399,10 @@ def _kubeconfig_trouble(context: str | None, error: Exception) -> str:
 
 
 def _cause(error: BaseException) -> str:
+    if "WRONG_VERSION_NUMBER" in str(error) or "record layer failure" in str(error):
+        return "it does not speak TLS"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "its certificate is not of the authority that the kubeconfig names"
     reason = getattr(error, "reason", None) or error
     return _sentence(str(reason).rpartition(": ")[2] or reason)
 

@@ -42,31 +42,34 @@ def check_local(recipe: Recipe | None, given: Settings) -> Iterator[Check]:
 
 
 def check_cluster(
-    recipe: Recipe | None, connect: Callable[[], Cluster], find: Callable[[Cluster], Settings]
+    recipe: Recipe | None, connect: Callable[[], Cluster], find: Callable[[Cluster], Settings], store: str | None = None
 ) -> Iterator[Check]:
-    """What `submit` needs. `connect` reaches the cluster, `find` reads the settings that hold there."""
+    """What `submit` needs. `connect` reaches the cluster, `find` reads the settings that hold there.
+
+    `store` is the bucket, where it is known without them.
+    """
     given, cluster, pinned = None, None, None
     try:
         cluster = connect()
         yield from access.check_access(cluster)
-        yield from _namespace(cluster)
-        given = find(cluster)
-        accounts = _accounts(cluster, given)
-        yield accounts
-        if accounts.state == "ok":
-            yield from access.check_driver(cluster, given.service_account)
+        namespace = _namespace(cluster)
+        yield namespace
+        given = find(cluster) if namespace.state != "FAIL" else None
     except LlamaRefineError as error:
-        yield fail("cluster" if given is None else "objects", str(error))
+        yield fail("cluster", str(error))
+    if cluster and given:
+        yield from _accounts(cluster, given)
     if recipe:
         yield from check_sources(recipe)
-    if given is None or cluster is None:
-        return
-    yield from check_store(given.store)
-    if recipe:
+    uri = given.store if given else store
+    if uri:
+        yield from check_store(uri)
+    if recipe and given:
         pinned = yield from _pinned(lambda: submission.bring_sources(recipe, given, lambda text: None, upload=False))
-    if pinned:
+    if pinned and given:
         yield from _standing(pinned, given.store)
-    yield from placement.check_placement(cluster, given, pinned)
+    if cluster and given:
+        yield from _guarded("objects", placement.check_placement(cluster, given, pinned))
 
 
 def check_sources(recipe: Recipe) -> Iterator[Check]:
@@ -147,26 +150,38 @@ def _base(recipe: Recipe) -> Iterator[Check]:
         yield ok("base", f"{base.source}: a {config['model_type']} model")
 
 
-def _namespace(cluster: Cluster) -> Iterator[Check]:
+def _guarded(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks, and one that says what ended them."""
+    try:
+        yield from checks
+    except LlamaRefineError as error:
+        yield fail(name, str(error))
+
+
+def _namespace(cluster: Cluster) -> Check:
     """The namespace is there, and what the chart brings is in it."""
     with contextlib.suppress(AccessError):  # not ours to look at: what follows tells
         if cluster.get("Namespace", cluster.namespace) is None:
-            yield fail("namespace", f"there is no namespace {cluster.namespace}", "create it, or name another by -n")
-            return
+            return fail("namespace", f"there is no namespace {cluster.namespace}", "create it, or name another by -n")
     if cluster.get("ConfigMap", SETTINGS_MAP):
-        yield ok("chart", f"its ConfigMap {SETTINGS_MAP} is in namespace {cluster.namespace}")
-    else:
-        yield warning("chart", f"namespace {cluster.namespace} has no ConfigMap {SETTINGS_MAP}", submission.INSTALL)
+        return ok("chart", f"its ConfigMap {SETTINGS_MAP} is in namespace {cluster.namespace}")
+    return warning("chart", f"namespace {cluster.namespace} has no ConfigMap {SETTINGS_MAP}", submission.INSTALL)
 
 
-def _accounts(cluster: Cluster, given: Settings) -> Check:
-    """The service accounts of driver and stages."""
+def _accounts(cluster: Cluster, given: Settings) -> Iterator[Check]:
+    """The service accounts of driver and stages, and what the driver may do."""
     names = [name for name in (given.service_account, given.stage_service_account) if name]
-    missing = [name for name in names if cluster.get("ServiceAccount", name) is None]
+    try:
+        missing = [name for name in names if cluster.get("ServiceAccount", name) is None]
+    except LlamaRefineError as error:
+        yield fail("service accounts", str(error))
+        return
     if missing:
         text = f"namespace {cluster.namespace} has no service account {', '.join(missing)}"
-        return fail("service accounts", text, submission.INSTALL)
-    return ok("service accounts", f"{' and '.join(names)} there")
+        yield fail("service accounts", text, submission.INSTALL)
+        return
+    yield ok("service accounts", f"{' and '.join(names)} there")
+    yield from _guarded("driver's permissions", access.check_driver(cluster, given.service_account))
 
 
 def _own_card(recipe: Recipe, uri: str) -> Iterator[Check]:

@@ -60,6 +60,7 @@ def preflight(
             loaded,
             lambda: Cluster(context, namespace),
             lambda cluster: submission.load_settings(cluster, file, store=store, context=context, namespace=namespace),
+            named,
         )
     console = open_console()
     checks = []
