@@ -2,11 +2,13 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
+.PHONY: help setup demo test test-gpu chaos lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
 ARGS   ?=
+SEED   ?= 1
+KILLS  ?= 200
 
 # Images, and what a registry, a proxy or a private authority changes about them: images/README.md.
 ENGINE          ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
@@ -56,6 +58,9 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 	@if $(RUN) python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("unsloth") is None)'; \
 	then LLAMAREFINE_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
 	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
+
+chaos: $(READY) ## kill, fill up and damage real runs at random moments: SEED=1 KILLS=200; docs/chaos.md
+	$(RUN) python -m tests.chaos --seed "$(SEED)" --kills "$(KILLS)" $(ARGS)
 
 lint: $(READY) ## check style, types, security rules and who imports whom; changes nothing
 	$(RUN) ruff check
