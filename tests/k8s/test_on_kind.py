@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from tests.chart.kind_cluster import TAG, KindCluster, eventually
 from tests.e2e import kind
 from tests.s3_server import KEY, SECRET, find_minio
 
-from .acting import STEPS
+from .acting import STEPS, patches, program_map
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("LLAMAREFINE_E2E"), reason="builds images and takes minutes: `make e2e` runs it"
 )
 NAMESPACE = "launcher"
+IMAGE = f"localhost/llamarefine-launcher:{TAG}"
 SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}}
-ACTING = Path(__file__).parent / "acting.py"
 
 
 def secret(name: str, key: str) -> dict[str, Any]:
@@ -39,9 +38,7 @@ def the_cluster(kind_cluster: KindCluster) -> KindCluster:
     if not find_minio():
         pytest.skip("minio not found")
     kind_cluster.make_namespace(NAMESPACE)
-    program: dict[str, Any] = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "acting"}}
-    program["data"] = {ACTING.name: ACTING.read_text()}
-    for each in (secret("llamarefine-bucket", SECRET), secret("wrong", "wrong-secret"), program):
+    for each in (secret("llamarefine-bucket", SECRET), secret("wrong", "wrong-secret"), program_map()):
         each["metadata"]["namespace"] = NAMESPACE
         kind_cluster.apply(each)
     # The chart brings account and permissions; its bucket is the one below.
@@ -71,22 +68,6 @@ def endpoint(the_cluster: KindCluster, tmp_path_factory: pytest.TempPathFactory)
     process.wait(30)
 
 
-def acting_patches(acting: str) -> dict[str, Any]:
-    """What makes the launcher's image act as every stage: `acting` says what each is to do."""
-    container = {
-        "name": "stage",
-        "image": f"localhost/llamarefine-launcher:{TAG}",
-        "env": [{"name": "ACTING", "value": acting}],
-        "volumeMounts": [{"name": "acting", "mountPath": "/acting"}],
-    }
-    volume = {"name": "acting", "configMap": {"name": "acting"}}
-    commands = {stage: [{"name": "stage", "command": ["python", "/acting/acting.py", stage]}] for stage in SEQUENCE}
-    return {
-        "all": {"spec": {"template": {"spec": {"volumes": [volume], "containers": [container]}}}},
-        **{name: {"spec": {"template": {"spec": {"containers": each}}}} for name, each in commands.items()},
-    }
-
-
 class OnCluster:
     """`llamarefine` as a person's process, on the cluster's namespace."""
 
@@ -110,7 +91,7 @@ class OnCluster:
 
     def act(self, acting: str, **settings: Any) -> None:
         """Tell the stages what to do; write the settings."""
-        text = yaml.safe_dump(self.settings | {"patches": acting_patches(acting)} | settings)
+        text = yaml.safe_dump(self.settings | {"patches": patches(IMAGE, acting)} | settings)
         (self.folder / "llamarefine.yaml").write_text(text)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -227,10 +208,8 @@ def test_cancel_leaves_nothing_behind_within_15_s(on: OnCluster, recipe_file: Pa
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 5), 90)
-    began_s = time.monotonic()
     code, said = on.run("cancel", run)
-    assert code == 0, said
-    assert time.monotonic() - began_s < 17  # 15 and the start of two processes
+    assert code == 0, said  # it fails when something is left after 15 s
     assert on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == []
     assert "interrupted" in on.run("status", run)[1]
 
