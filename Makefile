@@ -17,7 +17,8 @@ VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamaref
 TAG             ?= $(VERSION)
 GIT_COMMIT      ?= $(shell git rev-parse HEAD 2>/dev/null)
 CA_CERTIFICATES ?= $(wildcard /usr/local/share/ca-certificates/*.crt)
-export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES
+IMAGES          ?= $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
+export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES IMAGES
 
 # The cluster on this machine, and what is submitted to the current one: k8s/README.md.
 CLUSTER         ?= llamarefine
@@ -27,7 +28,7 @@ IMAGE_LOADER    ?= kind
 RECIPE          ?= jobs/recipes/demo.yaml
 MODEL           ?= model
 export CLUSTER NAMESPACE GPUS IMAGE_LOADER RECIPE
-ON_CLUSTER       = k8s/with-bucket $(RUN) llamarefine
+ON_CLUSTER       = k8s/with-bucket llamarefine
 
 # The uv on the PATH where one runs, else one of our own in .uv/.
 UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
@@ -78,11 +79,10 @@ docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
 	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
 
-IMAGES := $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
 .PHONY: $(IMAGES:%=image-%)
 
 images: ## build every container image with docker, podman or buildah; `make image-sft` builds one
-	@images/build
+	@images/build $(IMAGES)
 
 $(IMAGES:%=image-%): image-%:
 	@images/build $*

@@ -1,5 +1,6 @@
 """The command `llamarefine`: translate options, call, print. What is heavy is imported where it is used."""
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from llamarefine_k8s.options import (
     settings_option,
     store_option,
 )
-from llamarefine_k8s.terminal import open_console, print_json, run_command
+from llamarefine_k8s.terminal import command, open_console, print_json, run_command
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
@@ -183,12 +184,14 @@ def submit(
         return
     job = submission.start(cluster, pinned, given, progress.print)
     if detach:
-        progress.print(f"llamarefine logs -f {run}   follows it")
+        progress.print(f"{command()} logs -f {run}   follows it")
         return
     try:
         submission.follow(cluster, job, given, click.echo)
     except KeyboardInterrupt:
-        progress.print(f"the run goes on; llamarefine logs -f {run} follows it, llamarefine cancel {run} ends it")
+        progress.print(f"the run goes on; {command()} logs -f {run} follows it, {command()} cancel {run} ends it")
+        return
+    summary.print_next(open_console(), run, given.store)
 
 
 @cli.command()
@@ -321,8 +324,8 @@ def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store:
     return local.infer(Recipe.model_validate(record.recipe), opened.uri, arguments)
 
 
-for command in (upkeep.verify, upkeep.gc, upkeep.version):
-    cli.add_command(command)
+for kept in (upkeep.verify, upkeep.gc, upkeep.version):
+    cli.add_command(kept)
 
 
 def main() -> None:
@@ -335,11 +338,14 @@ def _print_end(
 ) -> None:
     """What a finished run shows: the comparison, and what to type next."""
     from llamarefine_k8s import results, summary
+    from llamarefine_k8s.runs import DRIVER_JOB
 
     report = results.read_report(opened, record.run)
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
         summary.print_report(open_console(), report)
-        summary.print_results(open_console(), opened, record, ["--store", store] if store else [], into)
+        summary.print_places(open_console(), opened, record, into)
+        if DRIVER_JOB not in os.environ:  # its log is read on another machine, by someone who is told there
+            summary.print_next(open_console(), record.run, store, is_here=into is not None)
     results.check_gates(report)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError, StoreError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.feed import JobFeed
-from llamarefine_k8s.manifests import CONTAINER, MADE_FROM, RUN, owner_reference, run_map, stage_job
+from llamarefine_k8s.manifests import CONTAINER, MADE_FROM, RUN, SETTINGS_MAP, owner_reference, run_map, stage_job
 from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, why_replaced, why_waiting
 from llamarefine_k8s.runs import DRIVER_JOB
@@ -123,7 +123,8 @@ class ClusterExecutor:
             driver = None
             if self._is_driver:
                 driver = owner_reference("Job", os.environ[DRIVER_JOB], os.environ[DRIVER_UID])
-            recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, driver))
+            above = driver or release_of(self._cluster)
+            recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, above))
             self._owner = driver or owner_reference("ConfigMap", task.run, recipe["metadata"]["uid"])
         return self._owner
 
@@ -196,7 +197,15 @@ def put_run_map(cluster: Cluster, manifest: Object) -> Object:
             raise LlamaRefineError(f"the ConfigMap {name} was removed while the run started; submit again")
         return there
     check_ours(there | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
-    return cluster.patch("ConfigMap", name, {"data": manifest["data"]}) or there
+    # An earlier drive's owner may end, and would take this one's stages along.
+    owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
+    return cluster.patch("ConfigMap", name, {"metadata": owners, "data": manifest["data"]}) or there
+
+
+def release_of(cluster: Cluster) -> Object | None:
+    """The chart's ConfigMap as an owner: a run goes when the chart is uninstalled, which takes its permissions too."""
+    brought = cluster.get("ConfigMap", SETTINGS_MAP)
+    return owner_reference("ConfigMap", SETTINGS_MAP, brought["metadata"]["uid"]) if brought else None
 
 
 def wait_until(true: Callable[[], bool], complaint: str, timeout_s: float = _GONE_S) -> None:

@@ -14,7 +14,7 @@ from llamarefine_jobs.sources import DOCSTRINGS, IN_IMAGE, Kind
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import live, settings
 from llamarefine_k8s.api import Cluster, Object
-from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map
+from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map, release_of
 from llamarefine_k8s.display import Display
 from llamarefine_k8s.feed import JobFeed
 from llamarefine_k8s.manifests import SETTINGS_MAP, driver_job, owner_reference, run_map, stage_job
@@ -22,6 +22,7 @@ from llamarefine_k8s.pipeline import Pipeline, Task
 from llamarefine_k8s.reasons import how_it_ended
 from llamarefine_k8s.runs import RunRecord, run_id
 from llamarefine_k8s.settings import DRIVER, Settings
+from llamarefine_k8s.terminal import command
 
 Say = Callable[[str], None]
 _GLANCE_S = 0.2
@@ -104,25 +105,22 @@ def objects_of(recipe: Recipe, given: Settings, *, foreground: bool = False) -> 
 def start(cluster: Cluster, recipe: Recipe, given: Settings, say: Say) -> Object:
     """The driver Job of a run: the one that is at work, or a new one in place of what an earlier one left."""
     run = run_id(recipe)
-    there = cluster.get("Job", run)
+    there, wanted = cluster.get("Job", run), run_map(run, recipe, given)
     if there and is_at_work(there):
         say("runs already; this attaches to it")
+        known = cluster.get("ConfigMap", run)
+        if known and known["data"] != wanted["data"]:
+            say(f"it goes on with the settings it began with; for other ones, `{command()} cancel {run}` first")
         return there
     if live.of_run(cluster, run):
         live.remove(cluster, run)
-    put_run_map(cluster, run_map(run, recipe, given))
-    made = cluster.create(driver_job(run, given, _release(cluster))) or cluster.get("Job", run)
+    put_run_map(cluster, wanted)
+    made = cluster.create(driver_job(run, given, release_of(cluster))) or cluster.get("Job", run)
     if made is None:
         raise LlamaRefineError(f"the Job {run} was removed while it started; submit again")
     owner = owner_reference("Job", run, made["metadata"]["uid"])
     cluster.patch("ConfigMap", run, {"metadata": {"ownerReferences": [owner]}})
     return made
-
-
-def _release(cluster: Cluster) -> Object | None:
-    """The chart's ConfigMap as an owner: a run goes when the chart is uninstalled, which takes its permissions too."""
-    brought = cluster.get("ConfigMap", SETTINGS_MAP)
-    return owner_reference("ConfigMap", SETTINGS_MAP, brought["metadata"]["uid"]) if brought else None
 
 
 def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shlex
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,12 @@ def open_console(*, stderr: bool = False) -> "Console":
     if not console.is_terminal:
         console.width = 120  # nobody's window: wide enough for every table
     return console
+
+
+def command() -> str:
+    """How this command is typed here: as its wrapper says, by its name where the shell finds it, else as it was."""
+    by_name = "llamarefine" if shutil.which("llamarefine") else shlex.quote(sys.argv[0])
+    return os.environ.get("LLAMAREFINE_COMMAND") or by_name
 
 
 def print_json(value: Any) -> None:

@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from tests.chart.kind_cluster import KindCluster
 
 from . import kind
 
@@ -37,21 +37,14 @@ for page in client.get_paginator("list_objects_v2").paginate(Bucket="llamarefine
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    env = kind.environment(tmp_path_factory.mktemp("kind"))
-    lacking = kind.missing(env)
-    if lacking:
-        pytest.skip(f"needs {', '.join(lacking)}")
-    return env
+def env(kind_cluster: KindCluster) -> dict[str, str]:
+    return kind_cluster.environment
 
 
 @pytest.fixture(scope="module")
-def cluster(env: dict[str, str]) -> Iterator[str]:
-    """The output of `make kind-up`; removed by `make kind-down`."""
-    try:
-        yield kind.make(env, "kind-up")
-    finally:
-        kind.make(env, "kind-down")
+def cluster(env: dict[str, str]) -> str:
+    """The output of `make kind-up` with every image."""
+    return kind.make(env, "kind-up")
 
 
 @pytest.fixture(scope="module")
