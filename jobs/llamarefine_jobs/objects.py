@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.artifact import safe_relative_path
+from llamarefine_jobs.contract.credentials import refuse_credentials
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError, from_os_error
 
 CHUNK_BYTES = 1 << 20
@@ -59,7 +60,10 @@ class Objects(Protocol):
 
 def open_objects(uri: str) -> Objects:
     """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(refuse_credentials(uri))
+    except ValueError as error:
+        raise RecipeError(f"store: {error}") from None
     match parts.scheme:
         case "s3":
             from llamarefine_jobs.bucket import S3Objects  # boto3's types are not needed for a folder

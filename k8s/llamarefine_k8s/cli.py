@@ -17,7 +17,7 @@ from llamarefine_k8s.options import (
     set_option,
     store_option,
 )
-from llamarefine_k8s.terminal import open_console, print_json, run_command
+from llamarefine_k8s.terminal import open_console, print_json, print_text, run_command
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
@@ -176,7 +176,7 @@ def submit(
         progress.print(f"llamarefine logs -f {run}   follows it")
         return
     try:
-        submission.follow(cluster, job, given, click.echo)
+        submission.follow(cluster, job, given, print_text)
     except KeyboardInterrupt:
         progress.print(f"the run goes on; llamarefine logs -f {run} follows it, llamarefine cancel {run} ends it")
 
@@ -217,7 +217,7 @@ def logs(
 
     name, stage = live.run_and_stage(run_and_stage)
     for line in live.all_lines(_open_store(store), name, stage, context, namespace, follow=follow):
-        click.echo(line)
+        print_text(line)
 
 
 @cli.command()
@@ -287,7 +287,7 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
         click.echo(f"opening {page}")
         click.launch(str(page))
     else:
-        click.echo(results.report_text(opened, name))
+        print_text(results.report_text(opened, name))
 
 
 @cli.command()

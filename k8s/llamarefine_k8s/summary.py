@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
+from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.display import duration, stage_table
 from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
