@@ -130,7 +130,8 @@ class S3Objects:
             listing = self.client.get_paginator("list_objects_v2")
             for page in listing.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
                 for item in page.get("Contents", []):
-                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'))
+                    path, etag = item["Key"][len(self.prefix) :], item["ETag"].strip('"')
+                    yield Entry(path, item["Size"], etag, item["LastModified"])
 
     def delete(self, path: str) -> None:
         with self._errors(path):

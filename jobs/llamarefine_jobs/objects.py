@@ -8,7 +8,8 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
@@ -29,6 +30,7 @@ class Entry:
     path: str
     size_bytes: int
     etag: str | None = None
+    modified_at: datetime | None = field(default=None, compare=False)
 
 
 class Objects(Protocol):
@@ -150,8 +152,15 @@ class FileObjects:
                     path = file.relative_to(self.root).as_posix()
                     if path.startswith(prefix) and not name.startswith(_TEMPORARY):
                         with contextlib.suppress(FileNotFoundError):  # another writer removed it meanwhile
-                            entries.append(Entry(path, file.stat().st_size))
+                            entries.append(_entry(path, file))
         yield from sorted(entries, key=lambda entry: entry.path)
+
+    def unfinished(self) -> Iterator[Entry]:
+        """What writers that were killed left, and what others write just now: files under temporary names."""
+        with _os_errors(self.root):
+            for file in sorted(self.root.rglob(f"{_TEMPORARY}*")):
+                with contextlib.suppress(FileNotFoundError):
+                    yield _entry(file.relative_to(self.root).as_posix(), file)
 
     def delete(self, path: str) -> None:
         file = self.path_of(path)
@@ -185,6 +194,11 @@ def refuse_too_large(where: str, data: bytes) -> bytes:
     if len(data) > READ_LIMIT_BYTES:
         raise IntegrityError(f"{where}: holds more than the {READ_LIMIT_BYTES} bytes that are read at once")
     return data
+
+
+def _entry(path: str, file: Path) -> Entry:
+    about = file.stat()
+    return Entry(path, about.st_size, modified_at=datetime.fromtimestamp(about.st_mtime, UTC))
 
 
 def _open_new(path: Path) -> BinaryIO:

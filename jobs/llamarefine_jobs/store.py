@@ -65,17 +65,36 @@ class Store:
         where = artifact_path(manifest.stage, manifest.key)
         _in_parallel(lambda file: self._read_verified(where, manifest, file, Path(os.devnull)), manifest.files)
 
+    def faults(self, manifest: Manifest, checkpoint_step: int | None = None) -> list[str]:
+        """Read every byte of an artifact, or of a training's checkpoint; one line for each file that is wrong."""
+        where = artifact_path(manifest.stage, manifest.key)
+        if checkpoint_step is not None:
+            where = checkpoint_path(manifest.stage, manifest.key, checkpoint_step)
+
+        def fault(file: File) -> str | None:
+            try:
+                self._read_verified(where, manifest, file, Path(os.devnull))
+            except IntegrityError as error:
+                return str(error)
+            return None
+
+        return [text for text in _in_parallel(fault, manifest.files) if text]
+
+    def checkpoint_manifest(self, stage: str, key: str, step: int) -> Manifest | None:
+        """The manifest of a checkpoint, or None where it is not complete."""
+        return self._manifest(checkpoint_path(stage, key, step))
+
     def publish_checkpoint(self, step: int, folder: Path, draft: Manifest) -> Manifest:
         """Publish a training's state after `step` optimizer steps, then drop the older ones."""
         published = self._publish(checkpoint_path(draft.stage, draft.key, step), folder, draft)
-        for older in self._checkpoint_steps(draft.stage, draft.key):
+        for older in self.checkpoint_steps(draft.stage, draft.key):
             if older < step:
                 self._remove(checkpoint_path(draft.stage, draft.key, older))
         return published
 
     def fetch_checkpoint(self, stage: str, key: str, into: Path) -> int | None:
         """Download the newest complete checkpoint into `into`; its step, or None where there is none."""
-        for step in reversed(self._checkpoint_steps(stage, key)):
+        for step in reversed(self.checkpoint_steps(stage, key)):
             where = checkpoint_path(stage, key, step)
             manifest = self._manifest(where)
             if manifest is not None:
@@ -85,7 +104,7 @@ class Store:
 
     def remove_checkpoints(self, stage: str, key: str) -> None:
         """Remove every checkpoint of a training that is published as a whole."""
-        for step in self._checkpoint_steps(stage, key):
+        for step in self.checkpoint_steps(stage, key):
             self._remove(checkpoint_path(stage, key, step))
 
     # Runs: small files, replaced as a whole
@@ -101,6 +120,10 @@ class Store:
     def entries(self, prefix: str) -> Iterator[Entry]:
         """All objects below `prefix`."""
         return self.objects.entries(prefix)
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Remove objects, a few at a time, in no order."""
+        _in_parallel(self.objects.delete, paths)
 
     # How
 
@@ -182,6 +205,8 @@ class Store:
             wrong = f"expected {file.size_bytes} bytes, found {tally.size_bytes}"
         if wrong is None and tally.sha256 != file.sha256:
             wrong = f"expected sha256 {file.sha256}, found {tally.sha256}"
+        if wrong and self.objects.read(f"{where}/{MANIFEST}") is None:
+            raise DataError(f"{self.uri}/{where}: was removed while it was read, by gc or by hand; run again")
         if wrong:
             raise IntegrityError(f"{name}: {wrong}; {self._remedy(where)}")
 
@@ -189,7 +214,8 @@ class Store:
         folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
         return f"to make it anew, remove {folder} and run again"
 
-    def _checkpoint_steps(self, stage: str, key: str) -> list[int]:
+    def checkpoint_steps(self, stage: str, key: str) -> list[int]:
+        """The steps of a training that checkpoints were begun at, complete or not, in order."""
         prefix = checkpoint_path(stage, key) + "/"
         folders = {entry.path[len(prefix) :].split("/")[0] for entry in self.objects.entries(prefix)}
         return sorted(int(folder) for folder in folders if re.fullmatch(r"[0-9]+", folder))

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamarefine_jobs import __version__
+from llamarefine_k8s import upkeep
 from llamarefine_k8s.options import (
     cluster_options,
     json_option,
+    open_store,
     option,
     recipe_argument,
     run_argument,
@@ -78,7 +80,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
     from llamarefine_jobs.sources import pin
     from llamarefine_k8s import plan, runs, summary
 
-    opened = _open_store(store)
+    opened = open_store(store)
     pinned = pin(load_recipe(recipe, overrides))
     planned = plan.plan(pinned, opened)
     if as_json:
@@ -105,7 +107,7 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     from llamarefine_k8s.display import open_display
     from llamarefine_k8s.pipeline import Pipeline
 
-    opened = _open_store(store)
+    opened = open_store(store)
     if into:
         results.check_replaceable(opened, "model", into / "model")
     pinned = pin(load_recipe(recipe, overrides))
@@ -164,7 +166,7 @@ def submit(
     if dry_run:
         click.echo(summary.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return
-    opened = _open_store(given.store)
+    opened = open_store(given.store)
     summary.print_header(progress, run, opened)
     if foreground:
         with open_display(progress, lambda path: runs.where(opened, path)) as display:
@@ -190,7 +192,7 @@ def status(run: str | None, store: str | None, context: str | None, namespace: s
     """Show how far RUN is, stage by stage; on a cluster, what keeps a stage from running, and what to do about it."""
     from llamarefine_k8s import live, summary
 
-    opened = _open_store(store)
+    opened = open_store(store)
     record, jobs, trouble = live.find_status(opened, run, context, namespace)
     if as_json:
         known = record.model_dump(mode="json") if record else {}
@@ -216,7 +218,7 @@ def logs(
     from llamarefine_k8s import live
 
     name, stage = live.run_and_stage(run_and_stage)
-    for line in live.all_lines(_open_store(store), name, stage, context, namespace, follow=follow):
+    for line in live.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
         print_text(line)
 
 
@@ -234,18 +236,7 @@ def cancel(run: str, context: str | None, namespace: str | None) -> None:
     click.echo(f"{name}: nothing is left of it on the cluster; the same submit goes on where it stopped")
 
 
-@cli.command(name="runs")
-@store_option
-@json_option
-def list_runs(store: str | None, as_json: bool) -> None:
-    """List the runs of the store, the newest first."""
-    from llamarefine_k8s import runs, summary
-
-    records = runs.all_runs(_open_store(store))
-    if as_json:
-        print_json([record.model_dump(mode="json") for record in records])
-    else:
-        summary.print_runs(open_console(), records)
+cli.add_command(upkeep.list_runs)
 
 
 @cli.command()
@@ -266,7 +257,7 @@ def pull(run: str | None, into: Path, what: str, force: bool, store: str | None)
     """Bring the model of RUN to a folder here, every byte verified."""
     from llamarefine_k8s import results, runs, summary
 
-    opened = _open_store(store)
+    opened = open_store(store)
     manifest = results.part_of(opened, runs.find(opened, run), what)
     results.pull(opened, manifest, what, into, force=force)
     summary.print_pulled(open_console(), manifest, what, into)
@@ -280,7 +271,7 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
     """Print the before/after report of RUN as Markdown."""
     from llamarefine_k8s import results, runs
 
-    opened = _open_store(store)
+    opened = open_store(store)
     name = runs.find(opened, run).run
     if in_browser:
         page = results.report_page(opened, name)
@@ -316,25 +307,14 @@ def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store:
     from llamarefine_jobs.contract.recipe import Recipe
     from llamarefine_k8s import local, runs
 
-    opened = _open_store(store)
+    opened = open_store(store)
     record, questions = runs.find_first(opened, run_and_questions)
     arguments = local.infer_arguments(questions, overrides, **options)
     return local.infer(Recipe.model_validate(record.recipe), opened.uri, arguments)
 
 
-@cli.command()
-def version() -> None:
-    """Print the versions of what runs here."""
-    from importlib import metadata
-
-    from llamarefine_k8s import local
-
-    missing = local.missing_libraries()
-    click.echo(f"llamarefine {__version__}\nPython {sys.version.split()[0]}")
-    if missing:
-        click.echo(f"stages cannot run here: no {', '.join(missing)}; {local.INSTALL}")
-    else:
-        click.echo("\n".join(f"{name} {metadata.version(name)}" for name in local.NEEDED))
+for command in (upkeep.verify, upkeep.gc, upkeep.version):
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -355,10 +335,3 @@ def _print_end(
         summary.print_report(open_console(), report)
         summary.print_results(open_console(), opened, record, ["--store", store] if store else [], into)
     results.check_gates(report)
-
-
-def _open_store(given: str | None) -> "Store":
-    from llamarefine_jobs.store import Store
-    from llamarefine_k8s import settings
-
-    return Store(settings.load(store=given).store)

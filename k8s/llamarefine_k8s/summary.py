@@ -19,7 +19,9 @@ from rich.text import Text
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
 from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
+from llamarefine_k8s.checks import Check
 from llamarefine_k8s.display import duration, stage_table
+from llamarefine_k8s.garbage import Garbage
 from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
@@ -168,6 +170,26 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) ->
         "report": f"open {into / 'report.html'}",
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
+
+
+def print_check(console: Console, check: Check) -> None:
+    """One line of `preflight` or `verify`."""
+    style = {"ok": "green", "warning": "yellow", "FAIL": "red bold"}[check.state]
+    console.print(Text.assemble((f"{check.state:<8}", style), f"{check.name}: {check}"), soft_wrap=True)
+
+
+def print_garbage(console: Console, found: Garbage, *, removed: bool) -> None:
+    """What goes, one line each, and what stays."""
+    for item in found.items:
+        number = len(item.files) + bool(item.seal)
+        text = f"{number} object{'s' if number > 1 else ''}, {decimal(item.size_bytes)}; {item.why}"
+        console.print(Text.assemble(f"{item.kind} {item.name}  ", (text, "dim")), soft_wrap=True)
+    stay = f"{found.kept_runs} run{'s' if found.kept_runs != 1 else ''} stay{'s' if found.kept_runs == 1 else ''}"
+    if not found.items:
+        console.print(f"nothing to remove; {stay}")
+        return
+    done = "removed" if removed else "would go, and --delete removes it"
+    console.print(f"{decimal(found.size_bytes)} {done}; {stay}", soft_wrap=True)
 
 
 def _print_example(console: Console, example: Example) -> None:

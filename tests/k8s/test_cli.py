@@ -20,7 +20,22 @@ from llamarefine_k8s.cli import cli
 
 from .conftest import Launcher
 
-COMMANDS = {"init", "plan", "run", "submit", "status", "logs", "cancel", "runs", "pull", "report", "infer", "version"}
+COMMANDS = {
+    "init",
+    "plan",
+    "run",
+    "submit",
+    "status",
+    "logs",
+    "cancel",
+    "runs",
+    "pull",
+    "report",
+    "infer",
+    "verify",
+    "gc",
+    "version",
+}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 OPTIONS = [

@@ -74,7 +74,7 @@ def test_a_crash_while_checkpoints_are_pruned_loses_none_that_counts(
         assert samples.content(tmp_path / f"fetched-{at}") == expected[step]
         if not crashed:
             break
-    assert store._checkpoint_steps(STAGE, KEY) == [20]
+    assert store.checkpoint_steps(STAGE, KEY) == [20]
 
 
 def test_a_crash_while_a_checkpoint_is_removed_leaves_it_whole_or_absent(

@@ -1,0 +1,90 @@
+"""The commands around runs: which there are, whether all of one is right, what may go, what runs here."""
+
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+
+import click
+
+from llamarefine_jobs import __version__
+from llamarefine_k8s.options import Age, json_option, open_store, option, run_argument, store_option
+from llamarefine_k8s.terminal import open_console, print_json
+
+
+@click.command()
+@option("--older-than", metavar="AGE", type=Age(), help="Runs that last changed longer ago go, as in 30d, 12h or 2w.")
+@option("--keep", type=click.IntRange(min=1), metavar="N", help="All runs but the newest N go.")
+@option("--delete", is_flag=True, help="Remove it; without, it is only shown.")
+@store_option
+@json_option
+def gc(older_than: timedelta | None, keep: int | None, delete: bool, store: str | None, as_json: bool) -> None:
+    """Show what no run of the store refers to, and with --delete remove it.
+
+    Without --older-than and --keep every run stays; with both, a run that either would keep. What goes takes its
+    artifacts, checkpoints and uploaded files along, unless a run that stays was made from them. A run that is being
+    driven stays, and so does all that changed within a day.
+    """
+    from llamarefine_k8s import garbage, summary
+
+    opened = open_store(store)
+    found = garbage.find(opened, garbage.Keep(keep, older_than), datetime.now(UTC))
+    if delete:
+        garbage.remove(opened, found)
+    if as_json:
+        items = [asdict(item) for item in found.items]
+        print_json({"removed": delete, "kept_runs": found.kept_runs, "size_bytes": found.size_bytes, "items": items})
+    else:
+        summary.print_garbage(open_console(), found, removed=delete)
+
+
+@click.command()
+@run_argument
+@store_option
+@json_option
+def verify(run: str | None, store: str | None, as_json: bool) -> None:
+    """Read all that RUN left in the store again, every byte, and say what is right and what is wrong."""
+    from llamarefine_jobs.contract.errors import IntegrityError
+    from llamarefine_k8s import runs, summary, verification
+
+    opened = open_store(store)
+    record = runs.find(opened, run)
+    checks = []
+    console = open_console()
+    for check in verification.verify(opened, record):
+        checks.append(check)
+        if not as_json:
+            summary.print_check(console, check)
+    if as_json:
+        print_json({"run": record.run, "checks": [check.as_json() for check in checks]})
+    failed = sum(check.state == "FAIL" for check in checks)
+    if failed:
+        raise IntegrityError(f"{record.run}: {failed} of {len(checks)} checks failed")
+
+
+@click.command(name="runs")
+@store_option
+@json_option
+def list_runs(store: str | None, as_json: bool) -> None:
+    """List the runs of the store, the newest first."""
+    from llamarefine_k8s import runs, summary
+
+    records = runs.all_runs(open_store(store))
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+    else:
+        summary.print_runs(open_console(), records)
+
+
+@click.command()
+def version() -> None:
+    """Print the versions of what runs here."""
+    from importlib import metadata
+
+    from llamarefine_k8s import local
+
+    missing = local.missing_libraries()
+    click.echo(f"llamarefine {__version__}\nPython {sys.version.split()[0]}")
+    if missing:
+        click.echo(f"stages cannot run here: no {', '.join(missing)}; {local.INSTALL}")
+    else:
+        click.echo("\n".join(f"{name} {metadata.version(name)}" for name in local.NEEDED))

@@ -1,0 +1,123 @@
+"""What a run left in the store, read again: every byte against its digest, every digest against what names it."""
+
+import hashlib
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.artifact import Manifest, artifact_key, run_path, short
+from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.checks import Check, fail, ok, warning
+from llamarefine_k8s.runs import RunRecord
+
+
+def verify(store: Store, record: RunRecord) -> Iterator[Check]:
+    """One check after the other, each as soon as it is done. Goes on after what is wrong; raises where the store does.
+
+    A statement about the run, signed or not, is one more of the parts below.
+    """
+    made: dict[str, Manifest] = {}
+    for stage in SEQUENCE:
+        yield from _artifact(store, record, stage, made)
+    for stage in SEQUENCE:
+        if stage in made:
+            yield from _lineage(store, record, made[stage], made)
+        if STAGES[stage].has_checkpoints:
+            yield from _checkpoints(store, record, stage)
+    yield from _report(store, record, made.get("evaluate"))
+
+
+def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manifest]) -> Iterator[Check]:
+    """The manifest's own digest, and every file's size and sha256; a good manifest is added to `made`."""
+    about = record.stages.get(stage)
+    if about is None or about.key is None or (about.state not in ("done", "reused") and record.state != "done"):
+        yield warning(stage, f"not made yet: the run is {record.state}")
+        return
+    try:
+        manifest = store.manifest(stage, about.key)
+    except IntegrityError as error:
+        yield fail(stage, str(error))
+        return
+    if manifest is None:
+        yield fail(stage, f"the store has no artifact {short(about.key)}", "run the recipe again: it is made anew")
+        return
+    made[stage] = manifest
+    faults = store.faults(manifest)
+    yield from (fail(stage, fault) for fault in faults)
+    if not faults:
+        size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
+        yield ok(stage, f"{short(manifest.key)}: {len(manifest.files)} files, {size_mb:.1f} MB, as its manifest says")
+
+
+def _lineage(store: Store, record: RunRecord, manifest: Manifest, made: dict[str, Manifest]) -> Iterator[Check]:
+    """The parents that the manifest names are those of this run, byte for byte where the stage reads them."""
+    name, reads = f"{manifest.stage} parents", STAGES[manifest.stage].reads
+    missing = [parent for parent in reads if parent not in made]
+    if missing:
+        yield fail(name, f"{' and '.join(missing)} cannot be read", "see above")
+        return
+    parents = {parent: made[parent] for parent in reads}
+    named = {parent: manifest.parents.get(parent) for parent in reads}
+    if all(known and known.manifest_sha256 == parents[parent].sha256() for parent, known in named.items()):
+        if parents:
+            yield ok(name, f"made from this run's {', '.join(parents)}")
+    elif _key(record, manifest.stage, parents) == manifest.key:
+        yield ok(name, f"made from the same bytes as this run's {', '.join(parents)}, which were made again since")
+    else:
+        yield fail(
+            name,
+            f"{short(manifest.key)} was not made from this run's {', '.join(parents)}",
+            f"remove {store.uri}/{manifest.folder.rpartition('/')[0]} and run the recipe again",
+        )
+
+
+def _key(record: RunRecord, stage: str, parents: dict[str, Manifest]) -> str | None:
+    """The key that this version gives the stage; None for a run of another version."""
+    if record.package_version != __version__:
+        return None
+    try:
+        return artifact_key(stage, Recipe.model_validate(record.recipe), parents)
+    except ValidationError:
+        return None
+
+
+def _checkpoints(store: Store, record: RunRecord, stage: str) -> Iterator[Check]:
+    """Each checkpoint of a training: complete and right, or named."""
+    about = record.stages.get(stage)
+    for step in store.checkpoint_steps(stage, about.key) if about and about.key else ():
+        name = f"{stage} checkpoint at step {step}"
+        try:
+            manifest = store.checkpoint_manifest(stage, str(about and about.key), step)
+            faults = store.faults(manifest, step) if manifest else []
+        except IntegrityError as error:
+            yield fail(name, str(error))
+            continue
+        if manifest is None:
+            yield warning(name, "is not complete, so it is never used", "gc removes it when it is a day old")
+        elif faults:
+            yield from (fail(name, fault) for fault in faults)
+        else:
+            yield ok(name, f"{len(manifest.files)} files, as its manifest says")
+
+
+def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Iterator[Check]:
+    """The run's copy of the report is evaluate's."""
+    if evaluate is None:
+        return
+    wrong = []
+    for file in evaluate.part(*STAGES["evaluate"].writes):
+        try:
+            data = store.read(run_path(record.run, "report", file.path))
+        except LlamaRefineError as error:
+            wrong.append(str(error))
+            continue
+        if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
+            wrong.append(f"{file.path} {'is missing' if data is None else 'is not that of evaluate'}")
+    if wrong:
+        yield fail("report", "; ".join(wrong), "run the recipe again: the report is copied anew")
+    else:
+        yield ok("report", "the run's report is that of evaluate")
