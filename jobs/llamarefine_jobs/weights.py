@@ -89,7 +89,7 @@ class Weights:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"the base model's {INDEX} is not an index of tensors") from None
         if strange:
-            raise DataError(f"the base model's {INDEX} names {strange[0]!r:.80}; expected a file beside it")
+            raise DataError(f"the base model's {INDEX} names {strange[0]!r:.80}; expected one beside it")
         return [(self.folder / file, {name for name, place in places.items() if place == file}) for file in files]
 
 

@@ -103,7 +103,7 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     """
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import local, plan, results, runs, summary
+    from llamarefine_k8s import local, plan, provenance, results, runs, summary
     from llamarefine_k8s.display import open_display
     from llamarefine_k8s.pipeline import Pipeline
 
@@ -119,6 +119,7 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
         record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
+        provenance.pull(opened, record.run, into / "model")
         results.pull_report(opened, results.part_of(opened, record, "report"), into)
     _print_end(opened, record, store, into, as_json=as_json)
 
@@ -254,13 +255,15 @@ cli.add_command(upkeep.list_runs)
 @option("--force", is_flag=True, help="Replace the folder, whatever it holds.")
 @store_option
 def pull(run: str | None, into: Path, what: str, force: bool, store: str | None) -> None:
-    """Bring the model of RUN to a folder here, every byte verified."""
-    from llamarefine_k8s import results, runs, summary
+    """Bring the model of RUN to a folder here, every byte verified, and beside it what it was made from."""
+    from llamarefine_k8s import provenance, results, runs, summary
 
     opened = open_store(store)
-    manifest = results.part_of(opened, runs.find(opened, run), what)
+    record = runs.find(opened, run)
+    manifest = results.part_of(opened, record, what)
     results.pull(opened, manifest, what, into, force=force)
-    summary.print_pulled(open_console(), manifest, what, into)
+    statement = provenance.pull(opened, record.run, into) if what == "model" else None
+    summary.print_pulled(open_console(), manifest, what, into, statement)
 
 
 @cli.command()

@@ -80,6 +80,9 @@ class Settings(_Section):
     secret_name: str | None = Field(
         "llamarefine-bucket", description="holds AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null: workload identity"
     )
+    signing_secret_name: str | None = Field(
+        None, description="holds signing-key.pem, by which the driver signs what it says of a model; null: unsigned"
+    )
     s3_endpoint: str | None = Field(None, description="as pods reach it; null: Amazon's")
     s3_region: str = "us-east-1"
     service_account: str = Field("llamarefine-driver", description="of the driver, which may create Jobs")

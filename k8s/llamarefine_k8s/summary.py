@@ -157,7 +157,7 @@ def print_plan(console: Console, run: str, store: Store, planned: Sequence[Plann
         console.print("Nothing to run.")
 
 
-def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) -> None:
+def print_pulled(console: Console, manifest: Manifest, what: str, into: Path, statement: Path | None = None) -> None:
     """What was brought where, and how it is used."""
     files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
     size = decimal(sum(file.size_bytes for file in files))
@@ -170,6 +170,8 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) ->
         "report": f"open {into / 'report.html'}",
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
+    if statement:
+        console.print(f"  {into.with_name(statement.name)} says what it was made from", soft_wrap=True)
 
 
 def print_check(console: Console, check: Check) -> None:
