@@ -8,6 +8,7 @@ The endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where it is not 
 import contextlib
 import errno
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
+from llamarefine_jobs.contract.credentials import refuse_credentials
 from llamarefine_jobs.contract.errors import (
     AccessError,
     DiskFullError,
@@ -74,6 +76,8 @@ class S3Objects:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
+        # At DEBUG it writes each request's headers: a session's token is one of them.
+        logging.getLogger("botocore").setLevel(logging.INFO)
         settings = Config(
             # boto3's newer default checksums break some S3-compatible stores; sha256 is ours to check.
             request_checksum_calculation="when_required",
@@ -85,6 +89,7 @@ class S3Objects:
         )
         try:
             client: S3Client = boto3.session.Session().client("s3", config=settings)
+            refuse_credentials(client.meta.endpoint_url)
             return client
         except (BotoCoreError, ValueError) as error:
             raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, Message, answer
+from llamarefine_jobs.own_code import refuse_own_code
 
 Row = dict[str, Any]
 
@@ -28,7 +29,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        refuse_own_code(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no tokenizer that loads: {str(error).splitlines()[0]}") from None
     settle_tokenizer(tokenizer)

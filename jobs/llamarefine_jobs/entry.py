@@ -40,6 +40,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES, Stage
 from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
 from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
 
 _DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
@@ -271,7 +272,7 @@ def exit_code(stage_name: str) -> Iterator[None]:
 
 def _end(stage_name: str, error: LlamaRefineError) -> None:
     """Say why, where a person and where Kubernetes looks, and leave."""
-    print(f"{stage_name}: error: {error}", file=sys.stderr, flush=True)
+    print(clean(f"{stage_name}: error: {error}"), file=sys.stderr, flush=True)
     message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
     target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
     with contextlib.suppress(OSError):

@@ -21,7 +21,9 @@ from typing import Any, Protocol
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
 from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.json_file import read_object
 from llamarefine_jobs.out_of_memory import is_out_of_memory
+from llamarefine_jobs.own_code import refuse_own_code
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -125,7 +127,9 @@ class TransformersBackend:
         if cuda:
             options["device_map"] = {"": 0}
         with _one_line(f"the model in {folder.name}/ does not load"):
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+            )
         return _freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
@@ -182,6 +186,7 @@ class UnslothBackend:
                 model_name=str(folder),
                 use_exact_model_name=True,  # it maps names to its own repositories otherwise
                 local_files_only=True,
+                trust_remote_code=False,
                 # Its forward pass cuts longer rows with no more than a warning, and a number past the model's own
                 # stretches the positions of every row: None is the model's own.
                 max_seq_length=None,
@@ -229,6 +234,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     """`model` with a published adapter on it, for inference. The adapter stays apart from the weights."""
     from peft import PeftModel
 
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would read a pickle instead, or ask the Hub
+        raise DataError(f"the adapter in {folder.name}/ holds no {ADAPTER_WEIGHTS}; only safetensors are read")
     with _one_line("the adapter does not fit its base"):
         return _freeze(PeftModel.from_pretrained(model, folder, is_trainable=False))
 
@@ -242,7 +249,12 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, local_files_only=True, use_safetensors=True, dtype=torch.float32, device_map={"": "cpu"}
+        base,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
     )
     merged = attach_adapter(model, adapter).merge_and_unload()
     merged.to(torch.bfloat16 if bf16 else torch.float32).save_pretrained(into)
@@ -303,9 +315,11 @@ def _freeze(model: Any) -> Any:
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         if is_out_of_memory(error):  # torch's is a RuntimeError
             raise
         raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
@@ -313,8 +327,9 @@ def _one_line(what: str) -> Iterator[None]:
 
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:
     """Refuse rows longer than the model was made for: Unsloth would cut them, transformers reads past its positions."""
+    refuse_own_code(folder)
     with _one_line(f"the model in {folder.name}/ does not load"):
-        positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+        positions = read_object(folder / "config.json").get("max_position_embeddings")
     if positions and max_length_tokens and max_length_tokens > positions:
         raise RecipeError(f"max_length_tokens: expected at most the {positions} of the base, found {max_length_tokens}")
 

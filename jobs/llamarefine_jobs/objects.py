@@ -15,6 +15,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.artifact import safe_relative_path
+from llamarefine_jobs.contract.credentials import refuse_credentials
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError, from_os_error
 from llamarefine_jobs.contract.patience import Patience
 
@@ -62,7 +63,10 @@ class Objects(Protocol):
 
 def open_objects(uri: str, patience: Patience | None = None) -> Objects:
     """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``, with patience for a bucket."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(refuse_credentials(uri))
+    except ValueError as error:
+        raise RecipeError(f"store: {error}") from None
     match parts.scheme:
         case "s3":
             from llamarefine_jobs.bucket import S3Objects  # boto3's types are not needed for a folder

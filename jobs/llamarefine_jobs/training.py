@@ -18,6 +18,7 @@ from llamarefine_jobs.contract.errors import DataError, DivergedError, Preempted
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.out_of_memory import ran_out_at
+from llamarefine_jobs.own_code import refuse_pickled_code
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
@@ -183,6 +184,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     """Train to the end, from the newest checkpoint where there is one, and leave the best adapter in the output."""
     checkpoint = context.fetch_checkpoint()
     if checkpoint:
+        refuse_pickled_code(checkpoint)
         watch.resume(checkpoint)
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports

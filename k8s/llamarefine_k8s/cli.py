@@ -21,7 +21,7 @@ from llamarefine_k8s.options import (
     settings_option,
     store_option,
 )
-from llamarefine_k8s.terminal import command, open_console, print_json, run_command
+from llamarefine_k8s.terminal import command, open_console, print_json, print_text, run_command
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
@@ -110,7 +110,7 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     """
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import local, plan, results, runs, summary
+    from llamarefine_k8s import local, plan, provenance, results, runs, summary
     from llamarefine_k8s.display import open_display
     from llamarefine_k8s.pipeline import Pipeline
 
@@ -126,6 +126,7 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
         record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
+        provenance.pull(opened, record.run, into / "model")
         results.pull_report(opened, results.part_of(opened, record, "report"), into)
     _print_end(opened, record, store, into, as_json=as_json)
 
@@ -187,7 +188,7 @@ def submit(
         progress.print(f"{command()} logs -f {run}   follows it")
         return
     try:
-        submission.follow(cluster, job, given, click.echo)
+        submission.follow(cluster, job, given, print_text)
     except KeyboardInterrupt:
         progress.print(f"the run goes on; {command()} logs -f {run} follows it, {command()} cancel {run} ends it")
         return
@@ -230,7 +231,7 @@ def logs(
 
     name, stage = live.run_and_stage(run_and_stage)
     for line in live.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
-        click.echo(line)
+        print_text(line)
 
 
 @cli.command()
@@ -265,13 +266,15 @@ cli.add_command(upkeep.list_runs)
 @option("--force", is_flag=True, help="Replace the folder, whatever it holds.")
 @store_option
 def pull(run: str | None, into: Path, what: str, force: bool, store: str | None) -> None:
-    """Bring the model of RUN to a folder here, every byte verified."""
-    from llamarefine_k8s import results, runs, summary
+    """Bring the model of RUN to a folder here, every byte verified, and beside it what it was made from."""
+    from llamarefine_k8s import provenance, results, runs, summary
 
     opened = open_store(store)
-    manifest = results.part_of(opened, runs.find(opened, run), what)
+    record = runs.find(opened, run)
+    manifest = results.part_of(opened, record, what)
     results.pull(opened, manifest, what, into, force=force)
-    summary.print_pulled(open_console(), manifest, what, into)
+    statement = provenance.pull(opened, record.run, into) if what == "model" else None
+    summary.print_pulled(open_console(), manifest, what, into, statement)
 
 
 @cli.command()
@@ -289,7 +292,7 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
         click.echo(f"opening {page}")
         click.launch(str(page))
     else:
-        click.echo(results.report_text(opened, name))
+        print_text(results.report_text(opened, name))
 
 
 @cli.command()

@@ -22,6 +22,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.signing import SIGNING_KEY
 
 GRACE_S = 120.0  # a checkpoint of a billion parameters goes to a slow disk in less
 _POLL_S = 0.05
@@ -161,6 +162,7 @@ def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
     # A stage imports thousands of modules: 5 s when they are compiled, 14 s when each process compiles them anew.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.pop(SIGNING_KEY, None)  # it is the driver's alone
     if recipe.cpu_threads:
         environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
     return environment

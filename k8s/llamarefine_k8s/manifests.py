@@ -23,6 +23,7 @@ from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import InterruptedRunError, Task
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
+from llamarefine_k8s.signing import SIGNING_KEY
 
 Manifest = dict[str, Any]
 
@@ -77,6 +78,7 @@ def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> M
             # Its Job is who drives: a pod that takes over from another goes on, and owns what that one made.
             _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
             _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
+            *_signing_key(settings),
         ],
         "resources": _resources(settings, DRIVER),
         "securityContext": _CONTAINER_SECURITY,
@@ -257,6 +259,13 @@ def _environment(settings: Settings) -> list[Manifest]:
         if settings.secret_name
     ]
     return [{"name": name, "value": value} for name, value in plain.items()] + secret
+
+
+def _signing_key(settings: Settings) -> list[Manifest]:
+    if not settings.signing_secret_name:
+        return []
+    reference = {"name": settings.signing_secret_name, "key": "signing-key.pem"}
+    return [{"name": SIGNING_KEY, "valueFrom": {"secretKeyRef": reference}}]
 
 
 def _from_label(variable: str, label: str) -> Manifest:

@@ -21,6 +21,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.objects import FileObjects
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import provenance, signing
 from llamarefine_k8s.plan import newest_checkpoint
 from llamarefine_k8s.results import Report, read_report
 from llamarefine_k8s.runs import Journal, RunRecord
@@ -99,6 +100,7 @@ class Pipeline:
         Raises what the first failing stage raised, and InterruptedRunError after Ctrl-C or SIGTERM. Both leave
         a store from which the next drive goes on, and a record that says how far this one came.
         """
+        key = signing.find_key()  # one that cannot sign is told before a stage runs, not after the last
         with Journal(self.store, self.recipe, self.watcher.show) as self.journal:
             stage = SEQUENCE[0]
             try:
@@ -107,6 +109,7 @@ class Pipeline:
                         signals.check()
                         self.made[stage] = self._bring(stage)
                     report = publish_report(self.store, self.journal.record.run, self.made["evaluate"])
+                    provenance.publish(self.store, self.journal.record, self.made, key)
             except (KeyboardInterrupt, PreemptedError) as error:
                 asked = isinstance(error, KeyboardInterrupt) or signals.asked
                 raise self._end(stage, "interrupted", self._interruption(stage, asked)) from None

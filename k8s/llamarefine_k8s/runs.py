@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from llamarefine_jobs import __version__
-from llamarefine_jobs.contract.artifact import run_path
+from llamarefine_jobs.contract.artifact import Sha256, run_path
 from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.recipe import Recipe
@@ -39,7 +39,7 @@ class StageRecord(BaseModel):
     """How one stage of a run went."""
 
     state: Literal["pending", "running", "reused", "done", "failed", "interrupted"] = "pending"
-    key: str | None = None
+    key: Sha256 | None = None
     attempts: int = 0
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -65,7 +65,7 @@ class RunRecord(BaseModel):
     """How a run went, or goes."""
 
     format: Literal[1] = 1
-    run: str
+    run: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     state: Literal["running", "done", "failed", "interrupted"] = "running"
     error: str | None = None
     gates_passed: bool | None = None
@@ -143,9 +143,12 @@ def load(store: Store, run: str) -> RunRecord | None:
     if data is None:
         return None
     try:
-        return RunRecord.model_validate_json(data).settled()
+        record = RunRecord.model_validate_json(data)
     except ValidationError:
         raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is no run record of this version") from None
+    if record.run != run:
+        raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is the record of another run, {record.run}")
+    return record.settled()
 
 
 def where(store: Store, path: str) -> str:

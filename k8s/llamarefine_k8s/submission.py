@@ -86,7 +86,7 @@ def bring_sources(recipe: Recipe, given: Settings, say: Say, *, upload: bool = T
 def _upload(store: Store, path: Path, place: str, say: Say) -> None:
     """Bring a file, or a folder's files, into the bucket, unless it is there: its name is its content."""
     there = {entry.path: entry.size_bytes for entry in store.entries(place)}
-    for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
+    for file in sorted(sources.files_below(path)) if path.is_dir() else [path]:
         target = place if file == path else f"{place}/{file.relative_to(path).as_posix()}"
         size_bytes = file.stat().st_size
         if there.get(target) != size_bytes:

@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
+from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import settings
 from llamarefine_k8s.checks import Check
-from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.display import duration, stage_table
 from llamarefine_k8s.garbage import Garbage
 from llamarefine_k8s.gpu_memory import gib
 from llamarefine_k8s.live import Live
@@ -167,7 +168,7 @@ def print_plan(
         console.print("Nothing to run.")
 
 
-def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) -> None:
+def print_pulled(console: Console, manifest: Manifest, what: str, into: Path, statement: Path | None = None) -> None:
     """What was brought where, and how it is used."""
     files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
     size = decimal(sum(file.size_bytes for file in files))
@@ -180,6 +181,8 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) ->
         "report": f"open {into / 'report.html'}",
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
+    if statement:
+        console.print(f"  {into.with_name(statement.name)} says what it was made from", soft_wrap=True)
 
 
 def print_check(console: Console, check: Check) -> None:

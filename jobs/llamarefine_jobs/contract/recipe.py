@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llamarefine_jobs.contract.credentials import refuse_credentials
+
 _FREE: dict[str, Any] = {"in_key": False}
 
 Count = Annotated[int, Field(ge=1)]
@@ -46,6 +48,11 @@ class Source(Section):
     fingerprint: str | None = Field(
         None, description="what the launcher saw behind the source when the run was planned; written by it, not by you"
     )
+
+    @field_validator("source")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        return refuse_credentials(value)
 
 
 class TinyModel(Section):
