@@ -169,6 +169,8 @@ def submit(
     if not (foreground or dry_run):
         submission.require_account(cluster, given.service_account)
     progress = open_console(stderr=True)
+    if not (dry_run or no_memory_check or submission.is_in_cluster()):
+        placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
     pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
     run = runs.run_id(pinned)
     if dry_run:
@@ -176,8 +178,6 @@ def submit(
         return
     opened = open_store(given.store)
     summary.print_header(progress, run, opened)
-    if not (no_memory_check or submission.is_in_cluster()):
-        placement.require_memory(cluster, given, pinned, progress.print)
     if foreground:
         with open_display(progress, lambda path: runs.where(opened, path)) as display:
             record = submission.drive(cluster, pinned, given, display)

@@ -1,7 +1,7 @@
 """Whether the cluster would take a run's objects: what they refer to, their images, admission, a node with room."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Recipe
@@ -12,9 +12,10 @@ from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.checks import Check, fail, ok, warning
 from llamarefine_k8s.manifests import run_map
 from llamarefine_k8s.plan import plan
+from llamarefine_k8s.reasons import why_refused
 from llamarefine_k8s.runs import run_id
 from llamarefine_k8s.settings import DRIVER, Settings
-from llamarefine_k8s.submission import objects_of
+from llamarefine_k8s.submission import bring_sources, objects_of
 
 # As registries accept it: host and port, path in lower case, tag, digest.
 _IMAGE = re.compile(
@@ -26,33 +27,32 @@ _PLAIN = Recipe.model_validate(
 )
 
 
-def check_placement(cluster: Cluster, given: Settings, recipe: Recipe | None) -> Iterator[Check]:
-    """Each thing that the Jobs of a run need of the cluster; of any run without a recipe. `recipe` is pinned."""
+def check_placement(
+    cluster: Cluster, given: Settings, recipe: Recipe | None, needed: Mapping[str, int]
+) -> Iterator[Check]:
+    """Each thing that the Jobs of a run need of the cluster; of any run without a recipe.
+
+    `recipe` is pinned; `needed` is what its trainings are estimated to need of a GPU's memory.
+    """
     jobs = _jobs(recipe or _PLAIN, given)
     seen = _asked(lambda: cluster.objects("Node"))
     yield from _references(cluster, jobs)
     yield from _images(jobs, seen)
     yield from _admission(cluster, given, recipe or _PLAIN, jobs)
     yield from _room(cluster, given, jobs, seen)
-    if recipe:
-        yield from check_cards(given, recipe, jobs, seen)
-
-
-def check_cards(given: Settings, recipe: Recipe, jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Check]:
-    """The estimate of each training beside the largest card that it may be put on."""
-    for stage, needed in gpu_memory.estimates(recipe, given.store).items():
+    for stage, size_bytes in needed.items():
         card = _card(stage, given, jobs, seen)
         if card:
-            yield gpu_memory.check_card(stage, needed, card, _LARGEST)
+            yield gpu_memory.check_card(stage, size_bytes, card, _LARGEST)
         elif given.gpus_of(stage):
-            text = f"{gpu_memory.gib(needed)}, {gpu_memory.UNCALIBRATED}; how much a node's GPU has is not known"
+            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNCALIBRATED}; how much a node's GPU has is not known"
             yield warning(f"GPU memory for {stage}", text, "compare it with the card yourself")
 
 
 def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, say: Callable[[str], None]) -> None:
     """Refuse a run whose due training is far over every card that it may be put on; say where it is over by less.
 
-    Nothing happens where nodes may not be listed, or do not say what their GPUs have.
+    Nothing happens where nodes may not be listed, or do not say what their GPUs have. `recipe` is as it was loaded.
     """
     jobs = _jobs(recipe, given)
     seen = _asked(lambda: cluster.objects("Node"))
@@ -60,7 +60,8 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, say: Calla
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
     checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards.keys() & needed]
     wrong = [check for check in checks if check.state != "ok"]
-    due = {stage.stage for stage in plan(recipe, Store(given.store)) if stage.state != "there"} if wrong else set()
+    pinned = bring_sources(recipe, given, say, upload=False) if wrong else recipe
+    due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if wrong else set()
     for check in wrong:
         if check.name.rpartition(" ")[2] not in due:
             continue
@@ -163,6 +164,11 @@ def _admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str
             warnings = cluster.try_out(manifest)
             if manifest["kind"] == "Job" and pods_tried:
                 pods_tried = _try_pod(cluster, manifest)
+        except AccessError as error:
+            refused += 1
+            reason = why_refused(name, str(error))
+            yield fail(f"admission: {name}", reason.text, None if " may not " in str(error) else reason.hint)
+            continue
         except LlamaRefineError as error:
             refused += 1
             yield fail(f"admission: {name}", str(error))

@@ -69,7 +69,8 @@ def check_cluster(
     if pinned and given:
         yield from _standing(pinned, given.store)
     if cluster and given:
-        yield from _guarded("objects", placement.check_placement(cluster, given, pinned))
+        needed = gpu_memory.estimates(recipe, given.store) if recipe else {}
+        yield from _guarded("objects", placement.check_placement(cluster, given, pinned, needed))
 
 
 def check_sources(recipe: Recipe) -> Iterator[Check]:

@@ -109,8 +109,11 @@ def _out_of_memory(name: str, pod: Object) -> LlamaRefineError:
 def _not_created(name: str, events: Sequence[Object]) -> Reason | None:
     """What forbids the Job controller to make the pod."""
     message = _last(events, "FailedCreate")
-    if message is None:
-        return None
+    return why_refused(name, message) if message is not None else None
+
+
+def why_refused(name: str, message: str) -> Reason:
+    """What forbids the pod of `name`, in the API server's words."""
     found = message.partition("is forbidden: ")[2] or message
     if _QUOTA in message:
         hint = f"ask for less (resources.{name}), wait for others to end, or have the quota raised"

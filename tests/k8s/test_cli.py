@@ -23,6 +23,7 @@ from .conftest import Launcher
 COMMANDS = {
     "init",
     "plan",
+    "preflight",
     "run",
     "submit",
     "status",

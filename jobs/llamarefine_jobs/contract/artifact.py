@@ -4,6 +4,8 @@ artifacts/<stage>/<key>/manifest.json           written last: without it there i
 artifacts/<stage>/<key>/<attempt>/…             the files of the one writer whose manifest won
 checkpoints/<stage>/<key>/<step>/…              the same two, for each checkpoint of a training
 runs/<run>/{run.json, logs/<stage>.log, report/…}
+inputs/<sha256>/…                               files that the launcher uploaded for a recipe
+check/…                                         what preflight writes and removes
 """
 
 import hashlib

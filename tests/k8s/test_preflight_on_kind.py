@@ -1,0 +1,236 @@
+"""`preflight` and `submit` against a real API server: permissions, chart, secrets, admission, quota, nodes, cards."""
+
+import base64
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.kind_cluster import KindCluster
+from tests.contract.test_memory import TINYLLAMA
+from tests.e2e import kind
+from tests.s3_server import KEY, SECRET, S3Server
+
+pytestmark = pytest.mark.skipif(not os.environ.get("LLAMAREFINE_E2E"), reason="makes a cluster: `make e2e` runs it")
+
+NODE_GPUS = {"status": {"capacity": {"nvidia.com/gpu": "1"}, "allocatable": {"nvidia.com/gpu": "1"}}}
+STAGES = ("driver", "prepare", "sft", "dpo", "merge", "evaluate")
+SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}}
+
+
+@pytest.fixture(scope="module")
+def the_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KindCluster]:
+    """One node with one GPU by name, and no image: nothing is run."""
+    environment = kind.environment(tmp_path_factory.mktemp("kind"))
+    if missing := kind.missing(environment):
+        pytest.skip(f"no cluster can be made here: {', '.join(missing)} not found")
+    made = KindCluster(f"llamarefine-preflight-{os.getpid()}", environment)
+    node = environment.get("KIND_NODE_IMAGE")
+    try:
+        image = ["--image", node] if node else []
+        made.run("kind", "create", "cluster", "--name", made.name, "--wait", "180s", *image)
+        node = f"{made.name}-control-plane"
+        made.kubectl("patch", "node", node, "--subresource=status", "--type=merge", "-p", json.dumps(NODE_GPUS))
+        yield made
+    finally:
+        made.run("kind", "delete", "cluster", "--name", made.name, check=False)
+
+
+class Namespace:
+    """A namespace with the chart, and `llamarefine` as a person beside it."""
+
+    def __init__(self, made: KindCluster, store: str, server: S3Server, folder: Path) -> None:
+        self.made, self.store, self.folder = made, store, folder
+        self.name = f"team-{secrets.token_hex(3)}"
+        self.environment = made.environment | server.environment | {"LLAMAREFINE_NAMESPACE": self.name}
+        made.make_namespace(self.name)
+        self.kubectl(
+            "create", "secret", "generic", "llamarefine-bucket",
+            f"--from-literal=AWS_ACCESS_KEY_ID={KEY}", f"--from-literal=AWS_SECRET_ACCESS_KEY={SECRET}",
+        )  # fmt: skip
+        made.run(
+            "helm", "install", "llamarefine", "charts/llamarefine", "-n", self.name, f"--set=settings.store={store}"
+        )
+        self.settle()
+
+    @property
+    def node(self) -> str:
+        return f"{self.made.name}-control-plane"
+
+    def kubectl(self, *arguments: str) -> str:
+        return self.made.kubectl("-n", self.name, *arguments)
+
+    def settle(self, **settings: Any) -> None:
+        """Write the settings that stand on top of the chart's."""
+        text = yaml.safe_dump({"resources": dict.fromkeys(STAGES, SMALL)} | settings)
+        (self.folder / "llamarefine.yaml").write_text(text)
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["llamarefine", *arguments],
+            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=120, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    def preflight(self, *arguments: str) -> dict[str, str]:
+        """State and text of each check, by name."""
+        _, out = self.run("preflight", *arguments, "--json")
+        checks = json.loads(out.rpartition("]")[0] + "]")
+        return {check["name"]: f"{check['state']} {check['text']}; {check['to_do']}" for check in checks}
+
+    def become(self, user: str) -> None:
+        """Go on as a service account without any right."""
+        self.kubectl("create", "serviceaccount", user)
+        config = yaml.safe_load(Path(self.environment["KUBECONFIG"]).read_text())
+        config["users"][0]["user"] = {"token": self.kubectl("create", "token", user).strip()}
+        (self.folder / "kubeconfig").write_text(yaml.safe_dump(config))
+        self.environment["KUBECONFIG"] = str(self.folder / "kubeconfig")
+
+    def grant(self, user: str) -> None:
+        self.kubectl("create", "rolebinding", user, "--role=llamarefine-driver", f"--serviceaccount={self.name}:{user}")
+
+
+@pytest.fixture
+def team(the_cluster: KindCluster, s3_uri: str, s3: S3Server, tmp_path: Path) -> Iterator[Namespace]:
+    made = Namespace(the_cluster, s3_uri, s3, tmp_path)
+    yield made
+    the_cluster.kubectl("delete", "namespace", made.name, "--wait=false")
+
+
+@pytest.fixture
+def wrong(team: Namespace, recipe_file: Path) -> Callable[..., dict[str, str]]:
+    """What is not right with the recipe's run."""
+    return lambda *arguments: {
+        name: text for name, text in team.preflight(str(recipe_file), *arguments).items() if not text.startswith("ok")
+    }
+
+
+def test_where_all_is_there_nothing_is_wrong_and_nothing_is_made(
+    team: Namespace, wrong: Callable[..., dict[str, str]], recipe_file: Path
+) -> None:
+    before = team.kubectl("get", "jobs,configmaps,pods,events", "-o", "name")
+    assert wrong() == {}
+    assert team.run("preflight", str(recipe_file))[0] == 0
+    assert team.kubectl("get", "jobs,configmaps,pods,events", "-o", "name") == before
+
+
+def test_without_rights_each_is_named_and_how_to_grant_them(team: Namespace, recipe_file: Path) -> None:
+    team.become("alice")
+    said = team.preflight(str(recipe_file))
+    account = f"system:serviceaccount:{team.name}:alice"
+    assert said["permissions"].startswith(f"FAIL {account} may not create, get, list, watch, patch, delete jobs.batch;")
+    assert f"--role=llamarefine-driver --serviceaccount={team.name}:alice" in said["permissions"]
+    assert said["questions"].startswith("ok"), "it goes on"
+    team.grant("alice")
+    code, out = team.run("preflight", str(recipe_file))
+    assert code == 0, out
+    assert "you may not list nodes" in out
+    assert "you may not read it" in out
+
+
+def test_a_driver_without_its_rights_is_named(team: Namespace, wrong: Callable[..., dict[str, str]]) -> None:
+    team.kubectl("delete", "rolebinding", "llamarefine-driver")
+    assert set(wrong()) == {"driver's permissions"}
+    assert f"--serviceaccount={team.name}:llamarefine-driver" in wrong()["driver's permissions"]
+
+
+def test_a_token_that_is_not_accepted_is_told(team: Namespace, recipe_file: Path) -> None:
+    team.become("alice")
+    path = team.folder / "kubeconfig"
+    config = yaml.safe_load(path.read_text())
+    header, payload, _ = config["users"][0]["user"]["token"].split(".")
+    signature = base64.urlsafe_b64encode(secrets.token_bytes(256)).decode().rstrip("=")
+    config["users"][0]["user"] = {"token": f"{header}.{payload}.{signature}"}
+    path.write_text(yaml.safe_dump(config))
+    assert "does not accept these credentials (401)" in team.preflight(str(recipe_file))["cluster"]
+
+
+def test_a_namespace_without_the_chart_or_that_is_not_there_is_told(team: Namespace, recipe_file: Path) -> None:
+    team.environment["LLAMAREFINE_NAMESPACE"] = "default"
+    said = team.preflight(str(recipe_file), "--store", team.store)
+    assert "has no ConfigMap llamarefine-settings; install the chart" in said["chart"]
+    assert said["service accounts"].startswith("FAIL namespace default has no service account llamarefine-driver")
+    team.environment["LLAMAREFINE_NAMESPACE"] = "nowhere"
+    said = team.preflight(str(recipe_file))
+    assert said["namespace"].startswith("FAIL there is no namespace nowhere")
+    assert set(said) == {"cluster", "permissions", "namespace", "questions", "preferences", "base"}
+
+
+def test_a_secret_or_a_key_in_it_that_is_missing_is_named_and_none_is_shown(team: Namespace, recipe_file: Path) -> None:
+    team.kubectl("create", "secret", "generic", "half", f"--from-literal=AWS_ACCESS_KEY_ID={KEY}")
+    team.settle(secret_name="half", image_pull_secrets=["registry"])
+    code, out = team.run("preflight", str(recipe_file))
+    assert code == 1
+    assert "Secret half: has no AWS_SECRET_ACCESS_KEY" in out
+    assert f"Secret registry: is not in namespace {team.name}; kubectl -n {team.name} create secret" in out
+    assert KEY not in out
+    assert SECRET not in out
+
+
+@pytest.mark.parametrize("may_make_pods", [True, False])
+def test_pods_that_admission_refuses_are_named_with_its_words(
+    team: Namespace, wrong: Callable[..., dict[str, str]], may_make_pods: bool
+) -> None:
+    if not may_make_pods:
+        team.grant("alice")
+        team.become("alice")
+    team.settle(patches={"sft": {"spec": {"template": {"spec": {"hostNetwork": True}}}}})
+    said = {name: text for name, text in wrong().items() if text.startswith("FAIL")}
+    assert set(said) == {"admission: sft"}
+    assert 'violate PodSecurity "restricted' in said["admission: sft"].replace("violates", "violate")
+
+
+@pytest.mark.parametrize("may_make_pods", [True, False])
+def test_a_quota_in_the_way_is_told(team: Namespace, wrong: Callable[..., dict[str, str]], may_make_pods: bool) -> None:
+    team.kubectl("create", "quota", "small", "--hard=requests.memory=100Mi")
+    if not may_make_pods:
+        team.grant("alice")
+        team.kubectl("create", "rolebinding", "looks", "--clusterrole=view", f"--serviceaccount={team.name}:alice")
+        team.become("alice")
+    team.settle(resources={**dict.fromkeys(STAGES, SMALL), "merge": {"requests": {"cpu": "10m", "memory": "1Gi"}}})
+    said = [text for text in wrong().values() if text.startswith("FAIL")]
+    assert len(said) == 1
+    assert "requests.memory" in said[0]
+    assert "ask for less" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"node_selector": {"disk": "fast"}}, "has not the label disk=fast"),
+        ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 1 nvidia.com/gpu, not 8"),
+        ({"gpu_resource": "amd.com/gpu"}, "has 0 amd.com/gpu, not 1"),
+    ],
+)
+def test_a_stage_that_no_node_could_take_is_named(
+    team: Namespace, wrong: Callable[..., dict[str, str]], settings: dict[str, Any], said: str
+) -> None:
+    team.settle(**settings)
+    assert said in wrong()["node for sft"]
+    assert wrong()["node for sft"].startswith("FAIL none of 1 could take it")
+    team.settle(**settings, queue="gpus")
+    assert wrong()["node for sft"].startswith("warning")
+
+
+def test_a_training_far_over_the_card_is_refused_before_anything_is_submitted(
+    team: Namespace, recipe_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", **TINYLLAMA}))
+    recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(tmp_path / "base")))
+    team.made.kubectl("label", "node", team.node, "nvidia.com/gpu.memory=8192", "--overwrite")
+    assert team.preflight(str(recipe_file))["GPU memory for sft"].startswith("FAIL 17.1 GiB of the 8.0 GiB")
+    code, out = team.run("submit", str(recipe_file), "--detach")
+    assert code == 14
+    assert out.startswith("error: GPU memory for sft: 17.1 GiB of the 8.0 GiB")
+    assert team.kubectl("get", "jobs,pods", "-o", "name") == ""
+    assert team.run("submit", str(recipe_file), "--detach", "--no-memory-check")[0] == 0
+    team.run("cancel", "small")
+    team.made.kubectl("label", "node", team.node, "nvidia.com/gpu.memory-")
