@@ -158,6 +158,7 @@ def submit(
     Local files of the recipe are brought into the bucket first. The run goes on whatever happens here:
     Ctrl-C only ends the following of its log, and the same command follows it again.
     """
+    from llamarefine_jobs.contract.errors import GateError
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_k8s import placement, runs, submission, summary
     from llamarefine_k8s.api import Cluster
@@ -177,7 +178,8 @@ def submit(
         click.echo(summary.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return
     opened = open_store(given.store)
-    summary.print_header(progress, run, opened)
+    if runs.DRIVER_JOB not in os.environ:  # whoever follows a driver was told already
+        summary.print_header(progress, run, opened)
     if foreground:
         with open_display(progress, lambda path: runs.where(opened, path)) as display:
             record = submission.drive(cluster, pinned, given, display)
@@ -192,6 +194,9 @@ def submit(
     except KeyboardInterrupt:
         progress.print(f"the run goes on; {command()} logs -f {run} follows it, {command()} cancel {run} ends it")
         return
+    except GateError:  # there is a model all the same
+        summary.print_next(open_console(), run, given.store)
+        raise
     summary.print_next(open_console(), run, given.store)
 
 

@@ -92,7 +92,8 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
     style = {"done": "green", "failed": "red", "interrupted": "yellow"}.get(record.state, "cyan")
     head = Text.assemble((record.run, "bold"), "  ", (record.state, style), (f"  {_ago(record.updated_at)}", "dim"))
     if record.state == "running":
-        head.append(f", driven by process {record.driver.pid} on {record.driver.host}", "dim")
+        by = f"process {record.driver.pid} on {record.driver.host}"
+        head.append(f", driven by {'its Job' if record.driver.host == record.run else by}", "dim")
     if record.gates_passed is False:
         head.append("  quality gates failed", "red")
     console.print(head, soft_wrap=True)
