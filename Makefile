@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu chaos lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
+.PHONY: help setup demo test test-gpu chaos fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -62,6 +62,14 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 
 chaos: $(READY) ## kill, fill up and damage real runs at random moments: SEED=1 KILLS=200; docs/chaos.md
 	$(RUN) python -m tests.chaos --seed "$(SEED)" --kills "$(KILLS)" $(ARGS)
+
+INPUTS ?= 100000
+fuzz: $(READY) ## give what reads foreign bytes INPUTS=100000 wrong ones, the same each time; takes a while
+	LLAMAREFINE_FUZZ=$(INPUTS) $(RUN) pytest -n auto --maxprocesses 4 tests/fuzz $(ARGS)
+
+audit: $(READY) ## look up the known vulnerabilities of all that is locked; asks a service on the internet
+	@$(UV) export --quiet --locked --all-extras --no-emit-project >"$(READY).audit"
+	@$(UV) tool run pip-audit --disable-pip --no-deps --requirement "$(READY).audit"
 
 lint: $(READY) ## check style, types, security rules and who imports whom; changes nothing
 	$(RUN) ruff check
