@@ -85,7 +85,7 @@ docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
 	@$(RUN) python -m tests.repo.generated
 
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
-	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
+	@for script in tests/bench/*.py; do PYTHONPATH=. $(RUN) python "$$script" || exit; done
 
 .PHONY: $(IMAGES:%=image-%)
 

@@ -74,6 +74,7 @@ class Watch(TrainerCallback):
         self.last_loss: float | None = None
         self.preempted = False
         self.checkpoints = Checkpoints(context.store, context.note)
+        self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step
@@ -104,6 +105,8 @@ class Watch(TrainerCallback):
         if not loss < self.hopeless_loss:  # nor is NaN
             raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
         self.last_loss = loss
+        if self.unproved and state.global_step > self.unproved.step:
+            self.hand_over()
         seconds = time.monotonic() - self.began_s
         steps = max(1, state.global_step - self.first_step)
         self.context.progress(
@@ -153,7 +156,9 @@ class Watch(TrainerCallback):
         if self.preempted:
             self.checkpoints.publish(checkpoint)
         else:
-            self.checkpoints.offer(checkpoint)
+            if self.unproved:
+                shutil.rmtree(self.unproved.folder)
+            self.unproved = checkpoint
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
@@ -163,8 +168,14 @@ class Watch(TrainerCallback):
             best = json.loads((self.best / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
 
+    def hand_over(self) -> None:
+        """Let the newest checkpoint go to the store, beside the training."""
+        if self.unproved:
+            self.checkpoints.offer(self.unproved)
+        self.unproved = None
+
     def diverged(self, what: str) -> DivergedError:
-        """The error that names the last good checkpoint: none is published once a weight is not finite."""
+        """The error that names the last good checkpoint: of those in the store each was followed by a good loss."""
         self.checkpoints.settle()
         step, stage = self.checkpoints.newest_step, self.context.stage.name
         good = "no checkpoint was written before"
@@ -191,8 +202,10 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     began_s = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except Exception:
-        watch.checkpoints.settle()  # whoever goes on needs them
+    except Exception as error:
+        if not isinstance(error, DivergedError):
+            watch.hand_over()  # whoever goes on needs it
+        watch.checkpoints.settle()
         raise
     watch.checkpoints.abandon()
     state = trainer.state

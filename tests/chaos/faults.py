@@ -48,7 +48,7 @@ class Fault:
             Path(folder, name)
             for folder, _, names in os.walk(self.world / "store")
             for name in names
-            if not name.startswith(".writing-")
+            if not name.startswith(".writing-") and _size_bytes(Path(folder, name))
         ]
         if not found:
             return
@@ -58,8 +58,6 @@ class Fault:
                 file.unlink()
             else:
                 data = bytearray(file.read_bytes())
-                if not data:
-                    return
                 data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
                 with file.open("r+b") as into:
                     into.write(data)
@@ -84,3 +82,9 @@ def remedy(said: str) -> Path | None:
     """The folder that an error tells to remove."""
     found = re.search(r"to make it anew, remove (\S+) and run again", said)
     return Path(found[1]) if found else None
+
+
+def _size_bytes(file: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0

@@ -26,7 +26,7 @@ def start(stage: str, recipe: Path, store: str, *options: str) -> subprocess.Pop
 def run(stage: str, recipe: Path, store: str, *options: str) -> tuple[int, list[str]]:
     """Run a stage to its end: exit code and lines."""
     process = start(stage, recipe, store, *options)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output.splitlines()
 
 

@@ -1,5 +1,6 @@
 """SFT: what carries a loss, what is trained, what is refused. Real trainers on a tiny model."""
 
+import re
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from llamarefine_jobs import model as models
 from llamarefine_jobs import sft
+from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, ProofError, RecipeError
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.encoding import encode, encode_questions, load_tokenizer, read_rows, settle_tokenizer
@@ -166,6 +168,44 @@ def test_a_loss_that_is_not_a_number_ends_the_training(context: Context, prepare
     with pytest.raises(DivergedError, match=r"loss is nan at step 1 of 16; lower sft.learning_rate"):
         sft.work(context)
     assert not list(context.output.iterdir())
+
+
+def test_a_loss_worse_than_guessing_ends_the_training_and_names_the_checkpoint_before(
+    prepared: Path, tmp_path: Path
+) -> None:
+    wild = ("sft.learning_rate=1", "sft.lr_schedule=constant", "sft.max_gradient_norm=1000000")
+    context = make_context("sft", prepared, tmp_path, *wild, "sft.checkpoint_every_steps=1")
+    with pytest.raises(DivergedError) as caught:
+        sft.work(context)
+    found = re.fullmatch(
+        r"the loss is [\d.e+]+ at step (\d+) of 16; lower sft.learning_rate \(now 1\); "
+        r"the last good checkpoint is that of step (\d+), (\S+)",
+        str(caught.value),
+    )
+    assert found, caught.value
+    diverged_at, good = int(found[1]), int(found[2])
+    assert good == diverged_at - 2, "the loss of a step is of the weights that the step before it left"
+    assert found[3] == f"{context.store.uri}/{checkpoint_path('sft', context.key, good)}"
+    assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == good
+
+
+def test_a_state_with_a_weight_that_is_no_number_is_never_a_checkpoint(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamarefine_jobs import training
+
+    healthy = training.Watch.on_step_end
+
+    def poisoned(watch: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if state.global_step == 5:
+            next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
+        healthy(watch, args, state, control, **more)
+
+    monkeypatch.setattr(training.Watch, "on_step_end", poisoned)
+    context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
+    with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is that of step 4, file:"):
+        sft.work(context)
+    assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
 
 def test_four_bits_without_cuda_are_refused_in_one_line(prepared: Path, tmp_path: Path) -> None:
