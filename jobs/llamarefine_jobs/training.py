@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from llamarefine_jobs import sources
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.sampling import WholeBatches
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
+
+# The figures of the validation split for a model, `eval_loss` among them, the same in every process.
+Validate = Callable[[Any], dict[str, float]]
 
 
 def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> dict[str, Any]:
@@ -34,8 +38,8 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_gradient_norm,
         "per_device_train_batch_size": section.micro_batch_rows,
-        "per_device_eval_batch_size": section.micro_batch_rows,
-        "gradient_accumulation_steps": section.batch_rows // section.micro_batch_rows,
+        "ddp_find_unused_parameters": False,
+        "gradient_accumulation_steps": section.micro_batches,
         "gradient_checkpointing": section.gradient_checkpointing,
         "use_cpu": backend.accelerator == "cpu",
         "bf16": backend.bf16,
@@ -44,7 +48,6 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_nan_inf_filter": False,  # it would hide a diverging loss behind the last good one
-        "prediction_loss_only": True,
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -57,10 +60,11 @@ class Watch(TrainerCallback):
     a training that was killed and goes on ends with the same one.
     """
 
-    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float) -> None:
+    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float, validate: Validate) -> None:
         self.section = section
         self.context = context
         self.tokens_per_row = tokens_per_row
+        self.validate = validate
         self.best = context.work / _BEST
         self.best_loss = math.inf
         self.best_step = 0
@@ -72,14 +76,20 @@ class Watch(TrainerCallback):
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
         every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
         control.should_log = last or step % self.section.log_every_steps == 0
-        control.should_evaluate = last or step % every == 0
-        self.preempted = self.context.stop.is_set() and not last
+        # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
+        is_due = self.context.world.is_first and self._is_checkpoint_due(step)
+        stopped, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
+        self.preempted = stopped and not last
         control.should_training_stop = control.should_training_stop or self.preempted
-        control.should_save = not last and (self.preempted or self._is_checkpoint_due(step))
+        control.should_save = not last and (self.preempted or is_due)
+        if last or step % every == 0:
+            self._judge(model, state)
 
     def on_log(
         self,
@@ -108,40 +118,46 @@ class Watch(TrainerCallback):
             eta_s=round((state.max_steps - state.global_step) * seconds / steps, 1),
         )
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        loss = (metrics or {})["eval_loss"]
+    def _judge(self, model: Any, state: TrainerState) -> None:
+        """Measure the validation split, and keep the adapter where it is the best so far."""
+        figures = self.validate(model)
+        loss = figures["eval_loss"]
+        state.log_history.append({"step": state.global_step, **figures})
         self.context.note(f"validation loss {loss:.4f} at step {state.global_step}")
-        if loss < self.best_loss:
+        if loss >= self.best_loss or not math.isfinite(loss):
+            return
+        self.best_loss, self.best_step = loss, state.global_step
+        if self.context.world.is_first:
             from safetensors.torch import save_file
 
-            self.best_loss, self.best_step = loss, state.global_step
             self.best.mkdir(exist_ok=True)
             save_file(models.adapter_state(model), self.best / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.best.exists():
-            shutil.copytree(self.best, folder / _BEST)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
-        self.context.publish_checkpoint(state.global_step, folder)
+        # Each process left the state of its random numbers in its own folder, and maybe on another machine.
+        for states in self.context.world.gather({file.name: file.read_bytes() for file in folder.glob("rng_state*")}):
+            for name, state_of_one in states.items():
+                (folder / name).write_bytes(state_of_one)
+        if self.context.world.is_first:
+            if self.best.exists():
+                shutil.copytree(self.best, folder / _BEST)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
+            self.context.publish_checkpoint(state.global_step, folder)
         shutil.rmtree(folder)
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
-        if (checkpoint / _BEST).exists():
-            shutil.move(checkpoint / _BEST, self.best)
-            best = json.loads((self.best / "best.json").read_text())
+        there = (checkpoint / _BEST).exists()
+        if there:
+            best = json.loads((checkpoint / _BEST / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
+        self.context.world.wait()
+        if there and self.context.world.is_first_on_node:
+            shutil.move(checkpoint / _BEST, self.best)
+        self.context.world.wait()
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
@@ -157,15 +173,20 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         watch.resume(checkpoint)
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
+    _settle_order(trainer, watch.section)
     began_s = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if watch.preempted:
+        context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
         raise PreemptedError(
             f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
             "is in the store, and the same command goes on from there"
         )
-    _save_best(trainer, watch, context)
+    if not math.isfinite(watch.best_loss):
+        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
+    if context.world.is_first:
+        _save_best(trainer, watch, context)
     seconds = time.monotonic() - began_s
     steps = state.global_step - watch.first_step
     context.metrics |= {
@@ -176,6 +197,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "train_seconds": round(seconds, 3),
         "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
         "resumed_at_step": watch.first_step or None,
+        "processes": context.world.size,
         "history": list(_history(state.log_history)),
     }
     context.note(f"kept the adapter of step {watch.best_step}, validation loss {watch.best_loss:.4f}")
@@ -197,12 +219,20 @@ def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+def _settle_order(trainer: Trainer, section: Sft | Dpo) -> None:
+    """Let the trainer take its rows in our order: `WholeBatches` says why."""
+    rows = len(trainer.train_dataset)
+
+    def sampler(dataset: Any = None) -> WholeBatches:
+        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
+
+    trainer._get_train_sampler = sampler
+
+
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not math.isfinite(watch.best_loss):
-        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     state = load_file(watch.best / models.ADAPTER_WEIGHTS)
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]
@@ -225,8 +255,8 @@ def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
         "learning_rate": "learning_rate",
         "rewards/accuracies": "reward_accuracy",
         "rewards/margins": "reward_margin",
-        "eval_rewards/accuracies": "eval_reward_accuracy",
-        "eval_rewards/margins": "eval_reward_margin",
+        "eval_reward_accuracy": "eval_reward_accuracy",
+        "eval_reward_margin": "eval_reward_margin",
     }
     for entry in log:
         row = {names[name]: value for name, value in entry.items() if name in names}

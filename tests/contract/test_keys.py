@@ -16,7 +16,7 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 RECIPE = Recipe.model_validate(
     {"name": "keys", "prepare": {"questions": {"source": "a.csv"}, "preferences": {"source": "b.jsonl"}}}
 )
-FREE = {"checkpoint_every_s", "checkpoint_every_steps", "log_every_steps"}
+FREE = {"checkpoint_every_s", "checkpoint_every_steps", "log_every_steps", "gpus", "nodes"}
 
 
 def manifest_of(stage: str, key: str, content: dict[str, str], parents: dict[str, Manifest]) -> Manifest:

@@ -97,6 +97,14 @@ class StoreError(LlamaRefineError):
     disposition = Disposition.RETRY
 
 
+class PeerLostError(LlamaRefineError):
+    """A process of a training on several is gone, and the others cannot go on without it."""
+
+    exit_code = 21
+    reason = "process lost"
+    disposition = Disposition.RETRY
+
+
 class PreemptedError(LlamaRefineError):
     """SIGTERM came; a checkpoint was saved where the stage has one."""
 
