@@ -55,8 +55,8 @@ class Backend(Protocol):
         """`model` with a fresh, trainable LoRA adapter; its B is 0, so it changes nothing yet."""
 
 
-def choose_backend() -> Backend:
-    """Unsloth where CUDA and the package are there, transformers + peft elsewhere.
+def choose_backend(processes: int = 1) -> Backend:
+    """Unsloth where CUDA and the package are there, transformers + peft elsewhere, and for several processes.
 
     LLAMAREFINE_BACKEND=transformers takes the plain one on CUDA too, to compare the two.
     """
@@ -69,8 +69,12 @@ def choose_backend() -> Backend:
     if wish == "unsloth" and not (cuda and unsloth):
         missing = "the package (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
         raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth, but there is not {missing}")
+    if wish == "unsloth" and processes > 1:
+        raise RecipeError("LLAMAREFINE_BACKEND=unsloth, but it trains in one process here; set gpus and nodes to 1")
     backend: Backend
-    if cuda and unsloth and wish != "transformers":
+    if cuda and processes > 1:
+        backend = TransformersBackend(f"{processes} processes train together, and unsloth trains in one here")
+    elif cuda and unsloth and wish != "transformers":
         backend = UnslothBackend("CUDA is available")
     elif cuda:
         backend = TransformersBackend(
@@ -125,7 +129,7 @@ class TransformersBackend:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
         if cuda:
-            options["device_map"] = {"": 0}
+            options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
         with _one_line(f"the model in {folder.name}/ does not load"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
@@ -246,6 +250,7 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     The base's tokenizer lies beside the weights: Unsloth loads no model without one.
     """
     import torch
+    from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -256,8 +261,12 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
         dtype=torch.float32,
         device_map={"": "cpu"},
     )
-    merged = attach_adapter(model, adapter).merge_and_unload()
-    merged.to(torch.bfloat16 if bf16 else torch.float32).save_pretrained(into)
+    merged = attach_adapter(model, adapter).merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)
+    # Not by `merged.save_pretrained`: among several processes it writes nothing but in the first of them.
+    merged.config.dtype = merged.dtype
+    merged.config.save_pretrained(into)
+    merged.generation_config.save_pretrained(into)
+    save_model(merged, str(into / "model.safetensors"), metadata={"format": "pt"})
     load_tokenizer(base).save_pretrained(into)
     return into
 

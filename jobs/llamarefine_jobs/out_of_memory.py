@@ -69,7 +69,9 @@ def ran_out_at() -> list[int]:
 
 def fewer_rows(section: Sft | Dpo) -> int:
     """Half of `micro_batch_rows`, or the next smaller number that `batch_rows` is a multiple of."""
-    return next(rows for rows in range(section.micro_batch_rows // 2, 0, -1) if section.batch_rows % rows == 0)
+    processes = section.gpus * section.nodes
+    halves = range(section.micro_batch_rows // 2, 0, -1)
+    return next(rows for rows in halves if section.batch_rows % (rows * processes) == 0)
 
 
 def _start_anew(stage_name: str, section: Sft | Dpo) -> None:

@@ -16,6 +16,7 @@ from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.recipe import Sft
 from llamarefine_jobs.encoding import Encoded, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.scoring import score
 
 NO_LOSS = -100  # the label that cross entropy leaves out
 
@@ -23,7 +24,7 @@ NO_LOSS = -100  # the label that cross entropy leaves out
 def work(context: Context) -> None:
     """Train the SFT adapter."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend()
+    backend = models.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(models.describe(backend))
     from llamarefine_jobs import training
@@ -46,9 +47,12 @@ def work(context: Context) -> None:
     )
 
     # Training.
+    def validate(model: Any) -> dict[str, float]:
+        return measure(model, tokenizer.pad_token_id, validation_rows, context)
+
     guessing = math.log(len(tokenizer))  # the loss of a model that knows nothing
-    watch = training.Watch(section, context, tokens / len(train_rows), hopeless_loss=2 * guessing)
-    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
+    watch = training.Watch(section, context, tokens / len(train_rows), validate, hopeless_loss=2 * guessing)
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_labels(trainer, train_rows)
     training.train(trainer, watch, context)
 
@@ -68,7 +72,6 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[Encoded],
-    validation_rows: list[Encoded],
     watch: Any,
 ) -> Any:
     """TRL's SFTTrainer over rows that are tokenised and labelled already."""
@@ -88,12 +91,18 @@ def build_trainer(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict(labelled(train_rows)),
-        eval_dataset=Dataset.from_dict(labelled(validation_rows)),
         processing_class=tokenizer,
         callbacks=[watch],
     )
     models.hold_in_fp32(trainer.model)
     return trainer
+
+
+def measure(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
+    """The loss on held-out rows, the mean over their answers' tokens in nats; each process scores its part of them."""
+    scores = score(model, pad_id, context.world.share(rows), context.recipe.sft.micro_batch_rows)
+    nats, tokens = context.world.total([-sum(one.logprob for one in scores), sum(one.tokens for one in scores)])
+    return {"eval_loss": nats / tokens}
 
 
 def check_labels(trainer: Any, rows: list[Encoded]) -> None:

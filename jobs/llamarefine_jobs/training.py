@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.out_of_memory import ran_out_at
 from llamarefine_jobs.own_code import refuse_pickled_code
+from llamarefine_jobs.sampling import WholeBatches
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
+
+# The figures of the validation split for a model, `eval_loss` among them, the same in every process.
+Validate = Callable[[Any], dict[str, float]]
 
 
 def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> dict[str, Any]:
@@ -38,8 +42,8 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_gradient_norm,
         "per_device_train_batch_size": section.micro_batch_rows,
-        "per_device_eval_batch_size": section.micro_batch_rows,
-        "gradient_accumulation_steps": section.batch_rows // section.micro_batch_rows,
+        "ddp_find_unused_parameters": False,
+        "gradient_accumulation_steps": section.micro_batches,
         "gradient_checkpointing": section.gradient_checkpointing,
         "use_cpu": backend.accelerator == "cpu",
         "bf16": backend.bf16,
@@ -48,7 +52,6 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_nan_inf_filter": False,  # it would hide a diverging loss behind the last good one
-        "prediction_loss_only": True,
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -62,11 +65,17 @@ class Watch(TrainerCallback):
     """
 
     def __init__(
-        self, section: Sft | Dpo, context: Context, tokens_per_row: float, hopeless_loss: float = math.inf
+        self,
+        section: Sft | Dpo,
+        context: Context,
+        tokens_per_row: float,
+        validate: Validate,
+        hopeless_loss: float = math.inf,
     ) -> None:
         self.section = section
         self.context = context
         self.tokens_per_row = tokens_per_row
+        self.validate = validate
         self.hopeless_loss = hopeless_loss  # no training that is on its way has such a loss
         self.best = context.work / _BEST
         self.best_loss = math.inf
@@ -82,14 +91,20 @@ class Watch(TrainerCallback):
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
         every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
         control.should_log = last or step % self.section.log_every_steps == 0
-        control.should_evaluate = last or step % every == 0
-        self.preempted = self.context.stop.is_set() and not last
+        # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
+        is_due = self.context.world.is_first and self._is_checkpoint_due(step)
+        stopped, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
+        self.preempted = stopped and not last
         control.should_training_stop = control.should_training_stop or self.preempted
-        control.should_save = not last and (self.preempted or self._is_checkpoint_due(step))
+        control.should_save = not last and (self.preempted or is_due)
+        if last or step % every == 0:
+            self._judge(model, state)
 
     def on_log(
         self,
@@ -117,23 +132,20 @@ class Watch(TrainerCallback):
             eta_s=round((state.max_steps - state.global_step) * seconds / steps, 1),
         )
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        loss = (metrics or {})["eval_loss"]
+    def _judge(self, model: Any, state: TrainerState) -> None:
+        """Measure the validation split, and keep the adapter where it is the best so far."""
+        figures = self.validate(model)
+        loss = figures["eval_loss"]
+        state.log_history.append({"step": state.global_step, **figures})
         self.context.note(f"validation loss {loss:.4f} at step {state.global_step}")
         if not math.isfinite(loss):
             raise self.diverged(f"the validation loss is {loss} at step {state.global_step} of {state.max_steps}")
-        if loss < self.best_loss:
+        if loss >= self.best_loss:
+            return
+        self.best_loss, self.best_step = loss, state.global_step
+        if self.context.world.is_first:
             from safetensors.torch import save_file
 
-            self.best_loss, self.best_step = loss, state.global_step
             self.best.mkdir(exist_ok=True)
             save_file(models.adapter_state(model), self.best / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
@@ -149,24 +161,39 @@ class Watch(TrainerCallback):
         if not _is_finite(model):  # the loss says so only when it is logged next
             raise self.diverged(f"the adapter holds no finite weights at step {state.global_step} of {state.max_steps}")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.best.exists():
-            shutil.copytree(self.best, folder / _BEST)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
-        checkpoint = Checkpoint(state.global_step, folder, self.context.draft())
-        if self.preempted:
-            self.checkpoints.publish(checkpoint)
+        # Each process left the state of its random numbers in its own folder, and maybe on another machine.
+        for states in self.context.world.gather({file.name: file.read_bytes() for file in folder.glob("rng_state*")}):
+            for name, state_of_one in states.items():
+                (folder / name).write_bytes(state_of_one)
+        if self.context.world.is_first:
+            self._keep(state.global_step, folder)
         else:
-            if self.unproved:
-                shutil.rmtree(self.unproved.folder)
-            self.unproved = checkpoint
+            shutil.rmtree(folder)
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
-        if (checkpoint / _BEST).exists():
-            shutil.move(checkpoint / _BEST, self.best)
-            best = json.loads((self.best / "best.json").read_text())
+        there = (checkpoint / _BEST).exists()
+        if there:
+            best = json.loads((checkpoint / _BEST / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
+        self.context.world.wait()
+        if there and self.context.world.is_first_on_node:
+            shutil.move(checkpoint / _BEST, self.best)
+        self.context.world.wait()
+
+    def _keep(self, step: int, folder: Path) -> None:
+        """Complete a checkpoint: one on request goes to the store now, another once a later loss has proved it."""
+        if self.best.exists():
+            shutil.copytree(self.best, folder / _BEST)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
+        checkpoint = Checkpoint(step, folder, self.context.draft())
+        if self.preempted:
+            self.checkpoints.publish(checkpoint)
+            return
+        if self.unproved:
+            shutil.rmtree(self.unproved.folder)
+        self.unproved = checkpoint
 
     def hand_over(self) -> None:
         """Let the newest checkpoint go to the store, beside the training."""
@@ -177,6 +204,7 @@ class Watch(TrainerCallback):
     def diverged(self, what: str) -> DivergedError:
         """The error that names the last good checkpoint: of those in the store each was followed by a good loss."""
         self.checkpoints.settle()
+        self.context.world.wait()  # the end of another process would end the one that still uploads
         step, stage = self.checkpoints.newest_step, self.context.stage.name
         good = "no checkpoint was written before"
         if step is not None:
@@ -199,6 +227,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         watch.resume(checkpoint)
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
+    _settle_order(trainer, watch.section)
     began_s = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -210,11 +239,15 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     watch.checkpoints.abandon()
     state = trainer.state
     if watch.preempted:
+        context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
         raise PreemptedError(
             f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
             "is in the store, and the same command goes on from there"
         )
-    _save_best(trainer, watch, context)
+    if not math.isfinite(watch.best_loss):
+        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
+    if context.world.is_first:
+        _save_best(trainer, watch, context)
     seconds = time.monotonic() - began_s
     steps = state.global_step - watch.first_step
     context.metrics |= {
@@ -227,6 +260,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "resumed_at_step": watch.first_step or None,
         "micro_batch_rows": watch.section.micro_batch_rows,
         "ran_out_of_memory_at_micro_batch_rows": ran_out_at(),
+        "processes": context.world.size,
         "history": list(_history(state.log_history)),
     }
     context.note(f"kept the adapter of step {watch.best_step}, validation loss {watch.best_loss:.4f}")
@@ -240,6 +274,16 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
+
+
+def _settle_order(trainer: Trainer, section: Sft | Dpo) -> None:
+    """Let the trainer take its rows in our order: `WholeBatches` says why."""
+    rows = len(trainer.train_dataset)
+
+    def sampler(dataset: Any = None) -> WholeBatches:
+        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
+
+    trainer._get_train_sampler = sampler
 
 
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
@@ -273,8 +317,8 @@ def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
         "learning_rate": "learning_rate",
         "rewards/accuracies": "reward_accuracy",
         "rewards/margins": "reward_margin",
-        "eval_rewards/accuracies": "eval_reward_accuracy",
-        "eval_rewards/margins": "eval_reward_margin",
+        "eval_reward_accuracy": "eval_reward_accuracy",
+        "eval_reward_margin": "eval_reward_margin",
     }
     for entry in log:
         row = {names[name]: value for name, value in entry.items() if name in names}

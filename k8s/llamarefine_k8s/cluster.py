@@ -12,7 +12,16 @@ from collections.abc import Callable
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError, StoreError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.feed import JobFeed
-from llamarefine_k8s.manifests import CONTAINER, MADE_FROM, RUN, SETTINGS_MAP, owner_reference, run_map, stage_job
+from llamarefine_k8s.manifests import (
+    CONTAINER,
+    MADE_FROM,
+    RUN,
+    SETTINGS_MAP,
+    owner_reference,
+    run_map,
+    stage_job,
+    stage_service,
+)
 from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, why_replaced, why_waiting
 from llamarefine_k8s.runs import DRIVER_JOB
@@ -63,9 +72,8 @@ class ClusterExecutor:
         while not feed.is_over:
             for line in feed.lines(_GLANCE_S):
                 on_line(line)
-            if len(feed.pods) > max(pods, 1):
-                earlier = sorted(feed.pods.values(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))[-2]
-                on_line(f"{task.stage}: {why_replaced(earlier)}; another one goes on")
+            if len(feed.pods) > max(pods, feed.nodes):
+                on_line(f"{task.stage}: {why_replaced(feed.replaced)}; another one goes on")
             pods = len(feed.pods)
             if self._cancels > cancelled:
                 cancelled = self._cancels
@@ -103,7 +111,11 @@ class ClusterExecutor:
 
     def _bring_job(self, task: Task) -> Object:
         """The Job of a stage: the one that is at work already, or a new one."""
-        manifest = stage_job(task, self._settings, self._bring_owner(task))
+        owner = self._bring_owner(task)
+        service = stage_service(task, owner)
+        if service:
+            self._bring_service(service, task.run)
+        manifest = stage_job(task, self._settings, owner)
         name, made_from = manifest["metadata"]["name"], manifest["metadata"]["annotations"][MADE_FROM]
         there = self._cluster.get("Job", name)
         if there and is_at_work(there) and (there["metadata"].get("annotations") or {}).get(MADE_FROM) == made_from:
@@ -116,6 +128,18 @@ class ClusterExecutor:
         if made is None:
             raise LlamaRefineError(f"the Job {name} was made by someone else just now; is the run driven twice?")
         return made
+
+    def _bring_service(self, manifest: Object, run: str) -> None:
+        """A stage's Service, owned by who drives now: the one that is there may be about to go with its old owner."""
+        name = manifest["metadata"]["name"]
+        if self._cluster.create(manifest):
+            return
+        there = self._cluster.get("Service", name)
+        if there:
+            check_ours(there | {"kind": "Service"}, run)
+        owned = {"metadata": {"ownerReferences": manifest["metadata"]["ownerReferences"]}}
+        if not self._cluster.patch("Service", name, owned):
+            self._cluster.create(manifest)
 
     def _bring_owner(self, task: Task) -> Object:
         """What takes the stage's Job along when it goes: the driver's Job, or the run's ConfigMap without one."""

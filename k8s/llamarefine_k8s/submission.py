@@ -17,7 +17,15 @@ from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map, release_of
 from llamarefine_k8s.display import Display
 from llamarefine_k8s.feed import JobFeed
-from llamarefine_k8s.manifests import SETTINGS_MAP, driver_job, owner_reference, run_map, stage_job
+from llamarefine_k8s.manifests import (
+    SETTINGS_MAP,
+    driver_job,
+    gpus_of,
+    owner_reference,
+    run_map,
+    stage_job,
+    stage_service,
+)
 from llamarefine_k8s.pipeline import Pipeline, Task
 from llamarefine_k8s.reasons import how_it_ended
 from llamarefine_k8s.runs import RunRecord, run_id
@@ -98,12 +106,14 @@ def objects_of(recipe: Recipe, given: Settings, *, foreground: bool = False) -> 
     """Everything that a run would bring into being. A stage's key is known only once its parents are made."""
     run = run_id(recipe)
     keys = dict.fromkeys(SEQUENCE, "0" * 64) | {SEQUENCE[0]: artifact_key(SEQUENCE[0], recipe, {})}
-    stages = [stage_job(Task(run, stage, keys[stage], recipe, given.store), given) for stage in SEQUENCE]
+    tasks = [Task(run, stage, keys[stage], recipe, given.store) for stage in SEQUENCE]
+    stages = [made for task in tasks for made in (stage_service(task), stage_job(task, given)) if made]
     return [run_map(run, recipe, given), *([] if foreground else [driver_job(run, given)]), *stages]
 
 
 def start(cluster: Cluster, recipe: Recipe, given: Settings, say: Say) -> Object:
     """The driver Job of a run: the one that is at work, or a new one in place of what an earlier one left."""
+    check_gpus(recipe, given)
     run = run_id(recipe)
     there, wanted = cluster.get("Job", run), run_map(run, recipe, given)
     if there and is_at_work(there):
@@ -141,6 +151,7 @@ def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:
 
 def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -> RunRecord:
     """Drive a run from this process; its stages are Jobs. The cluster keeps what failed, to be looked at."""
+    check_gpus(recipe, given)
     executor = ClusterExecutor(cluster, given)
     # Whatever may pass by itself was tried again by the Job's controller before it comes here.
     pipeline = Pipeline(recipe, Store(given.store), executor, display, retry_after_s=())
@@ -151,6 +162,12 @@ def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -
         raise
     executor.clear()
     return record
+
+
+def check_gpus(recipe: Recipe, given: Settings) -> None:
+    """Refuse a recipe and settings that name different numbers of GPUs, before anything is made."""
+    for stage in SEQUENCE:
+        gpus_of(recipe, stage, given)
 
 
 def require_account(cluster: Cluster, name: str) -> None:

@@ -17,6 +17,8 @@ RECIPE = Recipe.model_validate(
     {"name": "keys", "prepare": {"questions": {"source": "a.csv"}, "preferences": {"source": "b.jsonl"}}}
 )
 FREE = {
+    "gpus",
+    "nodes",
     "checkpoint_every_s",
     "checkpoint_every_steps",
     "log_every_steps",

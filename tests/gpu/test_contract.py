@@ -82,12 +82,13 @@ def test_a_batchs_loss_is_that_of_its_rows_alone(sft_context: Context, prepared:
 def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
     sft_context: Context, prepared: Path, backend: models.Backend, quantization: str
 ) -> None:
-    trainer, _, _ = build_sft(sft_context, prepared, backend)
-    before = trainer.evaluate()["eval_loss"]
+    trainer, _, tokenizer = build_sft(sft_context, prepared, backend)
+    held_out = rows_of(sft_context, tokenizer, "validation")
+    before = sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"]
     frozen = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "lora_" not in name}
     assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
+    assert sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"] < before
     changed = [
         name
         for name, part in trainer.model.named_parameters()
@@ -187,9 +188,11 @@ def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tupl
     model = backend.add_adapter(
         training.settle_model(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
     )
-    watch = training.Watch(section, context, 10)
     held_out = rows_of(context, tokenizer, "validation")
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, held_out, watch), rows, tokenizer
+    watch = training.Watch(
+        section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, held_out, context)
+    )
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows, tokenizer
 
 
 def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:

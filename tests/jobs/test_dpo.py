@@ -236,10 +236,9 @@ def trainer_on(context: Context, model: Any, rows: list[dict[str, Any]] | None =
     model = backend.add_adapter(
         training.settle_model(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
     )
-    watch = training.Watch(context.recipe.dpo, context, 10)
-    trainer = dpo.build_trainer(
-        context, context.recipe.dpo, backend, model, tokenizer, rows, rows_of(context, "validation"), watch
-    )
+    held_out = dpo.HeldOut(pairs, tokenizer.pad_token_id, context)
+    watch = training.Watch(context.recipe.dpo, context, 10, held_out.measure)
+    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, watch)
     return trainer, witness
 
 

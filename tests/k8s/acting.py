@@ -152,7 +152,7 @@ def train(context: entry.Context) -> None:
             saved = context.work / "checkpoint"
             saved.mkdir()
             (saved / "step").write_text(str(step))
-            context.publish_checkpoint(step, saved)
+            context.store.publish_checkpoint(step, saved, context.draft())
             raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
         if not checkpoint:
             time.sleep(0.1)

@@ -115,13 +115,10 @@ def build(
 
     context: Any = bare_context(stage, recipe, prepared.parent)
     rows = read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
-    held_out = rows[:8]  # evaluation is not what is timed
     section = recipe.section(stage)
     if stage == "sft":
         encoded = encode_questions(tokenizer, rows)
-        trainer = sft.build_trainer(
-            context, section, backend, model, tokenizer, encoded, encode_questions(tokenizer, held_out), silent()
-        )
+        trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, silent())
         if arm == "earlier":
             trainer.data_collator.pad_to_multiple_of = EARLIER_TOKENS
             trainer.train_dataset = trainer.train_dataset.map(_cut)
@@ -129,7 +126,7 @@ def build(
         else:
             lengths = [len(row) for row in encoded]
     else:
-        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, held_out, silent())
+        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, silent())
         lengths = [len(chosen) + len(rejected) for chosen, rejected in encode_pairs(tokenizer, rows)]
     return trainer, sum(lengths) / len(lengths), len(rows)
 
