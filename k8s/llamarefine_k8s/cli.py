@@ -323,13 +323,12 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
 @store_option
 def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store: str | None, **options: Any) -> int:
     """Ask the model of RUN. Without a QUESTION or --prompts it is a conversation, question by question."""
-    from llamarefine_jobs.contract.recipe import Recipe
     from llamarefine_k8s import local, runs
 
     opened = open_store(store)
     record, questions = runs.find_first(opened, run_and_questions)
     arguments = local.infer_arguments(questions, overrides, **options)
-    return local.infer(Recipe.model_validate(record.recipe), opened.uri, arguments)
+    return local.infer(record.own_recipe(), opened.uri, arguments)
 
 
 for kept in (upkeep.verify, upkeep.gc, upkeep.version):

@@ -108,7 +108,7 @@ class LocalExecutor:
     def _error(self, stage: str, returncode: int, last_words: Path, last_line: str) -> LlamaRefineError:
         if returncode < 0:
             return _ended_by_signal(stage, -returncode, asked=self._cancels > 0)
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             return by_exit_code(returncode)(str(json.loads(last_words.read_bytes())["message"]))
         said = last_line.removeprefix(f"{stage}: error: ") or "it said nothing"
         return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {said}")

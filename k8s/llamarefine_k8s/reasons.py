@@ -111,7 +111,7 @@ def how_it_ended(name: str, job: Object, pods: Sequence[Object]) -> LlamaRefineE
     kind = by_exit_code(code)
     try:
         return kind(str(json.loads(message)["message"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         last = message.splitlines()[-1] if message else "it left no word; its log may say more"
         return kind(re.sub(r"^(\w+: )?error: ", "", last) if message else f"{name} ended with exit code {code}: {last}")
 

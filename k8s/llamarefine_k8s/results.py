@@ -122,7 +122,7 @@ def report_text(store: Store, run: str) -> str:
     data = store.read(run_path(run, "report", "report.md"))
     if data is None:
         raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
-    return data.decode()
+    return data.decode(errors="replace")
 
 
 def report_page(store: Store, run: str) -> Path:

@@ -83,6 +83,15 @@ class RunRecord(BaseModel):
             return False
         return self.driver.host != platform.node() or _is_alive(self.driver.pid)
 
+    def own_recipe(self) -> Recipe:
+        """The recipe as it was pinned; IntegrityError where it is none of this version's."""
+        try:
+            return Recipe.model_validate(self.recipe)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{self.run}: its recorded recipe is none of this version: {error.errors()[0]['msg']}"
+            ) from None
+
     def settled(self) -> "RunRecord":
         """This record, its state `interrupted` where it says `running` and nobody drives it any more."""
         if self.state != "running" or self.is_driven:

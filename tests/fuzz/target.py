@@ -18,8 +18,6 @@ INPUTS = int(os.environ.get("LLAMAREFINE_FUZZ", "0"))
 SHORT = 60
 _HANG_S = 60  # far past what any of these inputs takes on a busy machine: a bound on hanging, not a measure
 
-counted: dict[str, int] = {}
-
 _COUNTS = st.integers(0, 6)
 _PLACES = st.integers(0, 1 << 16)
 _BYTES = st.integers(0, 255)
@@ -41,7 +39,6 @@ def fuzzed(share: float = 1.0) -> Callable[[Callable[..., None]], Callable[..., 
 @contextmanager
 def held(reader: str) -> Iterator[None]:
     """Let errors of ours pass; any other error, and a reader that does not come back, fails the test."""
-    counted[reader] = counted.get(reader, 0) + 1
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"{reader} did not come back within {_HANG_S} s")

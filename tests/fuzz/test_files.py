@@ -109,7 +109,7 @@ RECORD = json.dumps(
 ).encode()
 
 
-@fuzzed(0.06)
+@fuzzed(0.02)
 @given(near(RECORD))
 @example(RECORD.replace(b"small-00000000", b"../../../outside"))
 def test_a_run_record(published: tuple[Store, bytes, str], data: bytes) -> None:
@@ -122,7 +122,7 @@ def test_a_run_record(published: tuple[Store, bytes, str], data: bytes) -> None:
         list(verification.verify(store, record))
 
 
-@fuzzed(0.06)
+@fuzzed(0.03)
 @given(near(b'{"models": ["base"], "metrics": [], "confidence": 0.95, "gates": [], "examples": []}'))
 def test_a_report(published: tuple[Store, bytes, str], data: bytes) -> None:
     store = published[0]
@@ -132,7 +132,7 @@ def test_a_report(published: tuple[Store, bytes, str], data: bytes) -> None:
 
 
 @pytest.mark.parametrize("format", SEEDS)
-@fuzzed(0.04)
+@fuzzed(0.03)
 @given(data=st.data())
 def test_a_table(format: str, data: Any, place: Path) -> None:
     path = place / f"rows.{format}"
@@ -157,7 +157,7 @@ HEADER = json.dumps(
 CONFIG = b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": false, "target_modules": ["q_proj"]}'
 
 
-@fuzzed(0.06)
+@fuzzed(0.03)
 @given(near(HEADER), near(CONFIG), st.sampled_from([None, None, 0, 7, 100 << 30, (1 << 64) - 1]))
 def test_an_adapter(place: Path, header: bytes, config: bytes, length: int | None) -> None:
     folder = place / "adapter"
@@ -173,7 +173,7 @@ MODEL = b'{"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 4, "hidd
 PLACES = b'{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}'
 
 
-@fuzzed(0.06)
+@fuzzed(0.03)
 @given(near(MODEL), near(PLACES), near(HEADER), st.booleans())
 def test_a_base(place: Path, config: bytes, index: bytes, header: bytes, indexed: bool) -> None:
     folder = place / "base"

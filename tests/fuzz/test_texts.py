@@ -71,14 +71,14 @@ def test_a_recipe(text: bytes) -> None:
         artifact_key("prepare", recipe, {})
 
 
-@fuzzed(0.05)
+@fuzzed(0.03)
 @given(st.lists(near(b"sft.epochs=2") | near(b"prepare.base.source=a"), max_size=3))
 def test_overrides(overrides: list[bytes]) -> None:
     with held("--set"):
         parse_recipe(RECIPE.decode(), "fuzzed", [each.decode(errors="replace") for each in overrides])
 
 
-@fuzzed(0.12)
+@fuzzed(0.08)
 @given(near(SETTINGS))
 @example(b"patches:\n  all:\n    a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"    %c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
@@ -93,7 +93,7 @@ def test_settings(text: bytes) -> None:
         )
 
 
-@fuzzed(0.2)
+@fuzzed(0.25)
 @given(near(b"progress stage=sft step=40 steps=100 phase=step loss=4.2137 tokens_per_s=5120 eta_s=12"))
 def test_a_progress_line(line: bytes) -> None:
     with held("progress lines"):
@@ -124,7 +124,7 @@ def test_pod_log_lines(lines: list[bytes]) -> None:
             assert "\n" not in clean(text).replace("\n", "")
 
 
-@fuzzed(0.15)
+@fuzzed(0.25)
 @given(near(b"\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant: Like this, Human: see.\n\nHuman: "))
 def test_a_dialogue(text: bytes) -> None:
     """Nothing of a turn is made up, and a dialogue that is written out again is read the same."""
@@ -145,7 +145,7 @@ STATEMENT = json.dumps(
 ).encode()
 
 
-@fuzzed(0.05)
+@fuzzed(0.1)
 @given(near(STATEMENT))
 def test_a_statement(line: bytes) -> None:
     with held("statements"):

@@ -43,14 +43,17 @@ def test_a_manifest_of_a_million_files_is_refused() -> None:
         Manifest.model_validate(samples.draft().model_dump() | {"files": files})
 
 
+def write_record(store: Store, run: str, recipe: dict[str, str]) -> None:
+    """What small-00000000 left, by its own words `run`."""
+    times = dict.fromkeys(("created_at", "updated_at"), "2026-11-24T02:00:00Z")
+    values = {"run": run, "state": "done", "driver": {"pid": 1, "host": "a"}, "recipe": recipe} | times
+    store.write("runs/small-00000000/run.json", json.dumps(values).encode())
+
+
 @pytest.mark.parametrize("run", ["../../../outside", "/outside", "other-00000000", "a b", "a\n"])
 def test_a_record_that_names_another_run_is_not_read(run: str, store: Store) -> None:
     """Its name becomes a file's name where a report is opened."""
-    values = {
-        "run": run, "state": "done", "created_at": "2026-11-24T02:00:00Z", "updated_at": "2026-11-24T02:00:00Z",
-        "driver": {"pid": 1, "host": "a"}, "recipe": {},
-    }  # fmt: skip
-    store.write("runs/small-00000000/run.json", json.dumps(values).encode())
+    write_record(store, run, {})
     with pytest.raises(IntegrityError):
         runs.load(store, "small-00000000")
     assert runs.all_runs(store) == []
@@ -127,3 +130,11 @@ def test_the_links_of_the_hubs_cache_are_its_own(tmp_path: Path) -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
+
+
+def test_a_record_with_a_strange_recipe_is_one_line(store: Store) -> None:
+    write_record(store, "small-00000000", {"name": "$(id)"})
+    record = runs.load(store, "small-00000000")
+    assert record
+    with pytest.raises(IntegrityError, match="its recorded recipe"):
+        record.own_recipe()
