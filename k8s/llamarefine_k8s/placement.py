@@ -58,7 +58,7 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, say: Calla
     seen = _asked(lambda: cluster.objects("Node"))
     cards = {stage: card for stage in ("sft", "dpo") if (card := _card(stage, given, jobs, seen))}
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
-    checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards.keys() & needed]
+    checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards if stage in needed]
     wrong = [check for check in checks if check.state != "ok"]
     pinned = bring_sources(recipe, given, say, upload=False) if wrong else recipe
     due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if wrong else set()

@@ -191,7 +191,10 @@ def _own_card(recipe: Recipe, uri: str) -> Iterator[Check]:
     if program is None:
         return
     asked = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return  # a driver in trouble: the stage says so
     sizes = [int(line) << 20 for line in done.stdout.split() if line.isdecimal()]
     for stage, needed in gpu_memory.estimates(recipe, uri).items() if sizes else ():
         yield gpu_memory.check_card(stage, needed, min(sizes), "of this machine's GPU")
