@@ -59,7 +59,7 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows), hopeless_loss=10 * step_zero.LN_2)
+    watch = training.Watch(section, context, tokens / len(train_rows))
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
     check_rows(trainer, pairs)
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
