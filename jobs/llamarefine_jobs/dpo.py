@@ -63,9 +63,7 @@ def work(context: Context) -> None:
 
     # Training.
     held_out = HeldOut(encode_pairs(tokenizer, validation_rows), tokenizer.pad_token_id, context)
-    watch = training.Watch(
-        section, context, tokens / len(train_rows), held_out.measure, hopeless_loss=10 * step_zero.LN_2
-    )
+    watch = training.Watch(section, context, tokens / len(train_rows), held_out.measure)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_rows(trainer, pairs)
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)

@@ -7,7 +7,6 @@ the answer's tokens and its EOS, never the prompt's. The adapter kept is the one
 validation loss.
 """
 
-import math
 from typing import Any
 
 from llamarefine_jobs import entry
@@ -50,8 +49,7 @@ def work(context: Context) -> None:
     def validate(model: Any) -> dict[str, float]:
         return measure(model, tokenizer.pad_token_id, validation_rows, context)
 
-    guessing = math.log(len(tokenizer))  # the loss of a model that knows nothing
-    watch = training.Watch(section, context, tokens / len(train_rows), validate, hopeless_loss=2 * guessing)
+    watch = training.Watch(section, context, tokens / len(train_rows), validate)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_labels(trainer, train_rows)
     training.train(trainer, watch, context)

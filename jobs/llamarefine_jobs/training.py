@@ -23,6 +23,7 @@ from llamarefine_jobs.sampling import WholeBatches
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
+_HOPELESS = 4.0  # nats over where it began: 55 times less likely, token by token; batches differ by tenths
 
 # The figures of the validation split for a model, `eval_loss` among them, the same in every process.
 Validate = Callable[[Any], dict[str, float]]
@@ -64,22 +65,15 @@ class Watch(TrainerCallback):
     a training that was killed and goes on ends with the same one.
     """
 
-    def __init__(
-        self,
-        section: Sft | Dpo,
-        context: Context,
-        tokens_per_row: float,
-        validate: Validate,
-        hopeless_loss: float = math.inf,
-    ) -> None:
+    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float, validate: Validate) -> None:
         self.section = section
         self.context = context
         self.tokens_per_row = tokens_per_row
         self.validate = validate
-        self.hopeless_loss = hopeless_loss  # no training that is on its way has such a loss
         self.best = context.work / _BEST
         self.best_loss = math.inf
         self.best_step = 0
+        self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.preempted = False
         self.checkpoints = Checkpoints(context.store, context.note)
@@ -117,7 +111,8 @@ class Watch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is None:
             return
-        if not loss < self.hopeless_loss:  # nor is NaN
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if not loss < self.first_loss + _HOPELESS:  # nor is NaN
             raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
         self.last_loss = loss
         if self.unproved and state.global_step > self.unproved.step:

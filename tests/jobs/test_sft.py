@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -170,38 +171,36 @@ def test_a_loss_that_is_not_a_number_ends_the_training(context: Context, prepare
     assert not list(context.output.iterdir())
 
 
-def test_a_loss_worse_than_guessing_ends_the_training_and_names_the_checkpoint_before(
-    prepared: Path, tmp_path: Path
+def test_a_loss_that_explodes_ends_the_training_and_names_the_checkpoint_before(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wild = ("sft.learning_rate=1", "sft.lr_schedule=constant", "sft.max_gradient_norm=1000000")
-    context = make_context("sft", prepared, tmp_path, *wild, "sft.checkpoint_every_steps=1")
+    """The model is ruined after its fifth step: so is the checkpoint of that step, though its weights are numbers."""
+
+    def ruin(model: Any) -> None:
+        model.get_output_embeddings().weight.data.mul_(1000)
+
+    after_step_5(ruin, monkeypatch)
+    context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
     with pytest.raises(DivergedError) as caught:
         sft.work(context)
     found = re.fullmatch(
-        r"the loss is [\d.e+]+ at step (\d+) of 16; lower sft.learning_rate \(now 1\); "
+        r"the loss is [\d.e+]+ at step (\d+) of 16; lower sft.learning_rate \(now 0.01\); "
         r"the last good checkpoint is that of step (\d+), (\S+)",
         str(caught.value),
     )
     assert found, caught.value
-    diverged_at, good = int(found[1]), int(found[2])
-    assert good == diverged_at - 2, "the loss of a step is of the weights that the step before it left"
-    assert found[3] == f"{context.store.uri}/{checkpoint_path('sft', context.key, good)}"
-    assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == good
+    assert (found[1], found[2]) == ("6", "4"), "the loss of step 6 is of the weights that step 5 left"
+    assert found[3] == f"{context.store.uri}/{checkpoint_path('sft', context.key, 4)}"
+    assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
 
 def test_a_state_with_a_weight_that_is_no_number_is_never_a_checkpoint(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llamarefine_jobs import training
+    def poison(model: Any) -> None:
+        next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
 
-    healthy = training.Watch.on_step_end
-
-    def poisoned(watch: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        if state.global_step == 5:
-            next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
-        healthy(watch, args, state, control, **more)
-
-    monkeypatch.setattr(training.Watch, "on_step_end", poisoned)
+    after_step_5(poison, monkeypatch)
     context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
     with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is that of step 4, file:"):
         sft.work(context)
@@ -230,6 +229,20 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
     bare.eos_token = None
     with pytest.raises(DataError, match="no EOS token"):
         settle_tokenizer(bare)
+
+
+def after_step_5(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `change` done to the model that trains."""
+    from llamarefine_jobs import training
+
+    original = training.Watch.on_step_end
+
+    def changed(watch: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if state.global_step == 5:
+            change(model)
+        original(watch, args, state, control, model=model, **more)
+
+    monkeypatch.setattr(training.Watch, "on_step_end", changed)
 
 
 def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
