@@ -35,6 +35,7 @@ from llamarefine_jobs.contract.errors import (
     PreemptedError,
     from_os_error,
 )
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, Patience
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
@@ -152,7 +153,9 @@ def main(stage_name: str, work: Work) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
-        run(stage_name, work, recipe, Store(options.store))
+        give_up_after_s = float(os.environ.get(GIVE_UP_VARIABLE, GIVE_UP_AFTER_S))
+        patience = Patience(give_up_after_s, lambda text: print(f"{stage_name}: {text}", flush=True))
+        run(stage_name, work, recipe, Store(options.store, patience))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:

@@ -169,31 +169,27 @@ class Journal:
     def __init__(self, store: Store, recipe: Recipe, on_change: Callable[[RunRecord], None]) -> None:
         now = datetime.now(UTC)
         run = run_id(recipe)
-        before = None
-        with contextlib.suppress(IntegrityError):
-            before = load(store, run)
-        if before and before.is_driven and before.driver != Driver.this_process():
-            raise LlamaRefineError(
-                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
-                f"`llamarefine status {run}` shows how far it is"
-            )
+        self._store = store
+        self._before = self._earlier(run)
         self.record = RunRecord(
             run=run,
-            created_at=before.created_at if before else now,
+            created_at=self._before.created_at if self._before else now,
             updated_at=now,
             driver=Driver.this_process(),
             stages={name: StageRecord() for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
-        self._store = store
         self._on_change = on_change
-        self._lock = threading.RLock()
+        self._changing = threading.RLock()
+        self._writing = threading.Lock()  # apart: an outage shall not keep the run from going on
         self._closed = threading.Event()
         self._unwritten = False
         self._written_at_s = 0.0
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
+        if self._before is None and not self._store.objects.create(self._path, self._data()):
+            self._before = self._earlier(self.record.run)  # another driver was a moment earlier
         self.run()
         self._heart.start()
         return self
@@ -202,44 +198,71 @@ class Journal:
         self._closed.set()
         self._heart.join()
 
-    def run(self, **changes: Any) -> None:
-        """Change and write the run's own fields."""
-        with self._lock:
+    def was_left(self, stage: str, key: str) -> bool:
+        """Whether an earlier driver began this very stage and did not live to write down its end."""
+        there = self._before.stages.get(stage) if self._before else None
+        return there is not None and there.key == key and there.state in ("running", "interrupted")
+
+    def run(self, *, patient: bool = True, **changes: Any) -> None:
+        """Change and write the run's own fields; where not `patient`, StoreError at once in an outage."""
+        with self._changing:
             self.record = self.record.model_copy(update=changes)
-            self._write()
+        self._write(patient=patient)
         self._on_change(self.record)
 
-    def stage(self, name: str, **changes: Any) -> None:
-        """Change and write a stage's fields."""
-        with self._lock:
+    def stage(self, name: str, *, patient: bool = True, **changes: Any) -> None:
+        """Change and write a stage's fields; where not `patient`, StoreError at once in an outage."""
+        with self._changing:
             self._update(name, changes)
-            self._write()
+        self._write(patient=patient)
         self._on_change(self.record)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Take note of a stage's progress; it is written soon."""
-        with self._lock:
+        with self._changing:
             self._update(name, {"progress": progress})
             self._unwritten = True
         self._on_change(self.record)
+
+    @property
+    def _path(self) -> str:
+        return run_path(self.record.run, RECORD)
+
+    def _earlier(self, run: str) -> RunRecord | None:
+        """What an earlier driver wrote; LlamaRefineError where it still drives."""
+        before = None
+        with contextlib.suppress(IntegrityError):
+            before = load(self._store, run)
+        if before and before.is_driven and before.driver != Driver.this_process():
+            raise LlamaRefineError(
+                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
+                f"`llamarefine status {run}` shows how far it is"
+            )
+        return before
 
     def _update(self, name: str, changes: dict[str, Any]) -> None:
         stages = self.record.stages | {name: self.record.stages[name].model_copy(update=changes)}
         self.record = self.record.model_copy(update={"stages": stages})
 
-    def _write(self) -> None:
-        with self._lock:
+    def _data(self) -> bytes:
+        """The record as it now stands, with the time of now."""
+        with self._changing:
             self._unwritten = False
-            self._written_at_s = time.monotonic()
             self.record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
-            data = f"{self.record.model_dump_json(indent=2)}\n".encode()
-            self._store.write(run_path(self.record.run, RECORD), data)
+            return f"{self.record.model_dump_json(indent=2)}\n".encode()
+
+    def _write(self, *, patient: bool) -> None:
+        with self._writing:
+            self._store.write(self._path, self._data(), patient=patient)
+            self._written_at_s = time.monotonic()
 
     def _beat(self) -> None:
         while not self._closed.wait(PROGRESS_S):
+            if self._writing.locked():
+                continue
             if self._unwritten or time.monotonic() - self._written_at_s > HEARTBEAT_S:
                 with contextlib.suppress(LlamaRefineError):  # the next change meets the same trouble and says so
-                    self._write()
+                    self._write(patient=False)
 
 
 def _is_alive(pid: int) -> bool:
