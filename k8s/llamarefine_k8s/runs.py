@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -32,6 +33,8 @@ RECORD = "run.json"
 PROGRESS_S = 2.0  # progress is written so often at most
 HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
 STALE_S = 90.0
+_NAME = re.compile(r"[a-z0-9-]+")
+_READERS = 8
 DRIVER_JOB = "LLAMAREFINE_DRIVER_JOB"  # the Job that this process is a pod of, where it drives inside a cluster
 
 
@@ -102,38 +105,51 @@ def run_id(recipe: Recipe) -> str:
 
 def find(store: Store, name: str | None) -> RunRecord:
     """The run that `name` begins, the newest without a name. RecipeError where there is none or more than one."""
-    records = all_runs(store)
-    if not records:
+    if name and _NAME.fullmatch(name) and (exact := load(store, name)):
+        return exact
+    names = newest_names(store)
+    if not names:
         raise RecipeError(f"{store.uri} holds no runs yet; `llamarefine run RECIPE` makes one (another store: --store)")
-    if name is None:
-        return records[0]
-    found = [record for record in records if record.run == name] or [r for r in records if r.run.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(record.run for record in (found or records)[:5])
-    if found:
-        raise RecipeError(f"`{name}` begins {len(found)} runs: {names}; give more of the name")
-    raise RecipeError(f"{store.uri} holds no run `{name}`; its newest are {names}")
+    found = [run for run in names if name is None or run.startswith(name)]
+    if name and len(found) > 1:
+        raise RecipeError(f"`{name}` begins {len(found)} runs: {', '.join(found[:5])}; give more of the name")
+    for run in found:
+        with contextlib.suppress(IntegrityError):
+            if record := load(store, run):
+                return record
+    raise RecipeError(f"{store.uri} holds no run{f' `{name}`' if name else ''}; its newest are {', '.join(names[:5])}")
 
 
 def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str, ...]]:
     """The run that the first word names, and the other words; the newest run and all words where it names none."""
-    if words and re.fullmatch(r"[a-z0-9-]+", words[0]):
-        names_one = sum(record.run.startswith(words[0]) for record in all_runs(store)) == 1
+    if words and _NAME.fullmatch(words[0]):
+        names_one = sum(name.startswith(words[0]) for name in newest_names(store)) == 1
         if names_one or re.search(r"-[0-9a-f]{8}$", words[0]):
             return find(store, words[0]), tuple(words[1:])
     return find(store, None), tuple(words)
 
 
-def all_runs(store: Store) -> list[RunRecord]:
-    """Every run whose record can be read, as it stands now, the one last driven first."""
-    paths = [entry.path for entry in store.entries("runs/") if entry.path.count("/") == 2]
-    records = []
-    for path in paths:
-        if path.endswith(f"/{RECORD}"):
-            with contextlib.suppress(IntegrityError):
-                record = load(store, path.split("/")[1])
-                records += [record] if record else []
+def newest_names(store: Store) -> list[str]:
+    """The names of all runs, the one last driven first. One listing; no record is read."""
+    written = {
+        parts[1]: entry.modified_at or datetime.min.replace(tzinfo=UTC)
+        for entry in store.entries("runs/")
+        if len(parts := entry.path.split("/")) == 3 and parts[2] == RECORD
+    }
+    return sorted(written, key=lambda run: written[run], reverse=True)
+
+
+def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> list[RunRecord]:
+    """Every run whose record can be read, as it stands now, the one last driven first; the newest `limit` of them."""
+
+    def load_readable(run: str) -> RunRecord | None:
+        with contextlib.suppress(IntegrityError):
+            return load(store, run)
+        return None
+
+    names = [name for name in newest_names(store) if name.startswith(beginning)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        records = [record for record in pool.map(load_readable, names[:limit]) if record]
     return sorted(records, key=lambda record: record.updated_at, reverse=True)
 
 
