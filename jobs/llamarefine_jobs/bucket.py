@@ -32,6 +32,7 @@ from llamarefine_jobs.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refus
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
 _REQUEST_ATTEMPTS = 4  # boto3's own, within about a second, for a part of a large file most of all
 _REFUSED = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403")
 _ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
@@ -83,8 +84,8 @@ class S3Objects:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
-            connect_timeout=5,
-            read_timeout=60,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_READ_TIMEOUT_S,
             max_pool_connections=32,
         )
         try:

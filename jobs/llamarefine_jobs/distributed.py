@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamarefine_jobs.contract.errors import PeerLostError
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
 
 # Where the node's agent says all this to its processes; agent.py sets them as torchrun would.
 SHARED_FOLDER = "LLAMAREFINE_GROUP"
 MEET_TIMEOUT_S = 1800  # the other nodes may still pull their image; the launcher's start watchdog ends it earlier
-# A process that waits longer than this for another takes it for lost. Rank 0 may be publishing a checkpoint meanwhile.
-_SILENCE_TIMEOUT_S = 600
+# A process that waits longer than this for another takes it for lost. Rank 0 may be publishing a checkpoint meanwhile,
+# into a bucket whose outage it waits out.
+_SILENCE_TIMEOUT_S = GIVE_UP_AFTER_S + 300
 _GLANCE_S = 0.3
 _KILLED = 137
 # What gloo, NCCL and their store say when the other side is gone; most of it comes as a plain RuntimeError.

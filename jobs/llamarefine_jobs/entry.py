@@ -36,6 +36,7 @@ from llamarefine_jobs.contract.errors import (
     PreemptedError,
     from_os_error,
 )
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, Patience
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
@@ -158,7 +159,13 @@ def main(stage_name: str, work: Work) -> None:
     with exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
         with halving_micro_batches(stage_name, recipe):
-            run(stage_name, work, recipe, Store(options.store))
+            run(stage_name, work, recipe, open_store(stage_name, options.store))
+
+
+def open_store(stage_name: str, uri: str) -> Store:
+    """The store of a stage, which waits out a bucket's outage and says so."""
+    give_up_after_s = float(os.environ.get(GIVE_UP_VARIABLE, GIVE_UP_AFTER_S))
+    return Store(uri, Patience(give_up_after_s, lambda text: print(f"{stage_name}: {text}", flush=True)))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:

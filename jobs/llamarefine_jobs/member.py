@@ -18,7 +18,7 @@ from llamarefine_jobs.agent import OUTCOME
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.entry import Context, exit_code, find_parents, settled_threads, stop_on_sigterm
+from llamarefine_jobs.entry import Context, exit_code, find_parents, open_store, settled_threads, stop_on_sigterm
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
     with exit_code(options.stage):
-        work(options.stage, sources.pin(load_recipe(options.recipe, [])), Store(options.store))
+        work(options.stage, sources.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:

@@ -355,7 +355,7 @@ class _DoubtfulError(AccessError):
     """We are not known, or may not: a server that has only just started says so to everybody."""
 
 
-class _GoneError(LlamaRefineError):
+class _GoneError(AccessError):
     """A version that the server has forgotten."""
 
 

@@ -110,20 +110,22 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     """
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import local, plan, provenance, results, runs, summary
+    from llamarefine_jobs.store import Store
+    from llamarefine_k8s import local, plan, provenance, results, runs, settings, summary
     from llamarefine_k8s.display import open_display
     from llamarefine_k8s.pipeline import Pipeline
 
-    opened = open_store(store)
+    given, progress = settings.load(store=store), open_console(stderr=True)
+    opened = Store(given.store, given.patience(progress.print))
     if into:
         results.check_replaceable(opened, "model", into / "model")
     pinned = pin(load_recipe(recipe, overrides))
     if local.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
         local.require_train_extra()  # before anything starts
-    progress = open_console(stderr=True)
     summary.print_header(progress, runs.run_id(pinned), opened)
+    executor = local.LocalExecutor(give_up_after_s=given.give_up_after_s)
     with open_display(progress, lambda path: runs.where(opened, path)) as display:
-        record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
+        record = Pipeline(pinned, opened, executor, display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
         provenance.pull(opened, record.run, into / "model")
@@ -167,9 +169,10 @@ def submit(
     loaded = load_recipe(recipe, overrides)
     cluster = Cluster(context, namespace)
     given = submission.load_settings(cluster, file, store=store, context=context, namespace=namespace)
+    progress = open_console(stderr=True)
+    cluster.patience = given.patience(progress.print)
     if not (foreground or dry_run):
         submission.require_account(cluster, given.service_account)
-    progress = open_console(stderr=True)
     if not (dry_run or no_memory_check or submission.is_in_cluster()):
         placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
     pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)

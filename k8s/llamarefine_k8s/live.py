@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from llamarefine_jobs.contract.artifact import run_path
 from llamarefine_jobs.contract.errors import LlamaRefineError, RecipeError
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, Patience
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import runs
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.cluster import events_of, is_at_work
 from llamarefine_k8s.manifests import CONTAINER, JOB_NAME, RUN, STAGE, stage_job_name
+from llamarefine_k8s.pipeline import READ_TO
 from llamarefine_k8s.podlog import PodLog
 from llamarefine_k8s.reasons import condition, has_begun, how_it_ended, index_of, of_node, why_waiting
 from llamarefine_k8s.runs import RunRecord
@@ -186,6 +188,8 @@ def all_lines(
 ) -> Iterator[str]:
     """The log of a stage, or of all in sequence, each line with its stage before it."""
     cluster, trouble = _reach(store, context, namespace)
+    if cluster and follow:
+        cluster.patience = Patience(GIVE_UP_AFTER_S)
     run = (_newest_run(cluster, name) if cluster else None) or runs.find(store, name).run
     found = False
     for each in [stage] if stage else SEQUENCE:
@@ -206,12 +210,16 @@ def _lines_of(store: Store, cluster: Cluster | None, run: str, stage: str, *, fo
         if lines is not None:
             return lines
         if kept is not None:
-            return iter(kept.decode(errors="replace").splitlines())
+            return iter(_without_mark(kept.decode(errors="replace").splitlines()))
         driven = cluster is not None and _is_at_work(cluster, run)
         record = runs.load(store, run)
         if not follow or not driven or (record and record.stages[stage].state in ("reused", "done")):
             return None
         time.sleep(1.0)
+
+
+def _without_mark(lines: list[str]) -> list[str]:
+    return lines[:-1] if lines and lines[-1].startswith(READ_TO) else lines
 
 
 def _reach(store: Store, context: str | None, namespace: str | None) -> tuple[Cluster | None, str | None]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError, by_exit_code
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
@@ -40,8 +41,16 @@ def stage_command(stage: str) -> Sequence[str]:
 class LocalExecutor:
     """Runs stages as processes, one at a time."""
 
-    def __init__(self, grace_s: float = GRACE_S, command: Command = stage_command) -> None:
+    read_to: str | None = None  # its lines have no times: a stage's process does not outlive what drives it
+
+    def __init__(
+        self,
+        grace_s: float = GRACE_S,
+        command: Command = stage_command,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> None:
         self._grace_s = grace_s
+        self._give_up_after_s = give_up_after_s
         self._command = command
         self._running = False
         self._cancels = 0
@@ -55,6 +64,9 @@ class LocalExecutor:
                 self._run(task, Path(folder), on_line)
         finally:
             self._running = False
+
+    def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Nothing is left to read; see `pipeline.Executor`."""
 
     def cancel(self) -> bool:
         """Take note that the stage shall stop; see `pipeline.Executor`."""
@@ -73,7 +85,10 @@ class LocalExecutor:
                 stdout=into,
                 stderr=subprocess.STDOUT,
                 env=stage_environment(
-                    task.recipe, LLAMAREFINE_STOP_AT_EOF="1", LLAMAREFINE_TERMINATION_MESSAGE=str(last_words)
+                    task.recipe,
+                    LLAMAREFINE_STOP_AT_EOF="1",
+                    LLAMAREFINE_TERMINATION_MESSAGE=str(last_words),
+                    LLAMAREFINE_GIVE_UP_AFTER_S=str(self._give_up_after_s),
                 ),
                 start_new_session=True,
             )

@@ -19,6 +19,7 @@ import yaml
 from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.recipe import Recipe, Training
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import InterruptedRunError, Task
@@ -313,6 +314,8 @@ def _environment(settings: Settings) -> list[Manifest]:
     plain = {"AWS_REGION": settings.s3_region}
     if settings.s3_endpoint:
         plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
+    if settings.give_up_after_s != GIVE_UP_AFTER_S:
+        plain[GIVE_UP_VARIABLE] = str(settings.give_up_after_s)
     plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "LLAMAREFINE_WORK": _SCRATCH, "PYTHONUNBUFFERED": "1"}
     secret = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}

@@ -7,6 +7,7 @@ renders the same keys, so what is written here for a laptop is valid there.
 import difflib
 import os
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llamarefine_jobs import __version__, plain_yaml
 from llamarefine_jobs.contract.credentials import plain_secrets, refuse_credentials
 from llamarefine_jobs.contract.errors import RecipeError
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, Patience
 from llamarefine_jobs.contract.stages import STAGES
 
 FILE = Path("llamarefine.yaml")
 FILE_VARIABLE = "LLAMAREFINE_SETTINGS"
 DRIVER, ALL = "driver", "all"
+_FIRST_S = 30.0
 
 _BRIEF = reprlib.Repr()  # a value may be as long as the file
 
@@ -100,6 +103,9 @@ class Settings(_Section):
     start_timeout_s: Seconds = Field(
         900, description="a stage that cannot start for so long fails; time in a queue or for a node to come is free"
     )
+    give_up_after_s: Seconds = Field(
+        int(GIVE_UP_AFTER_S), description="a bucket or an API server that is away for longer ends what waits for it"
+    )
     deadline_s: Seconds | None = Field(86_400, description="the longest that one stage may take")
     ttl_s: int = Field(3600, ge=0, description="finished Jobs and their pods are removed so much later")
     patches: dict[str, dict[str, Any]] = Field(
@@ -141,6 +147,10 @@ class Settings(_Section):
         gpus = self.resources.get(stage, Resources()).gpus
         wanted = int(STAGES[stage].needs_gpu) if gpus is None else gpus
         return wanted if self.gpu_resource else 0
+
+    def patience(self, say: Callable[[str], None]) -> Patience:
+        """That of whoever drives or follows a run. An address that never answered is told soon: it may be wrong."""
+        return Patience(self.give_up_after_s, say, first_s=_FIRST_S)
 
     def image(self, name: str) -> str:
         """The image of a stage, or of the launcher."""

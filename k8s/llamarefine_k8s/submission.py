@@ -153,8 +153,9 @@ def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -
     """Drive a run from this process; its stages are Jobs. The cluster keeps what failed, to be looked at."""
     check_gpus(recipe, given)
     executor = ClusterExecutor(cluster, given)
+    store = Store(given.store, given.patience(lambda text: display.note(DRIVER, text)))
     # Whatever may pass by itself was tried again by the Job's controller before it comes here.
-    pipeline = Pipeline(recipe, Store(given.store), executor, display, retry_after_s=())
+    pipeline = Pipeline(recipe, store, executor, display, retry_after_s=())
     try:
         record = pipeline.drive()
     except PreemptedError:

@@ -133,13 +133,14 @@ def verify(run: str | None, public_key: Path | None, store: str | None, as_json:
 
 
 @click.command(name="runs")
+@option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Only so many, the newest.")
 @store_option
 @json_option
-def list_runs(store: str | None, as_json: bool) -> None:
+def list_runs(limit: int, store: str | None, as_json: bool) -> None:
     """List the runs of the store, the newest first."""
     from llamarefine_k8s import runs, summary
 
-    records = runs.all_runs(open_store(store))
+    records = runs.all_runs(open_store(store), limit=limit)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
     else:

@@ -81,6 +81,10 @@ class Acting:
         self.acts = acts
         self.cancelled = 0
         self.running = False
+        self.read_to: str | None = None
+
+    def finish(self, task: Any, on_line: Callable[[str], None]) -> None:
+        """Nothing is left to read."""
 
     def execute(self, task: Any, on_line: Callable[[str], None]) -> None:
         self.ran.append(task.stage)
