@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,7 +79,10 @@ def find_node(stage: str, section: Training) -> Node:
 def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
     """Who has a stage's work done in several processes; None where the recipe asks for one."""
     section = recipe.section(stage)
-    if not isinstance(section, Training) or section.processes == 1:
+    if not isinstance(section, Training):
+        return None
+    if section.processes == 1:
+        _hold_to_one_gpu(os.environ)
         return None
     agent = Agent(stage, section, shared)
     where = f", this is node {agent.node.rank}" if section.nodes > 1 else ""
@@ -229,6 +232,12 @@ class Agent:
 
     def _last_words(self, local_rank: int) -> Path:
         return self._shared / f"last-words-{local_rank}"
+
+
+def _hold_to_one_gpu(environment: MutableMapping[str, str]) -> None:
+    """In one process transformers' trainer takes every GPU it sees, and a batch of batch_rows on each."""
+    first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment["CUDA_VISIBLE_DEVICES"] = first
 
 
 def _order(code: int) -> int:
