@@ -37,6 +37,7 @@ OUTCOME = "outcome.json"
 MEMBER = "llamarefine_jobs.member"
 _PORT = 29500  # torch's own habit
 _GLANCE_S = 0.2
+_LEAST = 5
 _TOGETHER_S = 5.0  # failures so close have one cause
 
 
@@ -190,6 +191,8 @@ class Agent:
             "MASTER_ADDR": self.node.address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            # Each try to meet nodes that are still on their way would print a warning.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             SHARED_FOLDER: str(self._shared),
             "LLAMAREFINE_TERMINATION_MESSAGE": str(self._last_words(local_rank)),
             "LLAMAREFINE_STOP_AT_EOF": "0",  # the agent watches for it
@@ -215,7 +218,8 @@ class Agent:
 
     def _how_it_ended(self, codes: dict[int, int], *, told: bool) -> LlamaRefineError:
         """The error that is the cause; the others only lost it."""
-        rank = min(codes, key=lambda rank: _order(codes[rank]))
+        # Told to stop, the first to leave with its checkpoint saved makes torch end the ones that are just leaving.
+        rank = min(codes, key=lambda rank: _LEAST if told and codes[rank] < 0 else _order(codes[rank]))
         code = codes[rank]
         if code < 0 and told:
             return PreemptedError(f"{self._stage} was ended before it had saved")

@@ -192,10 +192,7 @@ def test_two_nodes_train_what_one_trains_and_the_first_publishes(in_one: Path, t
     """Two agents on this machine, as two pods are: each fetches for itself, and nothing but the network is shared."""
     store = copy_up_to(in_one, tmp_path, "dpo")
     overrides = given("dpo", ("{0}.micro_batch_rows=4", "{0}.nodes=2"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = [
         processes.start("dpo", in_one / "recipe.yaml", str(store), *overrides, environment=place | {"NODE_RANK": rank})
         for rank in ("1", "0")
@@ -206,6 +203,15 @@ def test_two_nodes_train_what_one_trains_and_the_first_publishes(in_one: Path, t
     assert any("published" in line for line in first)
     assert "dpo: trains in 2 processes, 1 on each node, this is node 1" in second
     assert not any("progress" in line or "published" in line for line in second)
+
+
+def test_a_node_that_waits_for_another_ends_when_it_is_told_to(in_one: Path, tmp_path: Path) -> None:
+    store = copy_up_to(in_one, tmp_path, "sft")
+    overrides = given("sft", ("{0}.micro_batch_rows=4", "{0}.nodes=2"))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+    process = processes.start("sft", in_one / "recipe.yaml", str(store), *overrides, environment=place)
+    lines = processes.signal_when(process, signal.SIGTERM, lambda line: "trains in" in line)
+    assert process.returncode == PreemptedError.exit_code, "\n".join(lines)
 
 
 def test_a_node_that_does_not_know_its_place_is_refused_in_one_line(in_one: Path, tmp_path: Path) -> None:
@@ -238,26 +244,39 @@ def test_parts_of_the_rows_hold_each_row_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "kind"),
+    ("codes", "told", "expected"),
     [
-        ({0: 21, 1: 11}, DataError),  # one found bad data, the other lost it
-        ({0: 21, 1: -9}, PeerLostError),
-        ({0: 30, 1: 30}, PreemptedError),
-        ({0: 1, 1: 21}, LlamaRefineError),
+        ({0: 21, 1: 11}, False, (DataError, "words of 1")),  # one found bad data, the other lost it
+        ({0: 21, 1: -9}, False, (PeerLostError, "process 1 of 2 was killed by SIGKILL")),
+        ({0: 30, 1: 30}, True, (PreemptedError, "words of 0")),
+        ({0: -15, 1: 30}, True, (PreemptedError, "words of 1")),  # it was leaving, too
+        ({0: -9, 1: 21}, True, (PeerLostError, "words of 1")),
+        ({0: 1, 1: 21}, False, (LlamaRefineError, "words of 0")),
     ],
 )
 def test_the_cause_is_told_and_not_what_follows_from_it(
-    codes: dict[int, int], kind: type[LlamaRefineError], tmp_path: Path
+    codes: dict[int, int], told: bool, expected: tuple[type[LlamaRefineError], str], tmp_path: Path
 ) -> None:
     from llamarefine_jobs.agent import Agent
 
-    agent = Agent("sft", tiny.recipe("sft.gpus=2").sft, tmp_path)
-    assert type(agent._how_it_ended(codes, told=False)) is kind
+    agent = Agent("sft", tiny.recipe("sft.gpus=2", "sft.micro_batch_rows=4").sft, tmp_path)
+    for rank in codes:
+        (tmp_path / f"last-words-{rank}").write_text(json.dumps({"message": f"words of {rank}"}))
+    error = agent._how_it_ended(codes, told=told)
+    assert type(error) is expected[0]
+    assert expected[1] in str(error)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
     with pytest.raises(RecipeError, match="batch_rows 8 is shared by 3 gpus x 1 nodes: it must be a multiple of 12"):
         tiny.recipe("sft.gpus=3")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def children(pid: int) -> list[int]:
