@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ OUTCOME = "outcome.json"
 MEMBER = "llamarefine_jobs.member"
 _PORT = 29500  # torch's own habit
 _GLANCE_S = 0.2
+_LEAST = 5
 _TOGETHER_S = 5.0  # failures so close have one cause
 
 
@@ -79,7 +80,10 @@ def find_node(stage: str, section: Training) -> Node:
 def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
     """Who has a stage's work done in several processes; None where the recipe asks for one."""
     section = recipe.section(stage)
-    if not isinstance(section, Training) or section.processes == 1:
+    if not isinstance(section, Training):
+        return None
+    if section.processes == 1:
+        _hold_to_one_gpu(os.environ)
         return None
     agent = Agent(stage, section, shared)
     where = f", this is node {agent.node.rank}" if section.nodes > 1 else ""
@@ -187,6 +191,8 @@ class Agent:
             "MASTER_ADDR": self.node.address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            # Each try to meet nodes that are still on their way would print a warning.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             SHARED_FOLDER: str(self._shared),
             "LLAMAREFINE_TERMINATION_MESSAGE": str(self._last_words(local_rank)),
             "LLAMAREFINE_STOP_AT_EOF": "0",  # the agent watches for it
@@ -212,7 +218,8 @@ class Agent:
 
     def _how_it_ended(self, codes: dict[int, int], *, told: bool) -> LlamaRefineError:
         """The error that is the cause; the others only lost it."""
-        rank = min(codes, key=lambda rank: _order(codes[rank]))
+        # Told to stop, the first to leave with its checkpoint saved makes torch end the ones that are just leaving.
+        rank = min(codes, key=lambda rank: _LEAST if told and codes[rank] < 0 else _order(codes[rank]))
         code = codes[rank]
         if code < 0 and told:
             return PreemptedError(f"{self._stage} was ended before it had saved")
@@ -229,6 +236,12 @@ class Agent:
 
     def _last_words(self, local_rank: int) -> Path:
         return self._shared / f"last-words-{local_rank}"
+
+
+def _hold_to_one_gpu(environment: MutableMapping[str, str]) -> None:
+    """In one process transformers' trainer takes every GPU it sees, and a batch of batch_rows on each."""
+    first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment["CUDA_VISIBLE_DEVICES"] = first
 
 
 def _order(code: int) -> int:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llamarefine_jobs.contract.errors import PeerLostError
+from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError
 from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
 
 # Where the node's agent says all this to its processes; agent.py sets them as torchrun would.
@@ -23,6 +23,7 @@ MEET_TIMEOUT_S = 1800  # the other nodes may still pull their image; the launche
 # A process that waits longer than this for another takes it for lost. Rank 0 may be publishing a checkpoint meanwhile,
 # into a bucket whose outage it waits out.
 _SILENCE_TIMEOUT_S = GIVE_UP_AFTER_S + 300
+_TRY_S = 3
 _GLANCE_S = 0.3
 _KILLED = 137
 # What gloo, NCCL and their store say when the other side is gone; most of it comes as a plain RuntimeError.
@@ -117,10 +118,10 @@ def is_member(environment: Mapping[str, str]) -> bool:
     return SHARED_FOLDER in environment
 
 
-def join() -> World:
+def join(stop: threading.Event) -> World:
     """Meet the other processes, as the environment says, and end with the agent that started this one.
 
-    PeerLostError where they do not all come.
+    PeerLostError where they do not all come, PreemptedError where `stop` is set meanwhile.
     """
     import torch
     import torch.distributed as dist
@@ -135,24 +136,39 @@ def join() -> World:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(world.local_rank)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        # The store is the first node's agent's: it outlives each single process.
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=MEET_TIMEOUT_S))
-        store.set(f"here/{world.rank}", "1")
-        store.wait([f"here/{rank}" for rank in range(world.size)])
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=_SILENCE_TIMEOUT_S),
-        )
-    except (RuntimeError, OSError) as error:
-        raise PeerLostError(
-            f"the {world.size} processes did not all meet at {address}:{port}: {_first_line(error)}"
-        ) from None
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("group", _meet(world, stop)),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=_SILENCE_TIMEOUT_S),
+    )
     return world
+
+
+def _meet(world: World, stop: threading.Event) -> Any:
+    """The store of the first node's agent, once every process has been there. A wait in it hears no signal."""
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until_s = time.monotonic() + MEET_TIMEOUT_S
+    while True:
+        try:
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_TRY_S))
+            store.set(f"here/{world.rank}", "1")
+            store.wait([f"here/{rank}" for rank in range(world.size)])
+        except (RuntimeError, OSError) as error:
+            if stop.is_set():
+                raise PreemptedError("told to stop while it waited for the other nodes") from None
+            if time.monotonic() > until_s:
+                raise PeerLostError(
+                    f"the {world.size} processes did not all meet at {address}:{port} within {MEET_TIMEOUT_S} s: "
+                    f"{_first_line(error)}"
+                ) from None
+            time.sleep(_GLANCE_S)
+        else:
+            store.set_timeout(timedelta(seconds=_SILENCE_TIMEOUT_S))
+            return store
 
 
 def means_lost_peer(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ def main() -> None:
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     """Meet the others, train, leave the outcome for the agent."""
     stop = stop_on_sigterm()
-    world = distributed.join()
+    world = distributed.join(stop)
     parents = find_parents(stage_name, recipe, store)
     shared = Path(os.environ[distributed.SHARED_FOLDER])
     own = shared / f"process-{world.rank}"
