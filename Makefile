@@ -2,11 +2,13 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
+.PHONY: help setup demo test test-gpu chaos fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
 ARGS   ?=
+SEED   ?= 1
+KILLS  ?= 200
 
 # Images, and what a registry, a proxy or a private authority changes about them: images/README.md.
 ENGINE          ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
@@ -15,7 +17,8 @@ VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamaref
 TAG             ?= $(VERSION)
 GIT_COMMIT      ?= $(shell git rev-parse HEAD 2>/dev/null)
 CA_CERTIFICATES ?= $(wildcard /usr/local/share/ca-certificates/*.crt)
-export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES
+IMAGES          ?= $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
+export ENGINE REGISTRY VERSION TAG GIT_COMMIT CA_CERTIFICATES IMAGES
 
 # The cluster on this machine, and what is submitted to the current one: k8s/README.md.
 CLUSTER         ?= llamarefine
@@ -25,7 +28,7 @@ IMAGE_LOADER    ?= kind
 RECIPE          ?= jobs/recipes/demo.yaml
 MODEL           ?= model
 export CLUSTER NAMESPACE GPUS IMAGE_LOADER RECIPE
-ON_CLUSTER       = k8s/with-bucket $(RUN) llamarefine
+ON_CLUSTER       = k8s/with-bucket llamarefine
 
 # The uv on the PATH where one runs, else one of our own in .uv/.
 UV    := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
@@ -57,6 +60,17 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 	then LLAMAREFINE_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
 	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
 
+chaos: $(READY) ## kill, fill up and damage real runs at random moments: SEED=1 KILLS=200; docs/chaos.md
+	$(RUN) python -m tests.chaos --seed "$(SEED)" --kills "$(KILLS)" $(ARGS)
+
+INPUTS ?= 100000
+fuzz: $(READY) ## give what reads foreign bytes INPUTS=100000 wrong ones, the same each time; takes a while
+	LLAMAREFINE_FUZZ=$(INPUTS) $(RUN) pytest -n auto --maxprocesses 4 tests/fuzz $(ARGS)
+
+audit: $(READY) ## look up the known vulnerabilities of all that is locked; asks a service on the internet
+	@$(UV) export --quiet --locked --all-extras --no-emit-project >"$(READY).audit"
+	@$(UV) tool run pip-audit --disable-pip --no-deps --requirement "$(READY).audit"
+
 lint: $(READY) ## check style, types, security rules and who imports whom; changes nothing
 	$(RUN) ruff check
 	$(RUN) ruff format --check
@@ -71,13 +85,12 @@ docs: $(READY) ## write docs/cli.md and the recipe's schema from the code
 	@$(RUN) python -m tests.repo.generated
 
 bench: $(READY) ## measure what is worth watching (times never pass or fail a test)
-	@for script in tests/bench/*.py; do $(RUN) python "$$script" || exit; done
+	@for script in tests/bench/*.py; do PYTHONPATH=. $(RUN) python "$$script" || exit; done
 
-IMAGES := $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
 .PHONY: $(IMAGES:%=image-%)
 
 images: ## build every container image with docker, podman or buildah; `make image-sft` builds one
-	@images/build
+	@images/build $(IMAGES)
 
 $(IMAGES:%=image-%): image-%:
 	@images/build $*

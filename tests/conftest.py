@@ -4,10 +4,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from . import s3_server
+
+if TYPE_CHECKING:
+    from .chart.kind_cluster import KindCluster
 
 # As fast as many threads on models this small, and many times faster when the cores are busy.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -60,3 +64,12 @@ def the_bucket(the_s3_server: s3_server.S3Server) -> str:
 def s3_uri(s3: s3_server.S3Server, the_bucket: str) -> str:
     """A store below a prefix that no other test uses."""
     return f"s3://{the_bucket}/{secrets.token_hex(8)}/llama"
+
+
+@pytest.fixture(scope="session")
+def kind_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["KindCluster"]:
+    """The one kind cluster of all tests: `make e2e`."""
+    from .chart.kind_cluster import cluster
+
+    with cluster(tmp_path_factory.mktemp("kind")) as made:
+        yield made

@@ -13,12 +13,13 @@ from llamarefine_jobs import hub, sources
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Base, LinearLayer
 from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.json_file import read_object
+from llamarefine_jobs.own_code import pickles_in, refuse_own_code
 from llamarefine_jobs.weights import INDEX, SINGLE_FILE, Weights
 
 # Built as Llama is: the same seven linear layers in a block, under the same names.
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _KEY = "prepare.base"
 
 
@@ -53,8 +54,6 @@ def install_base(folder: Path, into: Path) -> Any:
     index = folder / INDEX
     shards = set(_json(index).get("weight_map", {}).values()) | {INDEX} if index.is_file() else {SINGLE_FILE}
     for name in ("config.json", *sorted(shards)):
-        if Path(name).name != name:
-            raise DataError(f"{_KEY}: {INDEX} names the file {name}; expected one beside it")
         shutil.copyfile(folder / name, into / name)
     write_around(into, tokenizer, _json(folder / "generation_config.json"))
     return tokenizer
@@ -78,8 +77,10 @@ def check_model(folder: Path) -> dict[str, Any]:
         raise DataError(f"{_KEY}: {folder} holds no config.json; expected a model's folder")
     config = _json(folder / "config.json")
     kind = config.get("model_type")
-    if "auto_map" in config or "auto_map" in _json(folder / "tokenizer_config.json"):
-        raise DataError(f"{_KEY}: the model needs code of its own (auto_map), which is never run; choose another base")
+    try:
+        refuse_own_code(folder)
+    except DataError as error:
+        raise DataError(f"{_KEY}: {error}") from None
     if kind not in _MODEL_TYPES:
         raise DataError(
             f"{_KEY}: expected a causal language model built as Llama is ({', '.join(_MODEL_TYPES)}), found {kind}"
@@ -106,7 +107,7 @@ def describe(folder: Path) -> dict[str, Any]:
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     """The weights are safetensors, whole, and have the seven linear layers in each of the config's blocks."""
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        pickles = pickles_in(folder)
         found = f"only {pickles[0]}, a pickle, which can run code as it is read" if pickles else "none"
         raise DataError(f"{_KEY}: expected weights in safetensors, found {found}; convert them, or choose another base")
     shapes = Weights(folder).shapes
@@ -114,6 +115,8 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
         layers, vocabulary, hidden = (config[name] for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
     except KeyError as error:
         raise DataError(f"{_KEY}: config.json does not say {error}") from None
+    if not all(isinstance(size, int) and size > 0 for size in (layers, vocabulary, hidden)):
+        raise DataError(f"{_KEY}: config.json says {layers!r:.40} layers, {vocabulary!r:.40} tokens; expected numbers")
     for layer in range(layers):
         for linear in get_args(LinearLayer):
             part = "mlp" if linear in ("gate_proj", "up_proj", "down_proj") else "self_attn"
@@ -144,9 +147,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise DataError(f"{_KEY}: {path.name} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{_KEY}: {path.name} holds no JSON object")
-    return values
+        raise DataError(f"{_KEY}: {error}") from None

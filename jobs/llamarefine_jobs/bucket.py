@@ -1,19 +1,23 @@
-"""Objects in an S3-compatible bucket, through boto3: its retries, its credential chain, its timeouts.
+"""Objects in an S3-compatible bucket, through boto3: its credential chain, its timeouts, its retries of one request.
+
+An outage that outlasts those is waited out here: see `contract/patience.py`.
 
 The endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where it is not Amazon's.
 """
 
 import contextlib
 import errno
+import functools
+import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
+from llamarefine_jobs.contract.credentials import refuse_credentials
 from llamarefine_jobs.contract.errors import (
     AccessError,
     DiskFullError,
@@ -22,22 +26,46 @@ from llamarefine_jobs.contract.errors import (
     StoreError,
     from_os_error,
 )
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refuse_too_large
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_REQUEST_ATTEMPTS = 9  # boto3's own; a dead endpoint is reported after 6 s on average, 13 s at most
-_ATTEMPTS = 5  # of what boto3 does not try again: a body that breaks off, a conditional write under way elsewhere
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
+_REQUEST_ATTEMPTS = 4  # boto3's own, within about a second, for a part of a large file most of all
 _REFUSED = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403")
 _ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
 _FULL = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+_BUSY = (
+    "ConditionalRequestConflict",  # another conditional write is under way; who wins is known when it ends
+    "IncompleteBody",
+    "NoSuchUpload",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+)
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def _patiently(
+    method: Callable[Concatenate["S3Objects", Rest], Result],
+) -> Callable[Concatenate["S3Objects", Rest], Result]:
+    """`method`, which is tried again as a whole while the bucket is away."""
+
+    def call(self: "S3Objects", /, *arguments: Rest.args, **named: Rest.kwargs) -> Result:
+        return self.patience.call(lambda: method(self, *arguments, **named))
+
+    return call
 
 
 class S3Objects:
     """The objects of `bucket` whose keys begin with `prefix`."""
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    def __init__(self, bucket: str, prefix: str = "", patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -49,21 +77,25 @@ class S3Objects:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
+        # At DEBUG it writes each request's headers: a session's token is one of them.
+        logging.getLogger("botocore").setLevel(logging.INFO)
         settings = Config(
             # boto3's newer default checksums break some S3-compatible stores; sha256 is ours to check.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
-            connect_timeout=5,
-            read_timeout=60,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_READ_TIMEOUT_S,
             max_pool_connections=32,
         )
         try:
             client: S3Client = boto3.session.Session().client("s3", config=settings)
+            refuse_credentials(client.meta.endpoint_url)
             return client
         except (BotoCoreError, ValueError) as error:
             raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None
 
+    @_patiently
     def read(self, path: str) -> bytes | None:
         with self._errors(path):
             response = self._get(path)
@@ -73,49 +105,54 @@ class S3Objects:
 
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """As `Objects.download`; a connection that breaks is taken up again where it broke."""
-        done_bytes, attempt = 0, 1
+        done_bytes = 0
         more: dict[str, str] = {}
+        outage = self.patience.outage()
         while True:
-            with self._errors(path):
-                response = self._get(path, **more)
-                if response is None:
-                    return False
-                try:
+            try:
+                with self._errors(path):
+                    response = self._get(path, **more)
+                    if response is None:
+                        return False
                     for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
                         into.write(chunk)
                         on_chunk(chunk)
                         done_bytes += len(chunk)
-                    return True
-                except Exception as error:
-                    if attempt == _ATTEMPTS or not _is_broken_connection(error):
-                        raise
-            if done_bytes:
-                more = {"Range": f"bytes={done_bytes}-", "IfMatch": response["ETag"]}
-            time.sleep(2**attempt / 4)
-            attempt += 1
+                        more = {"Range": f"bytes={done_bytes}-", "IfMatch": response["ETag"]}
+                        outage.end()
+                outage.end()
+                return True
+            except StoreError as error:
+                outage.wait(error)
 
-    def write(self, path: str, data: bytes) -> None:
-        with self._errors(path):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        write = functools.partial(self._write, path, data)
+        if patient:
+            self.patience.call(write)
+            return
+        try:
+            write()
+        except StoreError:
+            self.patience.fails()
+            raise
+        self.patience.works()
 
+    @_patiently
     def create(self, path: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         with self._errors(path):
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
-                    return True
-                except ClientError as error:
-                    if _code(error) in ("PreconditionFailed", "412"):
-                        # boto3 may have sent the request twice: the first try may be what stands there now.
-                        return self.read(path) == data
-                    # 409: another conditional write of this key is under way; who wins is known when it ends.
-                    if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == _ATTEMPTS:
-                        raise
-                time.sleep(2**attempt / 4)
-            raise AssertionError("the loop above returns or raises")
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412"):
+                    raise
+                # A try whose answer was lost may be what stands there now.
+                response = self._get(path)
+                return response is not None and response["Body"].read(len(data) + 1) == data
 
+    @_patiently
     def upload(self, path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
         with self._errors(path):
             self.client.upload_file(str(file), self.bucket, self._key(path))
@@ -124,23 +161,34 @@ class S3Objects:
                     on_chunk(chunk)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        with self._errors(prefix):
-            listing = self.client.get_paginator("list_objects_v2")
-            for page in listing.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
-                for item in page.get("Contents", []):
-                    path, etag = item["Key"][len(self.prefix) :], item["ETag"].strip('"')
-                    yield Entry(path, item["Size"], etag, item["LastModified"])
+        yield from self._listed(prefix)
 
+    @_patiently
     def delete(self, path: str) -> None:
         with self._errors(path):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
 
+    @_patiently
     def clock(self) -> datetime | None:
         """What the bucket's clock says, to the second; None where it does not say."""
         with self._errors(""):
             answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
             date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
             return parsedate_to_datetime(date) if date else None
+
+    @_patiently
+    def _listed(self, prefix: str) -> list[Entry]:
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
+            return [
+                Entry(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'), item["LastModified"])
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self._errors(path):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
 
     def _key(self, path: str) -> str:
         return self.prefix + path  # to a bucket a key is only a name: none leads out of it
@@ -226,7 +274,10 @@ class S3Objects:
         if re.fullmatch(r"4\d\d|501", code) and code not in ("408", "429"):  # a status without S3's own word for it
             endpoint = self.client.meta.endpoint_url
             return AccessError(f"{where}: {endpoint} does not answer as S3 ({answer}); is it the endpoint, TLS or not?")
-        return StoreError(f"{where}: the bucket answered {answer}")
+        failed = StoreError(f"{where}: the bucket answered {answer}")
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
+            failed.retry_after_s = None
+        return failed
 
 
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR)

@@ -17,11 +17,11 @@ from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
-from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.intervals import Bootstrap, Interval
 from llamarefine_jobs.lineage import check_lineage
-from llamarefine_jobs.scoring import score
+from llamarefine_jobs.scoring import Score, score
 
 _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
 
@@ -29,7 +29,7 @@ _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
 def work(context: Context) -> None:
     """Train the DPO adapter."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend()
+    backend = models.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(models.describe(backend))
     from llamarefine_jobs import step_zero, training
@@ -41,8 +41,8 @@ def work(context: Context) -> None:
 
     # Data.
     tokenizer = load_tokenizer(base)
-    train_rows = training.read_rows(preferences, "train")
-    validation_rows = training.read_rows(preferences, "validation")
+    train_rows = read_rows(preferences, "train")
+    validation_rows = read_rows(preferences, "validation")
     pairs = encode_pairs(tokenizer, train_rows)
     tokens = sum(len(chosen) + len(rejected) for chosen, rejected in pairs)
     context.note(f"{len(train_rows)} pairs to train on, {tokens} tokens; {len(validation_rows)} to validate")
@@ -51,7 +51,10 @@ def work(context: Context) -> None:
     witness = step_zero.ask_apart(backend, base, adapter, pairs, tokenizer.pad_token_id, section.micro_batch_rows)
 
     # Model: base + SFT adapter in one, frozen; a fresh adapter on top.
-    policy = models.merge_in_memory(base, adapter, context.work / "sft_policy", bf16=backend.bf16)
+    policy = (context.world.shared or context.work) / "sft_policy"
+    if context.world.is_first_on_node:
+        models.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
+    context.world.wait()
     model = backend.load(policy, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
     training.settle_model(model, tokenizer)
     model = backend.add_adapter(
@@ -59,22 +62,16 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows))
-    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
+    held_out = HeldOut(encode_pairs(tokenizer, validation_rows), tokenizer.pad_token_id, context)
+    watch = training.Watch(section, context, tokens / len(train_rows), held_out.measure)
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_rows(trainer, pairs)
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
     training.train(trainer, watch, context)
 
     # What it learned, on pairs it was not trained on.
-    context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
-
-
-def encode_pairs(tokenizer: Any, rows: list[dict[str, Any]]) -> list[tuple[Encoded, Encoded]]:
-    """Each row's prompt with its chosen and with its rejected answer, tokenised."""
-    return [
-        (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))
-        for row in rows
-    ]
+    if context.world.is_first:
+        context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
 
 
 def build_trainer(
@@ -84,7 +81,6 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[dict[str, Any]],
-    validation_rows: list[dict[str, Any]],
     watch: Any,
 ) -> Any:
     """TRL's DPOTrainer whose reference is `model` with its adapter switched off."""
@@ -96,15 +92,15 @@ def build_trainer(
         **training.arguments(section, context, backend),
         beta=section.beta,
         max_length=None,  # prepare saw to it; a row cut here would be cut silently
-        # Saves the reference's forward pass from the second epoch on.
-        precompute_ref_log_probs=section.epochs > 1,
+        # Saves the reference's forward pass from the second epoch on. Of several processes only the first would find
+        # the file that TRL keeps them in.
+        precompute_ref_log_probs=section.epochs > 1 and context.world.size == 1,
     )
     trainer = DPOTrainer(
         model=model,
         ref_model=None,
         args=settings,
         train_dataset=_as_messages(train_rows),
-        eval_dataset=_as_messages(validation_rows),
         processing_class=tokenizer,
         callbacks=[watch],
     )
@@ -133,6 +129,42 @@ def check_rows(trainer: Any, pairs: list[tuple[Encoded, Encoded]]) -> None:
                 )
 
 
+class HeldOut:
+    """The pairs that pick the adapter. Each process scores its part of them; the reference is scored once."""
+
+    def __init__(self, pairs: list[tuple[Encoded, Encoded]], pad_id: int, context: Context) -> None:
+        self._answers = [answer for pair in context.world.share(pairs) for answer in pair]
+        self._pad_id = pad_id
+        self._context = context
+        self._reference: list[Score] = []
+
+    def measure(self, model: Any) -> dict[str, float]:
+        """The DPO loss, reward accuracy (a tie counts one half) and margin: means over all pairs."""
+        batch_rows = self._context.recipe.dpo.micro_batch_rows
+        if not self._reference:
+            with model.disable_adapter():
+                self._reference = score(model, self._pad_id, self._answers, batch_rows)
+        policy = score(model, self._pad_id, self._answers, batch_rows)
+        margins = reward_margins(policy, self._reference, self._context.recipe.dpo.beta)
+        sums = [np.logaddexp(0, -margins).sum(), _wins(margins).sum(), margins.sum(), len(margins)]
+        loss, wins, margin, pairs = self._context.world.total(sums)
+        return {
+            "eval_loss": loss / pairs,
+            "eval_reward_accuracy": wins / pairs,
+            "eval_reward_margin": margin / pairs,
+        }
+
+
+def reward_margins(policy: list[Score], reference: list[Score], beta: float) -> Any:
+    """How much more each pair's chosen answer is rewarded than the rejected one; the two take turns in the lists."""
+    rewards = beta * (np.array([one.logprob for one in policy]) - np.array([one.logprob for one in reference]))
+    return rewards[0::2] - rewards[1::2]
+
+
+def _wins(margins: Any) -> Any:
+    return (np.sign(margins) + 1) / 2
+
+
 def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
     """The kept adapter's reward accuracy (a tie counts one half) and margin on held-out pairs, with intervals."""
     section, confidence = context.recipe.dpo, context.recipe.evaluate.confidence
@@ -140,13 +172,12 @@ def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Con
     policy = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
     with model.disable_adapter():
         reference = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
-    rewards = section.beta * (np.array([one.logprob for one in policy]) - np.array([one.logprob for one in reference]))
-    margins = rewards[0::2] - rewards[1::2]  # chosen and rejected take turns
+    margins = reward_margins(policy, reference, section.beta)
     bootstrap = Bootstrap(
         [row["group"] for row in rows], resamples=context.recipe.evaluate.bootstrap_resamples, seed=context.recipe.seed
     )
     each = np.ones(len(rows))
-    accuracy = bootstrap.ratio((np.sign(margins) + 1) / 2, each, (0, 1)).interval(confidence)
+    accuracy = bootstrap.ratio(_wins(margins), each, (0, 1)).interval(confidence)
     margin = bootstrap.ratio(margins, each).interval(confidence)
     context.note(f"on {len(rows)} held-out pairs: accuracy {_shown(accuracy)}, margin {_shown(margin)}")
     return {"pairs": len(rows), "accuracy": asdict(accuracy), "margin": asdict(margin), "confidence": confidence}

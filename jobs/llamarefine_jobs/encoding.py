@@ -1,5 +1,6 @@
-"""Conversations to tokens, in the one way that training, evaluation and inference share."""
+"""Rows and their tokens, in the one way that training, evaluation and inference share."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, Message, answer
+from llamarefine_jobs.own_code import refuse_own_code
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        refuse_own_code(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no tokenizer that loads: {str(error).splitlines()[0]}") from None
     settle_tokenizer(tokenizer)
@@ -68,3 +73,22 @@ def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
             "choose a base whose tokenizer keeps a line's end apart"
         )
     return Encoded(prompt_ids, ids[len(prompt_ids) :])
+
+
+def read_rows(folder: Path, split: str) -> list[Row]:
+    """The rows of one split, as prepare wrote them."""
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def encode_questions(tokenizer: Any, rows: Sequence[Row]) -> list[Encoded]:
+    """Prompt and answer of each row, tokenised: the last message is the answer."""
+    return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+
+
+def encode_pairs(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[Encoded, Encoded]]:
+    """Each row's prompt with its chosen and with its rejected answer, tokenised."""
+    return [
+        (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))
+        for row in rows
+    ]

@@ -24,27 +24,30 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llamarefine_jobs import __version__, sources
+from llamarefine_jobs import __version__, distributed, sources
+from llamarefine_jobs.agent import find_agent
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key, short
 from llamarefine_jobs.contract.errors import (
     DataError,
     DiskFullError,
     IntegrityError,
     LlamaRefineError,
-    OutOfMemoryError,
+    PeerLostError,
     PreemptedError,
     from_os_error,
 )
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, Patience
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES, Stage
+from llamarefine_jobs.distributed import World
+from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
 from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
 
 _DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
-# What torch raises as a RuntimeError where the GPU's memory runs out outside its own allocator.
-_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -72,31 +75,33 @@ class Context:
     work: Path  # for everything else; gone afterwards
     started_at: datetime
     stop: threading.Event  # set by SIGTERM: finish the step, save, raise PreemptedError
+    world: World = field(default_factory=World)  # the processes that train together, and which of them this one is
     backend: str | None = None
     accelerator: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
-        """One line of the stage's log."""
-        print(f"{self.stage.name}: {text}", flush=True)
+        """One line of the stage's log; of several processes the first one speaks."""
+        if self.world.is_first:
+            print(f"{self.stage.name}: {text}", flush=True)
 
     def progress(self, step: int, steps: int, **figures: Any) -> None:
         """Where the stage stands, as a line that people read and the launcher parses."""
-        print(Progress(self.stage.name, step, steps, **figures).line(), flush=True)
+        if self.world.is_first:
+            print(Progress(self.stage.name, step, steps, **figures).line(), flush=True)
 
     def check_stop(self) -> None:
         """Raise PreemptedError once SIGTERM has come; for stages without checkpoints."""
         if self.stop.is_set():
             raise PreemptedError(f"{self.stage.name} was told to stop; run the same command again to go on")
 
-    def publish_checkpoint(self, step: int, folder: Path) -> None:
-        """Publish the training's state after `step` steps."""
-        self.store.publish_checkpoint(step, folder, self._draft())
-
     def fetch_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint of this very training, as a local folder."""
-        folder = self.work / "resume"
-        step = self.store.fetch_checkpoint(self.stage.name, self.key, folder)
+        """The newest complete checkpoint of this very training, as a local folder that the node's processes share."""
+        folder = (self.world.shared or self.work) / "resume"
+        found = None
+        if self.world.is_first_on_node:
+            found = self.store.fetch_checkpoint(self.stage.name, self.key, folder)
+        step = self.world.agreed(found)
         if step is None:
             return None
         self.note(f"goes on from the checkpoint at step {step}")
@@ -107,12 +112,13 @@ class Context:
         missing = [name for name in self.stage.writes if not (self.output / name).exists()]
         if missing:
             raise AssertionError(f"{self.stage.name} did not write {', '.join(missing)}")
-        manifest = self.store.publish(self.output, self._draft())
+        manifest = self.store.publish(self.output, self.draft())
         if self.stage.has_checkpoints:
             self.store.remove_checkpoints(self.stage.name, self.key)
         return manifest
 
-    def _draft(self) -> Manifest:
+    def draft(self) -> Manifest:
+        """The manifest of what is made here, as far as it is known now."""
         return Manifest(
             stage=self.stage.name,
             key=self.key,
@@ -152,13 +158,20 @@ def main(stage_name: str, work: Work) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
-        run(stage_name, work, recipe, Store(options.store))
+        with halving_micro_batches(stage_name, recipe):
+            run(stage_name, work, recipe, open_store(stage_name, options.store))
+
+
+def open_store(stage_name: str, uri: str) -> Store:
+    """The store of a stage, which waits out a bucket's outage and says so."""
+    give_up_after_s = float(os.environ.get(GIVE_UP_VARIABLE, GIVE_UP_AFTER_S))
+    return Store(uri, Patience(give_up_after_s, lambda text: print(f"{stage_name}: {text}", flush=True)))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     """Do the work of one stage and publish it; what is there already is returned as it is."""
     stage = STAGES[stage_name]
-    stop = _stop_on_sigterm()
+    stop = stop_on_sigterm()
     parents = find_parents(stage_name, recipe, store)
     key = artifact_key(stage_name, recipe, parents)
     standing = store.manifest(stage_name, key)
@@ -185,8 +198,16 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
         )
         context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
         context.check_stop()
-        with settled_threads(recipe):
-            work(context)
+        agent = find_agent(stage_name, recipe, work_folder)
+        if agent is None:
+            with settled_threads(recipe):
+                work(context)
+        else:
+            outcome = agent.work(recipe, store.uri, stop)
+            if not agent.node.is_first:
+                return agent.await_publication(store, key, stop)
+            context.backend, context.accelerator = outcome["backend"], outcome["accelerator"]
+            context.metrics |= outcome["metrics"]
         manifest = context.publish()
         seconds = (manifest.finished_at - manifest.started_at).total_seconds()
         context.note(f"published {short(key)}, {len(manifest.files)} files, after {seconds:.0f} s")
@@ -252,22 +273,18 @@ def exit_code(stage_name: str) -> Iterator[None]:
         _end(stage_name, error)
     except KeyboardInterrupt:
         _end(stage_name, PreemptedError(f"{stage_name} was interrupted"))
-    except OSError as error:
-        _end(stage_name, from_os_error(error))
-    except MemoryError:
-        _end(stage_name, OutOfMemoryError(f"{stage_name} needs more memory than this machine gives it"))
     except Exception as error:
-        # torch's own is named so as not to import torch here
-        if type(error).__name__ == "OutOfMemoryError" or _GPU_MEMORY.search(str(error)):
-            _end(
-                stage_name,
-                OutOfMemoryError(f"the GPU's memory is too small: {_first_line(error)}; {_smaller(stage_name)}"),
-            )
+        if is_out_of_memory(error):
+            _end(stage_name, described(stage_name, error))
+        if isinstance(error, OSError):
+            _end(stage_name, from_os_error(error))
         if full := _DISK_FULL.search(str(error)):  # torch and safetensors report it as errors of their own
             _end(
                 stage_name,
                 DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, run again"),
             )
+        if distributed.is_member(os.environ) and distributed.means_lost_peer(error):
+            _end(stage_name, PeerLostError(f"{stage_name} lost another process: {_first_line(error)}"))
         traceback.print_exc()
         _end(
             stage_name,
@@ -277,7 +294,8 @@ def exit_code(stage_name: str) -> Iterator[None]:
 
 def _end(stage_name: str, error: LlamaRefineError) -> None:
     """Say why, where a person and where Kubernetes looks, and leave."""
-    print(f"{stage_name}: error: {error}", file=sys.stderr, flush=True)
+    if not distributed.is_member(os.environ):  # the agent says it, once for all
+        print(clean(f"{stage_name}: error: {error}"), file=sys.stderr, flush=True)
     message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
     target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
     with contextlib.suppress(OSError):
@@ -287,7 +305,7 @@ def _end(stage_name: str, error: LlamaRefineError) -> None:
     sys.exit(error.exit_code)
 
 
-def _stop_on_sigterm() -> threading.Event:
+def stop_on_sigterm() -> threading.Event:
     """An event that SIGTERM sets, and the launcher's death too where it asked for that."""
     stop = threading.Event()
 
@@ -306,12 +324,6 @@ def _stop_on_sigterm() -> threading.Event:
 
         threading.Thread(target=watch, daemon=True).start()
     return stop
-
-
-def _smaller(stage_name: str) -> str:
-    if STAGES[stage_name].has_checkpoints:
-        return f"lower {stage_name}.micro_batch_rows (the result stays that of batch_rows) or max_length_tokens"
-    return f"lower {stage_name}.batch_rows" if stage_name in ("evaluate", "infer") else "use a larger machine"
 
 
 def _versions() -> dict[str, str]:

@@ -19,12 +19,11 @@ from llamarefine_jobs import entry, report
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import DivergedError
 from llamarefine_jobs.contract.recipe import Evaluate
-from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.encoding import Encoded, Row, encode_pairs, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.metrics import MODELS, HeldOut, Measured, check_gates, compare
 from llamarefine_jobs.scoring import Score, Tick, generate, score
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
 
 
@@ -155,7 +154,7 @@ def load(name: str, context: Context, backend: models.Backend) -> Any:
 
 def read_test_rows(prepared: Path, section: Evaluate) -> Rows:
     """The test rows, taken evenly where the recipe bounds them."""
-    questions, pairs = (_read(prepared / name / "test.jsonl") for name in ("questions", "preferences"))
+    questions, pairs = (read_rows(prepared / name, "test") for name in ("questions", "preferences"))
     measured, compared = evenly(questions, section.max_rows), evenly(pairs, section.max_rows)
     return Rows(measured, evenly(measured, section.generated_rows), compared, len(questions), len(pairs))
 
@@ -169,13 +168,13 @@ def evenly(rows: Sequence[Item], count: int | None) -> list[Item]:
 
 def encode_rows(tokenizer: Any, rows: Rows) -> EncodedRows:
     """The tokens of what is measured."""
-    encoded = [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows.questions]
+    encoded, pairs = encode_questions(tokenizer, rows.questions), encode_pairs(tokenizer, rows.pairs)
     prompt_of = {id(row): tokens.prompt_ids for row, tokens in zip(rows.questions, encoded, strict=True)}
     return EncodedRows(
         encoded,
         [prompt_of[id(row)] for row in rows.asked],
-        [encode(tokenizer, row["prompt"], row["chosen"]) for row in rows.pairs],
-        [encode(tokenizer, row["prompt"], row["rejected"]) for row in rows.pairs],
+        [chosen for chosen, _ in pairs],
+        [rejected for _, rejected in pairs],
     )
 
 
@@ -219,11 +218,6 @@ def _example(row: Row, place: int, measured: dict[str, Measured]) -> dict[str, A
 
 def _values(metric: dict[str, Any]) -> dict[str, float]:
     return {name: found["value"] for name, found in metric["values"].items()}
-
-
-def _read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

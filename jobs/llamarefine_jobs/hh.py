@@ -23,7 +23,7 @@ def is_dialogue(text: str) -> bool:
 def parse(text: str) -> list[Message]:
     """The turns of a dialogue. An open end (a mark with nothing behind it) is no turn."""
     marks = list(_MARK.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
     turns: list[Message] = []
     for mark, end in zip(marks, ends, strict=True):
         content = text[mark.end() : end]

@@ -1,5 +1,6 @@
 """A snapshot of a Hugging Face Hub repository, from the network or from the cache on this machine."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,11 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
     """
     from huggingface_hub import errors, snapshot_download
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes addresses, and a file's is signed
     name = repository if revision is None else f"{repository} at {revision}"
     try:
         return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
-    except errors.HFValidationError:
+    except errors.HFValidationError:  # a ValueError too
         raise DataError(f"{key}: expected a Hub id such as owner/name, found {repository}") from None
     except errors.GatedRepoError:
         raise AccessError(f"{key}: {name} is gated: accept its terms on the Hub, then set HF_TOKEN") from None
@@ -35,6 +37,8 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
         ) from None
     except errors.HfHubHTTPError as error:
         raise StoreError(f"{key}: the Hub failed on {name}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # a name in the repository's listing that leads out of its folder
+        raise DataError(f"{key}: {name} cannot be brought: {str(error).splitlines()[0]}") from None
     except OSError as error:
         if error.errno is not None:  # the disk's, not the network's
             raise

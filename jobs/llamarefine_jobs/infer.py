@@ -29,6 +29,7 @@ from llamarefine_jobs.encoding import encode_prompt, load_tokenizer
 from llamarefine_jobs.reading import read_table
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.scoring import Answer, generate
+from llamarefine_jobs.screen import clean, for_stream
 from llamarefine_jobs.store import Store
 
 NEEDS = {"base": ("prepare",), "sft": ("prepare", "sft"), "merged": ("merge",)}
@@ -145,7 +146,7 @@ def show(questions: Sequence[str], answers: Sequence[Answer], into: Path | None,
         _say(f"{len(answers)} answers in {into}")
         return
     for asked, answer in zip(questions, answers, strict=True):
-        print(f"> {asked}\n{answer.text}\n" if len(questions) > 1 else answer.text, flush=True)
+        _print(f"> {asked}\n{answer.text}\n" if len(questions) > 1 else answer.text)
     if cut := sum(not answer.stopped for answer in answers):
         _say(f"{cut} of {len(answers)} answers were cut at infer.max_new_tokens")
 
@@ -186,7 +187,7 @@ def converse(respondent: Respondent) -> None:
 
 def _converse_once(respondent: Respondent, line: str) -> None:
     try:
-        print(respondent.answer([line])[0].text + "\n", flush=True)
+        _print(respondent.answer([line])[0].text + "\n")
     except DataError as error:
         _say(str(error))
 
@@ -225,8 +226,12 @@ def _progress(done: int, of: int) -> None:
     _say(f"{done} of {of} answered")
 
 
+def _print(text: str) -> None:
+    print(for_stream(text, sys.stdout), flush=True)
+
+
 def _say(text: str) -> None:
-    print(f"infer: {text}", file=sys.stderr, flush=True)
+    print(clean(f"infer: {text}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

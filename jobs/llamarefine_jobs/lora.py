@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError, IntegrityError
+from llamarefine_jobs.json_file import read_object
 
 _PREFIX = "base_model.model."
 _HALVES = (".lora_A.weight", ".lora_B.weight")
@@ -44,7 +45,7 @@ def read_adapter(folder: Path, name: str) -> Updates:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise DataError(f"the {name} adapter has no {Path(error.filename or folder).name}; train it again") from None

@@ -130,7 +130,12 @@ def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     if lacking := sorted(found["missing_keys"]):
         raise ProofError(f"{folder.name}/ lacks the weights {', '.join(lacking[:3])}, so they would be random")

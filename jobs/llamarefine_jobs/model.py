@@ -21,6 +21,9 @@ from typing import Any, Protocol
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
 from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.json_file import read_object
+from llamarefine_jobs.out_of_memory import is_out_of_memory
+from llamarefine_jobs.own_code import refuse_own_code
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,8 +55,8 @@ class Backend(Protocol):
         """`model` with a fresh, trainable LoRA adapter; its B is 0, so it changes nothing yet."""
 
 
-def choose_backend() -> Backend:
-    """Unsloth where CUDA and the package are there, transformers + peft elsewhere.
+def choose_backend(processes: int = 1) -> Backend:
+    """Unsloth where CUDA and the package are there, transformers + peft elsewhere, and for several processes.
 
     LLAMAREFINE_BACKEND=transformers takes the plain one on CUDA too, to compare the two.
     """
@@ -66,8 +69,12 @@ def choose_backend() -> Backend:
     if wish == "unsloth" and not (cuda and unsloth):
         missing = "the package (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
         raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth, but there is not {missing}")
+    if wish == "unsloth" and processes > 1:
+        raise RecipeError("LLAMAREFINE_BACKEND=unsloth, but it trains in one process here; set gpus and nodes to 1")
     backend: Backend
-    if cuda and unsloth and wish != "transformers":
+    if cuda and processes > 1:
+        backend = TransformersBackend(f"{processes} processes train together, and unsloth trains in one here")
+    elif cuda and unsloth and wish != "transformers":
         backend = UnslothBackend("CUDA is available")
     elif cuda:
         backend = TransformersBackend(
@@ -122,9 +129,11 @@ class TransformersBackend:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
         if cuda:
-            options["device_map"] = {"": 0}
+            options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
         with _one_line(f"the model in {folder.name}/ does not load"):
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+            )
         return _freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
@@ -181,6 +190,7 @@ class UnslothBackend:
                 model_name=str(folder),
                 use_exact_model_name=True,  # it maps names to its own repositories otherwise
                 local_files_only=True,
+                trust_remote_code=False,
                 # Its forward pass cuts longer rows with no more than a warning, and a number past the model's own
                 # stretches the positions of every row: None is the model's own.
                 max_seq_length=None,
@@ -228,6 +238,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     """`model` with a published adapter on it, for inference. The adapter stays apart from the weights."""
     from peft import PeftModel
 
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would read a pickle instead, or ask the Hub
+        raise DataError(f"the adapter in {folder.name}/ holds no {ADAPTER_WEIGHTS}; only safetensors are read")
     with _one_line("the adapter does not fit its base"):
         return _freeze(PeftModel.from_pretrained(model, folder, is_trainable=False))
 
@@ -238,13 +250,23 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     The base's tokenizer lies beside the weights: Unsloth loads no model without one.
     """
     import torch
+    from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, local_files_only=True, use_safetensors=True, dtype=torch.float32, device_map={"": "cpu"}
+        base,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
     )
-    merged = attach_adapter(model, adapter).merge_and_unload()
-    merged.to(torch.bfloat16 if bf16 else torch.float32).save_pretrained(into)
+    merged = attach_adapter(model, adapter).merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)
+    # Not by `merged.save_pretrained`: among several processes it writes nothing but in the first of them.
+    merged.config.dtype = merged.dtype
+    merged.config.save_pretrained(into)
+    merged.generation_config.save_pretrained(into)
+    save_model(merged, str(into / "model.safetensors"), metadata={"format": "pt"})
     load_tokenizer(base).save_pretrained(into)
     return into
 
@@ -302,20 +324,21 @@ def _freeze(model: Any) -> Any:
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
-    import torch
+    from safetensors import SafetensorError
 
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):  # torch's is a RuntimeError
+            raise
         raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:
     """Refuse rows longer than the model was made for: Unsloth would cut them, transformers reads past its positions."""
+    refuse_own_code(folder)
     with _one_line(f"the model in {folder.name}/ does not load"):
-        positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+        positions = read_object(folder / "config.json").get("max_position_embeddings")
     if positions and max_length_tokens and max_length_tokens > positions:
         raise RecipeError(f"max_length_tokens: expected at most the {positions} of the base, found {max_length_tokens}")
 

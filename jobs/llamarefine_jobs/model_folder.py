@@ -16,6 +16,7 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.encoding import load_tokenizer
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.json_file import read_object
 from llamarefine_jobs.sources import Kind, kind
 from llamarefine_jobs.weights import Weights
 
@@ -36,7 +37,7 @@ _OF_THE_TOKENIZER = (
 def read_config(base: Path) -> dict[str, Any]:
     """The base's config; DataError where its weights cannot be added to."""
     try:
-        config: dict[str, Any] = json.loads((base / _CONFIG).read_text(encoding="utf-8"))
+        config = read_object(base / _CONFIG)
     except (OSError, ValueError) as error:
         raise DataError(f"the base model's {_CONFIG} cannot be read: {str(error).splitlines()[0]}") from None
     if "quantization_config" in config:

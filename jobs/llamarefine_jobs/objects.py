@@ -15,7 +15,9 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.artifact import safe_relative_path
+from llamarefine_jobs.contract.credentials import refuse_credentials
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError, from_os_error
+from llamarefine_jobs.contract.patience import Patience
 
 CHUNK_BYTES = 1 << 20
 READ_LIMIT_BYTES = 64 << 20
@@ -43,8 +45,8 @@ class Objects(Protocol):
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """Write the object into `into`, each chunk also given to `on_chunk`; False where there is none."""
 
-    def write(self, path: str, data: bytes) -> None:
-        """Make or replace an object, all at once."""
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        """Make or replace an object, all at once; where not `patient`, no outage is waited out."""
 
     def create(self, path: str, data: bytes) -> bool:
         """Make an object unless it is there; False, and nothing changed, where it is."""
@@ -59,16 +61,19 @@ class Objects(Protocol):
         """Remove an object; nothing happens where there is none."""
 
 
-def open_objects(uri: str) -> Objects:
-    """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``."""
-    parts = urlsplit(uri)
+def open_objects(uri: str, patience: Patience | None = None) -> Objects:
+    """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``, with patience for a bucket."""
+    try:
+        parts = urlsplit(refuse_credentials(uri))
+    except ValueError as error:
+        raise RecipeError(f"store: {error}") from None
     match parts.scheme:
         case "s3":
             from llamarefine_jobs.bucket import S3Objects  # boto3's types are not needed for a folder
 
             if not parts.netloc:
                 raise RecipeError(f"store {uri}: expected s3://bucket/prefix, found no bucket")
-            return S3Objects(parts.netloc, parts.path.strip("/"))
+            return S3Objects(parts.netloc, parts.path.strip("/"), patience)
         case "file":
             if parts.netloc not in ("", "localhost"):
                 raise RecipeError(f"store {uri}: expected file:///absolute/folder, found the host `{parts.netloc}`")
@@ -117,7 +122,7 @@ class FileObjects:
                 _copy(source, into, on_chunk)
             return True
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
         with self._temporary(path) as (file, temporary, target):
             file.write(data)
             _flush(file)

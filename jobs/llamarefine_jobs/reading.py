@@ -13,6 +13,7 @@ from llamarefine_jobs import hub, sources
 from llamarefine_jobs.columns import delimiter, format_of, lacks_columns
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Rows, Source
+from llamarefine_jobs.dataset_folder import load_split
 from llamarefine_jobs.download import download
 
 Cells = tuple[Any, ...]
@@ -21,6 +22,8 @@ Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, 
 # Those in wide use: among all that exist, a rare one often fits a little better and is wrong.
 _ENCODINGS = ["utf_16", "utf_32", "cp1252", "cp1250", "cp1251", "shift_jis", "euc_jp", "euc_kr", "gb18030", "big5"]
 _LONGEST_CELL = 2**31 - 1  # what fits the csv module on every platform
+_LIMIT_BYTES = 8 << 30  # of a file as text, of a Parquet file's columns as they lie unpacked
+_LIMIT_ROWS = 50_000_000
 _DATA_FILES = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.gz", "*.zst", "README.md")
 
 
@@ -118,6 +121,8 @@ def _text(path: Path, wanted: _Wanted) -> str:
     """A text file's whole text; DataError with the encoding it seems to have where it is not UTF-8."""
     if path.is_dir():
         raise wanted.error("is a folder; expected a file")
+    if path.stat().st_size > _LIMIT_BYTES:
+        raise wanted.error(f"is over {_LIMIT_BYTES >> 30} GiB, and read as a whole; give a part of it, or Parquet")
     data = path.read_bytes()
     if not data.strip():
         raise wanted.error("is empty")
@@ -207,6 +212,7 @@ def _parquet_rows(path: Path, wanted: _Wanted) -> Found:
         file = parquet.ParquetFile(path)
         there = file.schema_arrow.names
         wanted.check(there)
+        _check_size(file.metadata, wanted)
         rows = file.read(columns=[column for column in wanted.columns if column in there]).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -215,18 +221,28 @@ def _parquet_rows(path: Path, wanted: _Wanted) -> Found:
     return there, [tuple(row.get(column) for column in wanted.columns) for row in rows]
 
 
-def _hub_rows(folder: Path, wanted: _Wanted, split: str, work: Path) -> Found:
-    import datasets
+def _check_size(metadata: Any, wanted: _Wanted) -> None:
+    """Refuse a Parquet file that says it holds more than a machine can: a kilobyte of it may unpack to terabytes."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    size_bytes = sum(
+        group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)
+    )
+    if size_bytes > _LIMIT_BYTES or metadata.num_rows > _LIMIT_ROWS:
+        raise wanted.error(
+            f"holds {metadata.num_rows:,} rows of {size_bytes / 2**30:.1f} GiB; expected at most {_LIMIT_ROWS:,} and "
+            f"{_LIMIT_BYTES >> 30} GiB: give a part of it"
+        )
 
-    datasets.disable_progress_bars()
+
+def _hub_rows(folder: Path, wanted: _Wanted, split: str, work: Path) -> Found:
     try:
-        found = datasets.load_dataset(str(folder), cache_dir=str(work / "datasets"))
-    except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise wanted.error(f"is not a data set that can be read: {reason}") from None
-    if split not in found:
-        raise wanted.error(f"has no split `{split}`; it has {', '.join(found)}; choose one with {wanted.key}.split")
-    table = found[split]
+        table, there = load_split(folder, split, work / "datasets")
+    except DataError as error:
+        raise wanted.error(f"is not read: {error}") from None
+    except ValueError as error:
+        raise wanted.error(f"is not a data set that can be read: {error}") from None
+    if table is None:
+        raise wanted.error(f"has no split `{split}`; it has {', '.join(there)}; choose one with {wanted.key}.split")
     wanted.check(table.column_names)
     columns = [table[column][:] if column in table.column_names else [None] * len(table) for column in wanted.columns]
     return table.column_names, list(zip(*columns, strict=True))

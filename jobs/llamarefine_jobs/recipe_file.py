@@ -10,28 +10,13 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from llamarefine_jobs import plain_yaml
 from llamarefine_jobs.contract.errors import RecipeError
 from llamarefine_jobs.contract.recipe import Recipe, Section
-
-_LIMIT_BYTES = 1 << 20
 
 # A few lines of YAML can alias themselves into a value whose full repr fills the memory.
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist, _BRIEF.maxstring, _BRIEF.maxother = 2, 3, 4, 80, 80
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, but a key that stands twice in one place is a mistake, not the later one's win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    problem = f"`{key.value}` stands here twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,24 +26,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(_LIMIT_BYTES + 1).decode("utf-8-sig")
+            text = file.read(plain_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; `llamarefine init` writes one to start from") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(text) > _LIMIT_BYTES:
-        raise RecipeError(f"{path}: expected a recipe, found more than {_LIMIT_BYTES} bytes")
+    if len(text) > plain_yaml.LIMIT_BYTES:
+        raise RecipeError(f"{path}: expected a recipe, found more than {plain_yaml.LIMIT_BYTES} bytes")
     return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` on the text itself; `where` names it in errors."""
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-    except Exception as error:  # PyYAML lets TypeError, AttributeError and more out for some texts
-        raise RecipeError(f"{where}: not YAML: {_one_line(error)}") from None
+        values = plain_yaml.load(text)
+    except ValueError as error:
+        raise RecipeError(f"{where}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected keys such as `name` and `prepare`, found {_kind(values)}")
     for override in overrides:
@@ -84,9 +69,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {shown}: `{section}` holds {_kind(below)}, no keys")
         values = below
     try:
-        values[key] = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-    except Exception as error:
-        raise RecipeError(f"--set {shown}: the value is not YAML: {_one_line(error)}") from None
+        values[key] = plain_yaml.load(text)
+    except ValueError as error:
+        raise RecipeError(f"--set {shown}: the value is not YAML: {error}") from None
 
 
 def _causes(error: ValidationError) -> list[ErrorDetails]:

@@ -13,8 +13,9 @@ from llamarefine_jobs import entry
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.recipe import Sft
-from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.encoding import Encoded, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.scoring import score
 
 NO_LOSS = -100  # the label that cross entropy leaves out
 
@@ -22,7 +23,7 @@ NO_LOSS = -100  # the label that cross entropy leaves out
 def work(context: Context) -> None:
     """Train the SFT adapter."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend()
+    backend = models.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(models.describe(backend))
     from llamarefine_jobs import training
@@ -32,8 +33,8 @@ def work(context: Context) -> None:
 
     # Data: tokenised here, so what carries a loss is decided in one place for both backends.
     tokenizer = load_tokenizer(base)
-    train_rows = encode_questions(tokenizer, training.read_rows(questions, "train"))
-    validation_rows = encode_questions(tokenizer, training.read_rows(questions, "validation"))
+    train_rows = encode_questions(tokenizer, read_rows(questions, "train"))
+    validation_rows = encode_questions(tokenizer, read_rows(questions, "validation"))
     tokens = sum(len(row) for row in train_rows)
     context.note(f"{len(train_rows)} rows to train on, {tokens} tokens; {len(validation_rows)} to validate")
 
@@ -45,15 +46,13 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    watch = training.Watch(section, context, tokens / len(train_rows))
-    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, validation_rows, watch)
+    def validate(model: Any) -> dict[str, float]:
+        return measure(model, tokenizer.pad_token_id, validation_rows, context)
+
+    watch = training.Watch(section, context, tokens / len(train_rows), validate)
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_labels(trainer, train_rows)
     training.train(trainer, watch, context)
-
-
-def encode_questions(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Encoded]:
-    """Prompt and answer of each row, tokenised: the last message is the answer."""
-    return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
 
 
 def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:
@@ -71,7 +70,6 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[Encoded],
-    validation_rows: list[Encoded],
     watch: Any,
 ) -> Any:
     """TRL's SFTTrainer over rows that are tokenised and labelled already."""
@@ -91,12 +89,18 @@ def build_trainer(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict(labelled(train_rows)),
-        eval_dataset=Dataset.from_dict(labelled(validation_rows)),
         processing_class=tokenizer,
         callbacks=[watch],
     )
     models.hold_in_fp32(trainer.model)
     return trainer
+
+
+def measure(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
+    """The loss on held-out rows, the mean over their answers' tokens in nats; each process scores its part of them."""
+    scores = score(model, pad_id, context.world.share(rows), context.recipe.sft.micro_batch_rows)
+    nats, tokens = context.world.total([-sum(one.logprob for one in scores), sum(one.tokens for one in scores)])
+    return {"eval_loss": nats / tokens}
 
 
 def check_labels(trainer: Any, rows: list[Encoded]) -> None:

@@ -8,6 +8,7 @@ uploaded keeps the fingerprint of its bytes: the same file is the same input her
 import contextlib
 import hashlib
 import platform
+from collections.abc import Iterator
 from enum import Enum
 from io import BytesIO
 from pathlib import Path
@@ -175,11 +176,25 @@ def content_sha256(path: Path) -> str:
     try:
         if path.is_file():
             return f"sha256:{file_sha256(path)}"
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(files_below(path))
         listing = [(file.relative_to(path).as_posix(), file_sha256(file)) for file in files]
         return f"tree-sha256:{hashlib.sha256(repr(listing).encode()).hexdigest()}"
     except OSError as error:
         raise from_os_error(error) from None
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every regular file below `folder`; DataError where a link in it leads to a file that is not its own.
+
+    The Hub's cache keeps a snapshot as links to the blobs of the same repository: those are its own.
+    """
+    root = folder.resolve()
+    home = root.parent.parent if root.parent.name == "snapshots" else root
+    for file in folder.rglob("*"):
+        if file.is_file():
+            if not file.resolve().is_relative_to(home):
+                raise DataError(f"{file}: is a link to a file outside {folder}; put the file itself there")
+            yield file
 
 
 def file_sha256(path: Path) -> str:

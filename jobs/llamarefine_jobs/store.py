@@ -27,6 +27,7 @@ from llamarefine_jobs.contract.artifact import (
     safe_relative_path,
 )
 from llamarefine_jobs.contract.errors import AccessError, DataError, DiskFullError, IntegrityError, from_os_error
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.objects import Entry, FileObjects, open_objects
 
 _TRANSFERS = 8
@@ -36,10 +37,10 @@ Result = TypeVar("Result")
 
 
 class Store:
-    """Artifacts, checkpoints and runs under one URI."""
+    """Artifacts, checkpoints and runs under one URI. An outage of a bucket is waited out with `patience`."""
 
-    def __init__(self, uri: str) -> None:
-        self.objects = open_objects(uri)
+    def __init__(self, uri: str, patience: Patience | None = None) -> None:
+        self.objects = open_objects(uri, patience)
         self.uri = self.objects.uri
 
     # Artifacts and checkpoints
@@ -94,12 +95,14 @@ class Store:
 
     def fetch_checkpoint(self, stage: str, key: str, into: Path) -> int | None:
         """Download the newest complete checkpoint into `into`; its step, or None where there is none."""
-        for step in reversed(self.checkpoint_steps(stage, key)):
+        while found := self._newest_checkpoint(stage, key):
+            step, manifest = found
             where = checkpoint_path(stage, key, step)
-            manifest = self._manifest(where)
-            if manifest is not None:
+            try:
                 self._fetch(where, manifest, into, ())
                 return step
+            except DataError:
+                continue  # another process of this training, on its way out, replaced it by a newer one meanwhile
         return None
 
     def remove_checkpoints(self, stage: str, key: str) -> None:
@@ -113,9 +116,9 @@ class Store:
         """A file of a run, or None."""
         return self.objects.read(path)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Make or replace a file of a run."""
-        self.objects.write(path, data)
+    def write(self, path: str, data: bytes, *, patient: bool = True) -> None:
+        """Make or replace a file of a run; where not `patient`, an outage is an error at once."""
+        self.objects.write(path, data, patient=patient)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """All objects below `prefix`."""
@@ -213,6 +216,16 @@ class Store:
     def _remedy(self, where: str) -> str:
         folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
         return f"to make it anew, remove {folder} and run again"
+
+    def _newest_checkpoint(self, stage: str, key: str) -> tuple[int, Manifest] | None:
+        listed: list[int] = []
+        while (steps := self.checkpoint_steps(stage, key)) != listed:  # changed beside us: look again
+            for step in reversed(steps):
+                manifest = self._manifest(checkpoint_path(stage, key, step))
+                if manifest is not None:
+                    return step, manifest
+            listed = steps
+        return None
 
     def checkpoint_steps(self, stage: str, key: str) -> list[int]:
         """The steps of a training that checkpoints were begun at, complete or not, in order."""

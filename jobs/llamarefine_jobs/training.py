@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,21 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from llamarefine_jobs import model as models
 from llamarefine_jobs import sources
+from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
+from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.out_of_memory import ran_out_at
+from llamarefine_jobs.own_code import refuse_pickled_code
+from llamarefine_jobs.sampling import WholeBatches
 
 _EVALUATIONS_A_RUN = 4
 _BEST = "best"
+_HOPELESS = 4.0  # nats over where it began: 55 times less likely, token by token; batches differ by tenths
+
+# The figures of the validation split for a model, `eval_loss` among them, the same in every process.
+Validate = Callable[[Any], dict[str, float]]
 
 
 def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> dict[str, Any]:
@@ -34,8 +43,8 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_gradient_norm,
         "per_device_train_batch_size": section.micro_batch_rows,
-        "per_device_eval_batch_size": section.micro_batch_rows,
-        "gradient_accumulation_steps": section.batch_rows // section.micro_batch_rows,
+        "ddp_find_unused_parameters": False,
+        "gradient_accumulation_steps": section.micro_batches,
         "gradient_checkpointing": section.gradient_checkpointing,
         "use_cpu": backend.accelerator == "cpu",
         "bf16": backend.bf16,
@@ -44,7 +53,6 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_nan_inf_filter": False,  # it would hide a diverging loss behind the last good one
-        "prediction_loss_only": True,
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -57,29 +65,40 @@ class Watch(TrainerCallback):
     a training that was killed and goes on ends with the same one.
     """
 
-    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float) -> None:
+    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float, validate: Validate) -> None:
         self.section = section
         self.context = context
         self.tokens_per_row = tokens_per_row
+        self.validate = validate
         self.best = context.work / _BEST
         self.best_loss = math.inf
         self.best_step = 0
+        self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.preempted = False
+        self.checkpoints = Checkpoints(context.store, context.note)
+        self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step
+        self.checkpoints.newest_step = state.global_step or None
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
         every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
         control.should_log = last or step % self.section.log_every_steps == 0
-        control.should_evaluate = last or step % every == 0
-        self.preempted = self.context.stop.is_set() and not last
+        # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
+        is_due = self.context.world.is_first and self._is_checkpoint_due(step)
+        stopped, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
+        self.preempted = stopped and not last
         control.should_training_stop = control.should_training_stop or self.preempted
-        control.should_save = not last and (self.preempted or self._is_checkpoint_due(step))
+        control.should_save = not last and (self.preempted or is_due)
+        if last or step % every == 0:
+            self._judge(model, state)
 
     def on_log(
         self,
@@ -92,12 +111,12 @@ class Watch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is None:
             return
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {state.global_step} of {state.max_steps}; "
-                f"lower {self.context.stage.name}.learning_rate (now {self.section.learning_rate:g})"
-            )
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if not loss < self.first_loss + _HOPELESS:  # nor is NaN
+            raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
         self.last_loss = loss
+        if self.unproved and state.global_step > self.unproved.step:
+            self.hand_over()
         seconds = time.monotonic() - self.began_s
         steps = max(1, state.global_step - self.first_step)
         self.context.progress(
@@ -108,40 +127,85 @@ class Watch(TrainerCallback):
             eta_s=round((state.max_steps - state.global_step) * seconds / steps, 1),
         )
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        loss = (metrics or {})["eval_loss"]
+    def _judge(self, model: Any, state: TrainerState) -> None:
+        """Measure the validation split, and keep the adapter where it is the best so far."""
+        figures = self.validate(model)
+        loss = figures["eval_loss"]
+        state.log_history.append({"step": state.global_step, **figures})
         self.context.note(f"validation loss {loss:.4f} at step {state.global_step}")
-        if loss < self.best_loss:
+        if not math.isfinite(loss):
+            raise self.diverged(f"the validation loss is {loss} at step {state.global_step} of {state.max_steps}")
+        if loss >= self.best_loss:
+            return
+        self.best_loss, self.best_step = loss, state.global_step
+        if self.context.world.is_first:
             from safetensors.torch import save_file
 
-            self.best_loss, self.best_step = loss, state.global_step
             self.best.mkdir(exist_ok=True)
             save_file(models.adapter_state(model), self.best / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        if not _is_finite(model):  # the loss says so only when it is logged next
+            raise self.diverged(f"the adapter holds no finite weights at step {state.global_step} of {state.max_steps}")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.best.exists():
-            shutil.copytree(self.best, folder / _BEST)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
-        self.context.publish_checkpoint(state.global_step, folder)
-        shutil.rmtree(folder)
+        # Each process left the state of its random numbers in its own folder, and maybe on another machine.
+        for states in self.context.world.gather({file.name: file.read_bytes() for file in folder.glob("rng_state*")}):
+            for name, state_of_one in states.items():
+                (folder / name).write_bytes(state_of_one)
+        if self.context.world.is_first:
+            self._keep(state.global_step, folder)
+        else:
+            shutil.rmtree(folder)
         self.saved_s = time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
-        if (checkpoint / _BEST).exists():
-            shutil.move(checkpoint / _BEST, self.best)
-            best = json.loads((self.best / "best.json").read_text())
+        there = (checkpoint / _BEST).exists()
+        if there:
+            best = json.loads((checkpoint / _BEST / "best.json").read_text())
             self.best_loss, self.best_step = best["loss"], best["step"]
+        self.context.world.wait()
+        if there and self.context.world.is_first_on_node:
+            shutil.move(checkpoint / _BEST, self.best)
+        self.context.world.wait()
+
+    def _keep(self, step: int, folder: Path) -> None:
+        """Complete a checkpoint: one on request goes to the store now, another once a later loss has proved it."""
+        if self.best.exists():
+            shutil.copytree(self.best, folder / _BEST)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
+        checkpoint = Checkpoint(step, folder, self.context.draft())
+        if self.preempted:
+            self.checkpoints.publish(checkpoint)
+            return
+        if self.unproved:
+            shutil.rmtree(self.unproved.folder)
+        self.unproved = checkpoint
+
+    def hand_over(self) -> None:
+        """Let the newest checkpoint go to the store, beside the training."""
+        if self.unproved:
+            self.checkpoints.offer(self.unproved)
+        self.unproved = None
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error that names the last good checkpoint: of those in the store each was followed by a good loss."""
+        self.checkpoints.settle()
+        self.context.world.wait()  # the end of another process would end the one that still uploads
+        step, stage = self.checkpoints.newest_step, self.context.stage.name
+        good = "no checkpoint was written before"
+        if step is not None:
+            where = f"{self.context.store.uri}/{checkpoint_path(stage, self.context.key, step)}"
+            good = f"the last good checkpoint is that of step {step}, {where}"
+        return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
@@ -154,18 +218,31 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     """Train to the end, from the newest checkpoint where there is one, and leave the best adapter in the output."""
     checkpoint = context.fetch_checkpoint()
     if checkpoint:
+        refuse_pickled_code(checkpoint)
         watch.resume(checkpoint)
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
+    _settle_order(trainer, watch.section)
     began_s = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if not isinstance(error, DivergedError):
+            watch.hand_over()  # whoever goes on needs it
+        watch.checkpoints.settle()
+        raise
+    watch.checkpoints.abandon()
     state = trainer.state
     if watch.preempted:
+        context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
         raise PreemptedError(
             f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
             "is in the store, and the same command goes on from there"
         )
-    _save_best(trainer, watch, context)
+    if not math.isfinite(watch.best_loss):
+        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
+    if context.world.is_first:
+        _save_best(trainer, watch, context)
     seconds = time.monotonic() - began_s
     steps = state.global_step - watch.first_step
     context.metrics |= {
@@ -176,6 +253,9 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "train_seconds": round(seconds, 3),
         "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
         "resumed_at_step": watch.first_step or None,
+        "micro_batch_rows": watch.section.micro_batch_rows,
+        "ran_out_of_memory_at_micro_batch_rows": ran_out_at(),
+        "processes": context.world.size,
         "history": list(_history(state.log_history)),
     }
     context.note(f"kept the adapter of step {watch.best_step}, validation loss {watch.best_loss:.4f}")
@@ -191,22 +271,29 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of one split, as prepare wrote them."""
-    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def _settle_order(trainer: Trainer, section: Sft | Dpo) -> None:
+    """Let the trainer take its rows in our order: `WholeBatches` says why."""
+    rows = len(trainer.train_dataset)
+
+    def sampler(dataset: Any = None) -> WholeBatches:
+        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
+
+    trainer._get_train_sampler = sampler
 
 
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if not math.isfinite(watch.best_loss):
-        raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     state = load_file(watch.best / models.ADAPTER_WEIGHTS)
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]
     models.save_adapter(config, state, context.output / "adapter", _base_name(context))
+
+
+def _is_finite(model: Any) -> bool:
+    """Whether every trained weight is a number."""
+    return all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad)
 
 
 def _base_name(context: Context) -> str | None:
@@ -225,8 +312,8 @@ def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
         "learning_rate": "learning_rate",
         "rewards/accuracies": "reward_accuracy",
         "rewards/margins": "reward_margin",
-        "eval_rewards/accuracies": "eval_reward_accuracy",
-        "eval_rewards/margins": "eval_reward_margin",
+        "eval_reward_accuracy": "eval_reward_accuracy",
+        "eval_reward_margin": "eval_reward_margin",
     }
     for entry in log:
         row = {names[name]: value for name, value in entry.items() if name in names}

@@ -5,6 +5,7 @@ header's length, the header (JSON: type, shape and place of each tensor), then t
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.json_file import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +23,7 @@ BLOCK_ELEMENTS = 1 << 20  # a block in fp32 stays in the processor's cache: four
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {name: code for code, name in _FLOATS.items()}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a file beside the index, and no pickle
 _ENTRY_BYTES = 160  # of a header for one tensor, besides its name: a bound
 
 Shape = tuple[int, ...]
@@ -80,10 +83,13 @@ class Weights:
                 raise DataError(f"the base model holds neither {SINGLE_FILE} nor {INDEX}; only safetensors can be read")
             return [(single, None)]
         try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = read_object(index)["weight_map"]
             files = sorted(set(places.values()))
+            strange = [file for file in files if not _PLAIN_NAME.fullmatch(file)]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"the base model's {INDEX} is not an index of tensors") from None
+        if strange:
+            raise DataError(f"the base model's {INDEX} names {strange[0]!r:.80}; expected one beside it")
         return [(self.folder / file, {name for name, place in places.items() if place == file}) for file in files]
 
 

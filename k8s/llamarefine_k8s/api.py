@@ -1,33 +1,40 @@
 """The API server: the only module that talks to it. Objects are plain dictionaries, in the API's own form.
 
 The client library brings kubeconfig, certificates, tokens and their renewal; each failure leaves here as one line.
-A watch survives what a watch meets: its end, silence, 410 Gone, an expired token, a server that restarts.
+A watch survives what a watch meets: its end, silence, 410 Gone, an expired token, a server that restarts. An outage
+is waited out with the `patience` of whoever asks.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, StoreError
+from llamarefine_jobs.contract.patience import Patience
 
 Object = dict[str, Any]
 Query = Sequence[tuple[str, Any]]
+Result = TypeVar("Result")
 
 _CONNECT_S, _READ_S = 5, 30
-_WATCH_S = 60  # the server ends a watch so soon; a line that stays silent is dropped a little later
-_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_WATCH_S = 60  # the server ends a watch so soon
+_SILENCE_S = 15  # what has said nothing for so much longer is a broken line
+_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # between watches that break off at once, though lists are answered
+_DOUBT_S = 30.0  # a server that starts refuses, for a while, those whom it accepted before
 _PATHS = {
     "Job": "/apis/batch/v1/namespaces/{namespace}/jobs",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "Event": "/api/v1/namespaces/{namespace}/events",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Service": "/api/v1/namespaces/{namespace}/services",
     "Secret": "/api/v1/namespaces/{namespace}/secrets",
     "ResourceQuota": "/api/v1/namespaces/{namespace}/resourcequotas",
     "LocalSubjectAccessReview": "/apis/authorization.k8s.io/v1/namespaces/{namespace}/localsubjectaccessreviews",
@@ -45,8 +52,12 @@ _FORBIDDEN = re.compile(
 class Cluster:
     """One namespace of one cluster, as the person, or the pod, that asks may see it."""
 
-    def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
+    def __init__(
+        self, context: str | None = None, namespace: str | None = None, patience: Patience | None = None
+    ) -> None:
+        self.patience = patience or Patience()
         self._context = context
+        self._is_known = False  # whether the server accepted us before
         self.namespace = namespace or "default"
         self._client = self._connect()
         if not namespace:
@@ -93,7 +104,10 @@ class Cluster:
         self._ask("DELETE", self._path(kind, name), options, missing_ok=True)
 
     def log(self, pod: str, container: str, *, since: str | None, follow: bool) -> Iterator[bytes]:
-        """The lines of a container's log, each with its time before it; ends early where the connection breaks."""
+        """The lines of a container's log, each with its time before it and its end of line, which a part of one lacks.
+
+        Ends early where the connection breaks, and waits out nothing: StoreError where it cannot be read now.
+        """
         query: list[tuple[str, Any]] = [("container", container), ("timestamps", "true")]
         query += [("follow", "true")] if follow else []
         query += [("sinceTime", since)] if since else []
@@ -105,26 +119,25 @@ class Cluster:
         """What is there, as ADDED, then each change, until `stopped`.
 
         After anything lost the objects are listed again: a change may be told twice, the last state always is, and
-        what vanished meanwhile comes as DELETED. Raises what no patience mends (403).
+        what vanished meanwhile comes as DELETED. Raises what no patience mends (403), and an outage that lasts.
         """
         known: dict[str, Object] = {}
-        failures = 0
+        breaks = 0
         while not stopped():
-            try:
-                objects, version = self._listed(kind, labels, fields)
-                there = {item["metadata"]["uid"]: item for item in objects}
-                yield from (("DELETED", known[uid]) for uid in known.keys() - there.keys())
-                yield from (("ADDED", item) for item in objects)
-                known, failures = there, 0
-                for change, item in self._changes(kind, labels, fields, version, stopped):
-                    uid = item["metadata"]["uid"]
-                    known[uid] = item
-                    if change == "DELETED":
-                        del known[uid]
-                    yield change, item
-            except StoreError:
-                time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
-                failures += 1
+            objects, version = self._listed(kind, labels, fields)
+            there = {item["metadata"]["uid"]: item for item in objects}
+            yield from (("DELETED", known[uid]) for uid in known.keys() - there.keys())
+            yield from (("ADDED", item) for item in objects)
+            known = there
+            for change, item in self._changes(kind, labels, fields, version, stopped):
+                breaks = 0
+                uid = item["metadata"]["uid"]
+                known[uid] = item
+                if change == "DELETED":
+                    del known[uid]
+                yield change, item
+            time.sleep(_PAUSES_S[min(breaks, len(_PAUSES_S) - 1)])
+            breaks += 1
 
     def _changes(
         self, kind: str, labels: str, fields: str, version: str, stopped: Callable[[], bool]
@@ -137,11 +150,15 @@ class Cluster:
                 ("timeoutSeconds", _WATCH_S),
             ]
             query += [("allowWatchBookmarks", "true"), *_selectors(labels, fields)]
-            response = self._open(self._path(kind), query)
+            try:
+                response = self._patiently(functools.partial(self._open, self._path(kind), query))
+            except _GoneError:
+                return
             began_s = time.monotonic()
             for line in _lines(response):
-                event = json.loads(line)
-                if event["type"] == "ERROR":  # 410 Gone, or a server that asks for a new list
+                event = _event(line)
+                if event is None or event["type"] == "ERROR":  # 410 Gone, or a server that asks for a new list
+                    response.close()
                     return
                 version = event["object"]["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
@@ -151,13 +168,8 @@ class Cluster:
 
     def _open(self, path: str, query: Query) -> Any:
         """A response that goes on: silence for longer than a watch lasts is a broken line."""
-        try:
-            with self._errors():
-                return self._call("GET", path, query=query, read_timeout_s=_WATCH_S + 15)
-        except _RefusedError as refused:
-            if refused.status == 410:
-                raise StoreError("the watch is too old") from None
-            raise self._from_status(refused) from None
+        with self._errors():
+            return self._call("GET", path, query=query, read_timeout_s=_WATCH_S + _SILENCE_S)
 
     def _listed(self, kind: str, labels: str, fields: str) -> tuple[list[Object], str]:
         found = self._ask("GET", self._path(kind), query=_selectors(labels, fields)) or {}
@@ -178,20 +190,34 @@ class Cluster:
     ) -> Object | None:
         """One request, tried again where the server or the way to it failed; what cannot be mended is raised."""
         expected = [status for status, ok in ((404, missing_ok), (409, existing_ok)) if ok]
-        for pause_s in (*_PAUSES_S[:3], None):
-            try:
-                with self._errors():
+
+        def ask() -> Object | None:
+            with self._errors():
+                try:
                     found: Object = json.loads(self._call(method, path, body, query).data)
-                    return found
-            except _RefusedError as refused:
-                if refused.status in expected:
+                except _RefusedError as refused:
+                    if refused.status not in expected:
+                        raise
                     return None
-                raise self._from_status(refused) from None
-            except StoreError:
-                if pause_s is None:
+                return found
+
+        return self._patiently(ask)
+
+    def _patiently(self, ask: Callable[[], Result]) -> Result:
+        """What `ask` returns, an outage waited out, and the refusal of a server that has only just started too."""
+        refused_until_s: float | None = None
+        while True:
+            try:
+                found = self.patience.call(ask)
+            except AccessError as refused:
+                now_s = time.monotonic()
+                refused_until_s = refused_until_s or now_s + min(_DOUBT_S, self.patience.limit_s)
+                if not (self._is_known and isinstance(refused, _DoubtfulError)) or now_s > refused_until_s:
                     raise
-                time.sleep(pause_s)
-        raise AssertionError("the loop above returns or raises")
+                time.sleep(_PAUSES_S[2])
+            else:
+                self._is_known = True
+                return found
 
     def _call(
         self, method: str, path: str, body: Object | None = None, query: Query = (), read_timeout_s: float = _READ_S
@@ -222,7 +248,10 @@ class Cluster:
                 break
             self._client = self._connect()
         if refused.status == 429 or refused.status >= 500:
-            raise StoreError(f"the API server answered {refused.status}: {refused}")
+            failed = StoreError(f"the API server answered {refused.status}: {refused}")
+            asked_s = response.headers.get("Retry-After", "")
+            failed.retry_after_s = float(asked_s) if asked_s.isdecimal() else 0.0
+            raise failed
         raise refused
 
     def _connect(self) -> Any:
@@ -258,11 +287,15 @@ class Cluster:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn what the network does into a StoreError."""
+        """Turn what the network does into a StoreError, and a refusal into the error of its kind."""
         from urllib3.exceptions import HTTPError
 
         try:
             yield
+        except _RefusedError as refused:
+            raise self._from_status(refused) from None
+        except json.JSONDecodeError:
+            raise StoreError("the API server's answer broke off") from None
         except (HTTPError, OSError) as error:
             raise StoreError(
                 f"the API server at {self._client.configuration.host} cannot be reached: {_cause(error)}; "
@@ -272,23 +305,25 @@ class Cluster:
     def _from_status(self, refused: "_RefusedError") -> LlamaRefineError:
         match refused.status:
             case 401:
-                return AccessError(
+                return _DoubtfulError(
                     "the API server does not accept these credentials (401): the token may have expired; log in to "
                     "the cluster again"
                 )
             case 403:
-                return AccessError(self._forbidden(str(refused)))
+                return self._forbidden(str(refused))
             case 404:
                 return AccessError(f"the cluster has no such thing: {refused}")
+            case 410:
+                return _GoneError(str(refused))
             case status:
                 return LlamaRefineError(f"the API server refused ({status}): {refused}")
 
-    def _forbidden(self, message: str) -> str:
+    def _forbidden(self, message: str) -> AccessError:
         found = _FORBIDDEN.search(message)
         if not found:  # a quota, an admission rule: the server says it best
-            return f"the cluster forbids it: {_sentence(message)}"
+            return AccessError(f"the cluster forbids it: {_sentence(message)}")
         what = found["resource"] + (f".{found['group']}" if found["group"] else "")
-        return (
+        return _DoubtfulError(
             f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; "
             f"{how_to_grant(found['user'], self.namespace)}"
         )
@@ -316,25 +351,41 @@ class _RefusedError(Exception):
         self.status = status
 
 
+class _DoubtfulError(AccessError):
+    """We are not known, or may not: a server that has only just started says so to everybody."""
+
+
+class _GoneError(AccessError):
+    """A version that the server has forgotten."""
+
+
 def _selectors(labels: str, fields: str) -> Query:
     return [(name, value) for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value]
 
 
 def _lines(response: Any) -> Iterator[bytes]:
-    """The whole lines of a body that comes bit by bit; what ends it, ends it."""
+    """The lines of a body that comes bit by bit, each with its end; what ends it, ends it."""
     from urllib3.exceptions import HTTPError
 
     pending = b""
     try:
         for chunk in response.stream(amt=1 << 16, decode_content=False):
             *lines, pending = (pending + chunk).split(b"\n")
-            yield from lines
+            yield from (line + b"\n" for line in lines)
     except (HTTPError, OSError):
         return
     finally:
         response.close()
-    if pending:
+    if pending:  # a line without an end, or the first part of one: the end of a broken connection may look clean
         yield pending
+
+
+def _event(line: bytes) -> Object | None:
+    """A watch's event; None where the line broke off."""
+    with contextlib.suppress(ValueError):
+        event: Object = json.loads(line)
+        return event
+    return None
 
 
 def _kubeconfig_trouble(context: str | None, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The command `llamarefine`: translate options, call, print. What is heavy is imported where it is used."""
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from llamarefine_k8s.options import (
     settings_option,
     store_option,
 )
-from llamarefine_k8s.terminal import open_console, print_json, run_command
+from llamarefine_k8s.terminal import command, open_console, print_json, print_text, run_command
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
@@ -109,22 +110,25 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     """
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import local, plan, results, runs, summary
+    from llamarefine_jobs.store import Store
+    from llamarefine_k8s import local, plan, provenance, results, runs, settings, summary
     from llamarefine_k8s.display import open_display
     from llamarefine_k8s.pipeline import Pipeline
 
-    opened = open_store(store)
+    given, progress = settings.load(store=store), open_console(stderr=True)
+    opened = Store(given.store, given.patience(progress.print))
     if into:
         results.check_replaceable(opened, "model", into / "model")
     pinned = pin(load_recipe(recipe, overrides))
     if local.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
         local.require_train_extra()  # before anything starts
-    progress = open_console(stderr=True)
     summary.print_header(progress, runs.run_id(pinned), opened)
+    executor = local.LocalExecutor(give_up_after_s=given.give_up_after_s)
     with open_display(progress, lambda path: runs.where(opened, path)) as display:
-        record = Pipeline(pinned, opened, local.LocalExecutor(), display).drive()
+        record = Pipeline(pinned, opened, executor, display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
+        provenance.pull(opened, record.run, into / "model")
         results.pull_report(opened, results.part_of(opened, record, "report"), into)
     _print_end(opened, record, store, into, as_json=as_json)
 
@@ -156,6 +160,7 @@ def submit(
     Local files of the recipe are brought into the bucket first. The run goes on whatever happens here:
     Ctrl-C only ends the following of its log, and the same command follows it again.
     """
+    from llamarefine_jobs.contract.errors import GateError
     from llamarefine_jobs.recipe_file import load_recipe
     from llamarefine_k8s import placement, runs, submission, summary
     from llamarefine_k8s.api import Cluster
@@ -164,9 +169,10 @@ def submit(
     loaded = load_recipe(recipe, overrides)
     cluster = Cluster(context, namespace)
     given = submission.load_settings(cluster, file, store=store, context=context, namespace=namespace)
+    progress = open_console(stderr=True)
+    cluster.patience = given.patience(progress.print)
     if not (foreground or dry_run):
         submission.require_account(cluster, given.service_account)
-    progress = open_console(stderr=True)
     if not (dry_run or no_memory_check or submission.is_in_cluster()):
         placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
     pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
@@ -175,7 +181,8 @@ def submit(
         click.echo(summary.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return
     opened = open_store(given.store)
-    summary.print_header(progress, run, opened)
+    if runs.DRIVER_JOB not in os.environ:  # whoever follows a driver was told already
+        summary.print_header(progress, run, opened)
     if foreground:
         with open_display(progress, lambda path: runs.where(opened, path)) as display:
             record = submission.drive(cluster, pinned, given, display)
@@ -183,12 +190,17 @@ def submit(
         return
     job = submission.start(cluster, pinned, given, progress.print)
     if detach:
-        progress.print(f"llamarefine logs -f {run}   follows it")
+        progress.print(f"{command()} logs -f {run}   follows it")
         return
     try:
-        submission.follow(cluster, job, given, click.echo)
+        submission.follow(cluster, job, given, print_text)
     except KeyboardInterrupt:
-        progress.print(f"the run goes on; llamarefine logs -f {run} follows it, llamarefine cancel {run} ends it")
+        progress.print(f"the run goes on; {command()} logs -f {run} follows it, {command()} cancel {run} ends it")
+        return
+    except GateError:  # there is a model all the same
+        summary.print_next(open_console(), run, given.store)
+        raise
+    summary.print_next(open_console(), run, given.store)
 
 
 @cli.command()
@@ -227,7 +239,7 @@ def logs(
 
     name, stage = live.run_and_stage(run_and_stage)
     for line in live.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
-        click.echo(line)
+        print_text(line)
 
 
 @cli.command()
@@ -262,13 +274,15 @@ cli.add_command(upkeep.list_runs)
 @option("--force", is_flag=True, help="Replace the folder, whatever it holds.")
 @store_option
 def pull(run: str | None, into: Path, what: str, force: bool, store: str | None) -> None:
-    """Bring the model of RUN to a folder here, every byte verified."""
-    from llamarefine_k8s import results, runs, summary
+    """Bring the model of RUN to a folder here, every byte verified, and beside it what it was made from."""
+    from llamarefine_k8s import provenance, results, runs, summary
 
     opened = open_store(store)
-    manifest = results.part_of(opened, runs.find(opened, run), what)
+    record = runs.find(opened, run)
+    manifest = results.part_of(opened, record, what)
     results.pull(opened, manifest, what, into, force=force)
-    summary.print_pulled(open_console(), manifest, what, into)
+    statement = provenance.pull(opened, record.run, into) if what == "model" else None
+    summary.print_pulled(open_console(), manifest, what, into, statement)
 
 
 @cli.command()
@@ -286,7 +300,7 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
         click.echo(f"opening {page}")
         click.launch(str(page))
     else:
-        click.echo(results.report_text(opened, name))
+        print_text(results.report_text(opened, name))
 
 
 @cli.command()
@@ -312,17 +326,16 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
 @store_option
 def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store: str | None, **options: Any) -> int:
     """Ask the model of RUN. Without a QUESTION or --prompts it is a conversation, question by question."""
-    from llamarefine_jobs.contract.recipe import Recipe
     from llamarefine_k8s import local, runs
 
     opened = open_store(store)
     record, questions = runs.find_first(opened, run_and_questions)
     arguments = local.infer_arguments(questions, overrides, **options)
-    return local.infer(Recipe.model_validate(record.recipe), opened.uri, arguments)
+    return local.infer(record.own_recipe(), opened.uri, arguments)
 
 
-for command in (upkeep.verify, upkeep.gc, upkeep.version):
-    cli.add_command(command)
+for kept in (upkeep.verify, upkeep.gc, upkeep.version):
+    cli.add_command(kept)
 
 
 def main() -> None:
@@ -335,11 +348,14 @@ def _print_end(
 ) -> None:
     """What a finished run shows: the comparison, and what to type next."""
     from llamarefine_k8s import results, summary
+    from llamarefine_k8s.runs import DRIVER_JOB
 
     report = results.read_report(opened, record.run)
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
         summary.print_report(open_console(), report)
-        summary.print_results(open_console(), opened, record, ["--store", store] if store else [], into)
+        summary.print_places(open_console(), opened, record, into)
+        if DRIVER_JOB not in os.environ:  # its log is read on another machine, by someone who is told there
+            summary.print_next(open_console(), record.run, store, is_here=into is not None)
     results.check_gates(report)

@@ -4,22 +4,30 @@ The Job's controller tries again what errors.py says may be tried again; here th
 A Job that is there already is followed from where the last driver left it, so a driver may die at any moment.
 """
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
 
-from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError, StoreError
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.feed import JobFeed
-from llamarefine_k8s.manifests import CONTAINER, MADE_FROM, RUN, owner_reference, run_map, stage_job
+from llamarefine_k8s.manifests import (
+    CONTAINER,
+    MADE_FROM,
+    RUN,
+    SETTINGS_MAP,
+    owner_reference,
+    run_map,
+    stage_job,
+    stage_job_name,
+    stage_service,
+)
 from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, why_replaced, why_waiting
 from llamarefine_k8s.runs import DRIVER_JOB
 from llamarefine_k8s.settings import Settings
 
 DRIVER_UID = "LLAMAREFINE_DRIVER_UID"
-READ_TO = "llamarefine/log-read-to"
 _GLANCE_S, _LOOK_S = 0.2, 2.0
 _GONE_S = 60.0
 
@@ -30,6 +38,7 @@ class ClusterExecutor:
     def __init__(self, cluster: Cluster, settings: Settings) -> None:
         self._cluster = cluster
         self._settings = settings
+        self.read_to: str | None = None
         self._cancels = 0
         self._running = False
         # A driver in the cluster that is told to stop leaves the stage to its successor; a person's Ctrl-C means it.
@@ -41,11 +50,18 @@ class ClusterExecutor:
         self._running = True
         try:
             job = self._bring_job(task)
-            after = (job["metadata"].get("annotations") or {}).get(READ_TO)
-            with JobFeed(self._cluster, job, CONTAINER, after) as feed:
+            with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
                 self._follow(task, feed, on_line)
         finally:
             self._running = False
+
+    def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Read the rest of a log; see `pipeline.Executor`."""
+        job = self._cluster.get("Job", stage_job_name(task.run, task.stage))
+        if job and (job["metadata"].get("labels") or {}).get(RUN) == task.run:
+            with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
+                while not feed.is_over:
+                    self._read(feed, on_line)
 
     def cancel(self) -> bool:
         """Take note that the stage shall stop; see `pipeline.Executor`."""
@@ -61,11 +77,9 @@ class ClusterExecutor:
         start = Start(self._cluster, self._settings.start_timeout_s, task.stage)
         cancelled, pods = 0, 0
         while not feed.is_over:
-            for line in feed.lines(_GLANCE_S):
-                on_line(line)
-            if len(feed.pods) > max(pods, 1):
-                earlier = sorted(feed.pods.values(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))[-2]
-                on_line(f"{task.stage}: {why_replaced(earlier)}; another one goes on")
+            self._read(feed, on_line)
+            if len(feed.pods) > max(pods, feed.nodes):
+                on_line(f"{task.stage}: {why_replaced(feed.replaced)}; another one goes on")
             pods = len(feed.pods)
             if self._cancels > cancelled:
                 cancelled = self._cancels
@@ -80,6 +94,11 @@ class ClusterExecutor:
             raise how_it_ended(task.stage, feed.job, list(feed.pods.values()))
         raise PreemptedError(f"{task.stage} was stopped: its Job {feed.job['metadata']['name']} was removed")
 
+    def _read(self, feed: JobFeed, on_line: Callable[[str], None]) -> None:
+        for line in feed.lines(_GLANCE_S):
+            self.read_to = feed.read_to
+            on_line(line)
+
     def _watch_start(self, start: "Start", feed: JobFeed, on_line: Callable[[str], None]) -> None:
         try:
             start.check(feed, on_line)
@@ -88,10 +107,7 @@ class ClusterExecutor:
             raise
 
     def _stop(self, task: Task, feed: JobFeed, times: int) -> None:
-        name = feed.job["metadata"]["name"]
         if self._is_driver:
-            if feed.read_to:
-                self._cluster.patch("Job", name, {"metadata": {"annotations": {READ_TO: feed.read_to}}})
             raise PreemptedError(f"{task.stage} goes on without its driver")
         self._remove(feed, grace_s=None if times == 1 else 0)
 
@@ -103,19 +119,45 @@ class ClusterExecutor:
 
     def _bring_job(self, task: Task) -> Object:
         """The Job of a stage: the one that is at work already, or a new one."""
-        manifest = stage_job(task, self._settings, self._bring_owner(task))
-        name, made_from = manifest["metadata"]["name"], manifest["metadata"]["annotations"][MADE_FROM]
+        owner = self._bring_owner(task)
+        service = stage_service(task, owner)
+        if service:
+            self._bring_service(service, task.run)
+        manifest = stage_job(task, self._settings, owner)
+        name = manifest["metadata"]["name"]
         there = self._cluster.get("Job", name)
-        if there and is_at_work(there) and (there["metadata"].get("annotations") or {}).get(MADE_FROM) == made_from:
+        if there and self._is_to_be_followed(there, manifest):
             return there
         if there:
             check_ours(there, task.run)
             self._cluster.delete("Job", name)
             wait_until(lambda: self._cluster.get("Job", name) is None, f"the Job {name} is not removed")
-        made = self._cluster.create(manifest)
-        if made is None:
+        made = self._cluster.create(manifest) or self._cluster.get("Job", name)
+        if made is None or not self._is_to_be_followed(made, manifest):
             raise LlamaRefineError(f"the Job {name} was made by someone else just now; is the run driven twice?")
         return made
+
+    def _bring_service(self, manifest: Object, run: str) -> None:
+        """A stage's Service, owned by who drives now: the one that is there may be about to go with its old owner."""
+        name = manifest["metadata"]["name"]
+        if self._cluster.create(manifest):
+            return
+        there = self._cluster.get("Service", name)
+        if there:
+            check_ours(there | {"kind": "Service"}, run)
+        owned = {"metadata": {"ownerReferences": manifest["metadata"]["ownerReferences"]}}
+        if not self._cluster.patch("Service", name, owned):
+            self._cluster.create(manifest)
+
+    def _is_to_be_followed(self, there: Object, manifest: Object) -> bool:
+        """Whether a Job is what we would make, and at work; or made by this very driver, whose pod died meanwhile."""
+        metadata = there["metadata"]
+        if (metadata.get("annotations") or {}).get(MADE_FROM) != manifest["metadata"]["annotations"][MADE_FROM]:
+            return False
+        ours = self._is_driver and any(
+            owner["uid"] == os.environ[DRIVER_UID] for owner in metadata.get("ownerReferences") or ()
+        )
+        return is_at_work(there) or (ours and "deletionTimestamp" not in metadata)
 
     def _bring_owner(self, task: Task) -> Object:
         """What takes the stage's Job along when it goes: the driver's Job, or the run's ConfigMap without one."""
@@ -123,7 +165,8 @@ class ClusterExecutor:
             driver = None
             if self._is_driver:
                 driver = owner_reference("Job", os.environ[DRIVER_JOB], os.environ[DRIVER_UID])
-            recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, driver))
+            above = driver or release_of(self._cluster)
+            recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, above))
             self._owner = driver or owner_reference("ConfigMap", task.run, recipe["metadata"]["uid"])
         return self._owner
 
@@ -147,9 +190,7 @@ class Start:
             return
         self._looked_s = now_s
         pods = list(feed.pods.values())
-        reason = None
-        with contextlib.suppress(StoreError):
-            reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
+        reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
         if reason and reason.word not in self._told:
             self._told.add(reason.word)
             on_line(f"{self._stage}: waits, {reason}")
@@ -196,7 +237,15 @@ def put_run_map(cluster: Cluster, manifest: Object) -> Object:
             raise LlamaRefineError(f"the ConfigMap {name} was removed while the run started; submit again")
         return there
     check_ours(there | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
-    return cluster.patch("ConfigMap", name, {"data": manifest["data"]}) or there
+    # An earlier drive's owner may end, and would take this one's stages along.
+    owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
+    return cluster.patch("ConfigMap", name, {"metadata": owners, "data": manifest["data"]}) or there
+
+
+def release_of(cluster: Cluster) -> Object | None:
+    """The chart's ConfigMap as an owner: a run goes when the chart is uninstalled, which takes its permissions too."""
+    brought = cluster.get("ConfigMap", SETTINGS_MAP)
+    return owner_reference("ConfigMap", SETTINGS_MAP, brought["metadata"]["uid"]) if brought else None
 
 
 def wait_until(true: Callable[[], bool], complaint: str, timeout_s: float = _GONE_S) -> None:

@@ -1,6 +1,5 @@
 """A run on a person's screen: a living table on a terminal, plain lines anywhere else."""
 
-import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,10 +15,10 @@ from rich.text import Text
 
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.progress import Progress
+from llamarefine_jobs.screen import clean
 from llamarefine_k8s.runs import RunRecord, StageRecord
 
 PLAIN_PROGRESS_S = 5.0  # a log is read later: a line a stage so often is enough
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 _MARKS = {
     "pending": ("·", "dim"),
     "done": ("✓", "green"),
@@ -193,11 +192,6 @@ def duration(seconds: float) -> str:
 def failed_logs(record: RunRecord) -> list[str]:
     """The logs of the stages that failed."""
     return [stage.log for stage in record.stages.values() if stage.state == "failed" and stage.log]
-
-
-def clean(text: str) -> str:
-    """`text` without control characters, which a log may hold and a screen would obey."""
-    return _CONTROL.sub("", text)
 
 
 def _took(stage: StageRecord) -> str:

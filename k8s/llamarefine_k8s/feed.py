@@ -12,9 +12,10 @@ from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.manifests import JOB_NAME
 from llamarefine_k8s.podlog import PodLog
-from llamarefine_k8s.reasons import condition, has_begun, newest
+from llamarefine_k8s.reasons import condition, has_begun, index_of, newest, of_node
 
 _LATE_S = 3.0
+_BEGUN = ("Running", "Succeeded")
 
 
 class JobFeed:
@@ -54,7 +55,7 @@ class JobFeed:
                 return
             match what:
                 case "line":
-                    self.read_to = subject
+                    self.read_to = subject or self.read_to
                     yield value
                 case "read":
                     self._reading.discard(subject)
@@ -74,13 +75,13 @@ class JobFeed:
             return False
         if self.is_removed:
             return not self.pods
-        return any(map(_has_succeeded, self.pods.values())) or (self._has_ended and self._pods_are_known)
+        return self._pods_succeeded or (self._has_ended and self._pods_are_known)
 
     @property
     def has_succeeded(self) -> bool:
         """Told by the pod, a moment before the Job's controller has noticed."""
         succeeded = condition(self.job, "Complete", "SuccessCriteriaMet") is not None
-        return succeeded or any(map(_has_succeeded, self.pods.values()))
+        return succeeded or self._pods_succeeded
 
     @property
     def has_failed(self) -> bool:
@@ -89,9 +90,28 @@ class JobFeed:
 
     @property
     def is_running(self) -> bool:
-        """Whether the newest pod's container runs."""
-        pod = newest(list(self.pods.values()))
-        return pod is not None and pod["status"].get("phase") == "Running"
+        """Whether the newest pod's container runs, of each of the Job's nodes."""
+        last = {index_of(pod): pod for pod in self._by_age()}
+        return len(last) == self.nodes and all(pod["status"].get("phase") in _BEGUN for pod in last.values())
+
+    @property
+    def nodes(self) -> int:
+        """How many pods do the work side by side."""
+        nodes: int = self.job["spec"].get("completions") or 1
+        return nodes
+
+    @property
+    def replaced(self) -> Object:
+        """The pod in whose place the newest one came."""
+        *earlier, last = self._by_age()
+        return next((pod for pod in reversed(earlier) if index_of(pod) == index_of(last)), last)
+
+    @property
+    def _pods_succeeded(self) -> bool:
+        return len({index_of(pod) for pod in self.pods.values() if _has_succeeded(pod)}) == self.nodes
+
+    def _by_age(self) -> list[Object]:
+        return sorted(self.pods.values(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     @property
     def _has_ended(self) -> bool:
@@ -123,18 +143,20 @@ class JobFeed:
             self._known.add(uid)
             self._reading.add(uid)
             log = PodLog(self._cluster, pod["metadata"]["name"], self._container, self._after)
-            self._start(self._read, uid, log)
+            self._start(self._read, pod, log)
 
     def _watch(self, kind: str, selector: dict[str, str]) -> None:
         for change, item in self._cluster.watch(kind, stopped=self._closed.is_set, **selector):
             self._queue.put((kind, change, item))
 
-    def _read(self, uid: str, log: PodLog) -> None:
+    def _read(self, pod: Object, log: PodLog) -> None:
+        is_first = index_of(pod) == 0
         for line in log.lines():
-            self._queue.put(("line", log.read_to, line))
+            # Where a successor goes on is told by the first node: the others' lines are few.
+            self._queue.put(("line", log.read_to if is_first else None, of_node(pod, line)))
             if self._closed.is_set():
                 return
-        self._queue.put(("read", uid, None))
+        self._queue.put(("read", pod["metadata"]["uid"], None))
 
     def _start(self, work: Callable[..., None], *arguments: Any) -> None:
         def run() -> None:

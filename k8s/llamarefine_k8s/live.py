@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from llamarefine_jobs.contract.artifact import run_path
 from llamarefine_jobs.contract.errors import LlamaRefineError, RecipeError
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, Patience
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import runs
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.cluster import events_of, is_at_work
 from llamarefine_k8s.manifests import CONTAINER, JOB_NAME, RUN, STAGE, stage_job_name
+from llamarefine_k8s.pipeline import READ_TO
 from llamarefine_k8s.podlog import PodLog
-from llamarefine_k8s.reasons import condition, has_begun, how_it_ended, why_waiting
+from llamarefine_k8s.reasons import condition, has_begun, how_it_ended, index_of, of_node, why_waiting
 from llamarefine_k8s.runs import RunRecord
 from llamarefine_k8s.settings import DRIVER
 
-_KINDS = ("Job", "ConfigMap", "Pod")
+_KINDS = ("Job", "ConfigMap", "Service", "Pod")
 _GRACE_S, _PATIENCE_S, _GONE_S = 8, 10.0, 15.0
 _GLANCE_S = 0.3
 
@@ -68,7 +70,7 @@ def look(cluster: Cluster, run: str) -> list[Live]:
             found.append(Live(name, "done", None))
         elif condition(job, "Failed", "FailureTarget"):
             found.append(Live(name, "failed", str(how_it_ended(name, job, its_pods))))
-        elif any(pod["status"].get("phase") == "Running" for pod in its_pods):
+        elif sum(pod["status"].get("phase") == "Running" for pod in its_pods) >= job["spec"].get("parallelism", 1):
             found.append(Live(name, "runs", None))
         else:
             reason = why_waiting(name, job, its_pods, events_of(cluster, job, its_pods))
@@ -82,7 +84,7 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
 
     def begun() -> list[Object]:
         pods = [pod for pod in cluster.objects("Pod", labels=f"{JOB_NAME}={job}") if has_begun(pod)]
-        return sorted(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        return sorted(pods, key=lambda pod: (index_of(pod), str(pod["metadata"]["creationTimestamp"])))
 
     if not begun() and not (follow and _is_at_work(cluster, job)):
         return None
@@ -95,7 +97,8 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
                 if pod["metadata"]["uid"] not in read:
                     read.add(pod["metadata"]["uid"])
                     container = CONTAINER if stage != DRIVER else DRIVER
-                    yield from PodLog(cluster, pod["metadata"]["name"], container).lines(follow=follow)
+                    log = PodLog(cluster, pod["metadata"]["name"], container)
+                    yield from (of_node(pod, line) for line in log.lines(follow=follow))
             if not at_work:
                 return
             time.sleep(_GLANCE_S)
@@ -185,6 +188,8 @@ def all_lines(
 ) -> Iterator[str]:
     """The log of a stage, or of all in sequence, each line with its stage before it."""
     cluster, trouble = _reach(store, context, namespace)
+    if cluster and follow:
+        cluster.patience = Patience(GIVE_UP_AFTER_S)
     run = (_newest_run(cluster, name) if cluster else None) or runs.find(store, name).run
     found = False
     for each in [stage] if stage else SEQUENCE:
@@ -205,12 +210,16 @@ def _lines_of(store: Store, cluster: Cluster | None, run: str, stage: str, *, fo
         if lines is not None:
             return lines
         if kept is not None:
-            return iter(kept.decode(errors="replace").splitlines())
+            return iter(_without_mark(kept.decode(errors="replace").splitlines()))
         driven = cluster is not None and _is_at_work(cluster, run)
         record = runs.load(store, run)
         if not follow or not driven or (record and record.stages[stage].state in ("reused", "done")):
             return None
         time.sleep(1.0)
+
+
+def _without_mark(lines: list[str]) -> list[str]:
+    return lines[:-1] if lines and lines[-1].startswith(READ_TO) else lines
 
 
 def _reach(store: Store, context: str | None, namespace: str | None) -> tuple[Cluster | None, str | None]:

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError, by_exit_code
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.signing import SIGNING_KEY
 
 GRACE_S = 120.0  # a checkpoint of a billion parameters goes to a slow disk in less
 _POLL_S = 0.05
@@ -39,8 +41,16 @@ def stage_command(stage: str) -> Sequence[str]:
 class LocalExecutor:
     """Runs stages as processes, one at a time."""
 
-    def __init__(self, grace_s: float = GRACE_S, command: Command = stage_command) -> None:
+    read_to: str | None = None  # its lines have no times: a stage's process does not outlive what drives it
+
+    def __init__(
+        self,
+        grace_s: float = GRACE_S,
+        command: Command = stage_command,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> None:
         self._grace_s = grace_s
+        self._give_up_after_s = give_up_after_s
         self._command = command
         self._running = False
         self._cancels = 0
@@ -54,6 +64,9 @@ class LocalExecutor:
                 self._run(task, Path(folder), on_line)
         finally:
             self._running = False
+
+    def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Nothing is left to read; see `pipeline.Executor`."""
 
     def cancel(self) -> bool:
         """Take note that the stage shall stop; see `pipeline.Executor`."""
@@ -72,7 +85,10 @@ class LocalExecutor:
                 stdout=into,
                 stderr=subprocess.STDOUT,
                 env=stage_environment(
-                    task.recipe, LLAMAREFINE_STOP_AT_EOF="1", LLAMAREFINE_TERMINATION_MESSAGE=str(last_words)
+                    task.recipe,
+                    LLAMAREFINE_STOP_AT_EOF="1",
+                    LLAMAREFINE_TERMINATION_MESSAGE=str(last_words),
+                    LLAMAREFINE_GIVE_UP_AFTER_S=str(self._give_up_after_s),
                 ),
                 start_new_session=True,
             )
@@ -107,7 +123,7 @@ class LocalExecutor:
     def _error(self, stage: str, returncode: int, last_words: Path, last_line: str) -> LlamaRefineError:
         if returncode < 0:
             return _ended_by_signal(stage, -returncode, asked=self._cancels > 0)
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             return by_exit_code(returncode)(str(json.loads(last_words.read_bytes())["message"]))
         said = last_line.removeprefix(f"{stage}: error: ") or "it said nothing"
         return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {said}")
@@ -161,6 +177,7 @@ def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
     # A stage imports thousands of modules: 5 s when they are compiled, 14 s when each process compiles them anew.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.pop(SIGNING_KEY, None)  # it is the driver's alone
     if recipe.cpu_threads:
         environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
     return environment

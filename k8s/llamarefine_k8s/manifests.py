@@ -3,6 +3,7 @@
     ConfigMap <run>          the pinned recipe, and the settings it was submitted with
     Job <run>                the driver: `llamarefine submit --foreground` inside the cluster
     Job <run>-<stage>        one for each stage that is due, made by whoever drives the run
+    Service nodes-<run>-<stage>  for a training on several nodes: the name by which its pods find the first
 
 What `--dry-run` prints is what is sent. Whoever owns the stage Jobs (the driver Job, or the ConfigMap when a
 person's own machine drives) takes them along when it is removed.
@@ -17,12 +18,13 @@ import yaml
 
 from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.artifact import short
-from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, all_errors
-from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
+from llamarefine_jobs.contract.recipe import Recipe, Training
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import InterruptedRunError, Task
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
+from llamarefine_k8s.signing import SIGNING_KEY
 
 Manifest = dict[str, Any]
 
@@ -34,17 +36,22 @@ SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamaref
 CONTAINER = "stage"
 _CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
 _DRIVER_RETRIES = 3
+_MEETING_PORT = 29500  # agent.py's, where a training's processes meet
 _OUT_OF_MEMORY = 137  # SIGKILL: the kernel's, when a container passes its memory limit
 
 
 def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
-    """The Job of one stage."""
-    spec = {
-        "backoffLimit": settings.retries,
+    """The Job of one stage; a pod for each of its nodes."""
+    nodes = nodes_of(task.recipe, task.stage)
+    spec: Manifest = {
+        # One lost node ends the pods of all, and they are counted one by one.
+        "backoffLimit": settings.retries * nodes,
         "podFailurePolicy": pod_failure_policy(CONTAINER),
         "podReplacementPolicy": "Failed",  # the next pod starts when this one has saved and is gone
         "ttlSecondsAfterFinished": settings.ttl_s,
     }
+    if nodes > 1:
+        spec |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     if settings.deadline_s:
         spec["activeDeadlineSeconds"] = settings.deadline_s
     if settings.queue:
@@ -64,6 +71,50 @@ def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> 
     return patched(job, {"metadata": {"annotations": {MADE_FROM: made_from}}})
 
 
+def stage_service(task: Task, owner: Manifest | None = None) -> Manifest | None:
+    """What gives the pods of a training on several nodes names; None for a stage in one pod.
+
+    It goes with the run, not with the Job: a Job that is made anew needs it again at once.
+    """
+    if nodes_of(task.recipe, task.stage) == 1:
+        return None
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(_service_name(task), _labels(task.run, task.stage), owner),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # they meet before they are anything else
+            "selector": {JOB_NAME: stage_job_name(task.run, task.stage)},
+            "ports": [{"name": "meeting", "port": _MEETING_PORT}],
+        },
+    }
+
+
+def nodes_of(recipe: Recipe, stage: str) -> int:
+    """How many pods a stage runs in."""
+    section = recipe.section(stage)
+    return section.nodes if isinstance(section, Training) else 1
+
+
+def gpus_of(recipe: Recipe, stage: str, settings: Settings) -> int:
+    """How many GPUs each pod of a stage asks for: the recipe's count, unless the settings put it on CPUs.
+
+    RecipeError where recipe and settings name different counts.
+    """
+    section = recipe.section(stage)
+    wanted = settings.gpus_of(stage)
+    if not isinstance(section, Training) or section.gpus == 1 or wanted == 0:
+        return wanted
+    said = settings.resources_of(stage).gpus
+    if said is not None and said != section.gpus:
+        raise RecipeError(
+            f"{stage}.gpus is {section.gpus} in the recipe, resources.{stage}.gpus is {said} in the settings; leave it "
+            "out of the settings, or set it to 0 to train on CPUs"
+        )
+    return section.gpus
+
+
 def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
     """The Job that drives a run inside the cluster."""
     labels = _labels(run, DRIVER)
@@ -77,6 +128,7 @@ def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> M
             # Its Job is who drives: a pod that takes over from another goes on, and owns what that one made.
             _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
             _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
+            *_signing_key(settings),
         ],
         "resources": _resources(settings, DRIVER),
         "securityContext": _CONTAINER_SECURITY,
@@ -112,6 +164,11 @@ def run_map(run: str, recipe: Recipe, settings: Settings, owner: Manifest | None
     pinned = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
     files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(pinned, sort_keys=False)}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(run, _labels(run), owner), "data": files}
+
+
+def _service_name(task: Task) -> str:
+    """A Service's name begins with a letter; a run's may begin with a digit."""
+    return f"nodes-{stage_job_name(task.run, task.stage)}"
 
 
 def stage_job_name(run: str, stage: str) -> str:
@@ -171,7 +228,9 @@ def _all_have(items: Any, key: str) -> bool:
 
 
 def _stage_pod(task: Task, settings: Settings) -> Manifest:
-    gpus = settings.gpus_of(task.stage)
+    gpus = gpus_of(task.recipe, task.stage, settings)
+    name, service = stage_job_name(task.run, task.stage), _service_name(task)
+    is_one_pod = nodes_of(task.recipe, task.stage) == 1
     mounts: list[Manifest] = [
         {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
         {"name": "scratch", "mountPath": _SCRATCH},
@@ -193,8 +252,12 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         "image": settings.image(task.stage),
         "imagePullPolicy": settings.image_pull_policy,
         "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
-        "env": _environment(settings) + ([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
-        "resources": _resources(settings, task.stage),
+        "env": [
+            *_environment(settings),
+            *([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
+            *([] if is_one_pod else [{"name": "MASTER_ADDR", "value": f"{name}-0.{service}"}]),
+        ],
+        "resources": _resources(settings, task.stage, gpus),
         "securityContext": _CONTAINER_SECURITY,
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -209,6 +272,7 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         placement["tolerations"] = [dict(toleration) for toleration in settings.tolerations]
     return {
         "automountServiceAccountToken": False,
+        **({} if is_one_pod else {"subdomain": service}),
         **placement,
         **_pod(settings, container),
         "volumes": volumes,
@@ -250,6 +314,8 @@ def _environment(settings: Settings) -> list[Manifest]:
     plain = {"AWS_REGION": settings.s3_region}
     if settings.s3_endpoint:
         plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
+    if settings.give_up_after_s != GIVE_UP_AFTER_S:
+        plain[GIVE_UP_VARIABLE] = str(settings.give_up_after_s)
     plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "LLAMAREFINE_WORK": _SCRATCH, "PYTHONUNBUFFERED": "1"}
     secret = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}
@@ -259,13 +325,19 @@ def _environment(settings: Settings) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in plain.items()] + secret
 
 
+def _signing_key(settings: Settings) -> list[Manifest]:
+    if not settings.signing_secret_name:
+        return []
+    reference = {"name": settings.signing_secret_name, "key": "signing-key.pem"}
+    return [{"name": SIGNING_KEY, "valueFrom": {"secretKeyRef": reference}}]
+
+
 def _from_label(variable: str, label: str) -> Manifest:
     return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
 
 
-def _resources(settings: Settings, name: str) -> Manifest:
+def _resources(settings: Settings, name: str, gpus: int = 0) -> Manifest:
     asked = settings.resources_of(name)
-    gpus = settings.gpus_of(name) if name in STAGES else 0
     gpu = {str(settings.gpu_resource): str(gpus)} if gpus else {}
     limits: Mapping[str, str] = asked.limits | gpu
     resources: Manifest = {"requests": dict(asked.requests)}

@@ -4,6 +4,7 @@ The store decides what is due: a stage whose artifact is there is never run agai
 goes on wherever an earlier one ended. Who runs a stage, and where, is an `Executor`'s business.
 """
 
+import contextlib
 import signal
 import tempfile
 import time
@@ -16,17 +17,26 @@ from typing import Protocol, Self
 
 from llamarefine_jobs.contract import progress
 from llamarefine_jobs.contract.artifact import Manifest, artifact_key, run_path, short
-from llamarefine_jobs.contract.errors import Disposition, IntegrityError, LlamaRefineError, PreemptedError
+from llamarefine_jobs.contract.errors import (
+    Disposition,
+    IntegrityError,
+    LlamaRefineError,
+    PreemptedError,
+    StoreError,
+)
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.objects import FileObjects
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import provenance, signing
 from llamarefine_k8s.plan import newest_checkpoint
 from llamarefine_k8s.results import Report, read_report
 from llamarefine_k8s.runs import Journal, RunRecord
 
 RETRY_AFTER_S = (2.0, 10.0)
 
+READ_TO = "# read to "  # begins the last line of a log in a bucket
+_MARK_BYTES = 100  # is never as long
 _KNOWN_ANYWAY = ("error: ", "makes ", "published ")  # what the record says, a stage's log need not say again
 
 
@@ -44,11 +54,17 @@ class Task:
 class Executor(Protocol):
     """Runs one stage at a time."""
 
+    read_to: str | None
+    """Up to when a stage's log was given, where its lines have times; set, it is where the next reading begins."""
+
     def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
         """Run a stage to its end, giving each line of its log to `on_line`.
 
         Raises the kind of LlamaRefineError that the stage's exit code means, with the stage's own message.
         """
+
+    def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
+        """Give what is left to read of the log of a stage that is made, and whose driver did not live to read it."""
 
     def cancel(self) -> bool:
         """Ask the stage that runs to save and stop, the second time to stop at once; False where none runs.
@@ -99,6 +115,7 @@ class Pipeline:
         Raises what the first failing stage raised, and InterruptedRunError after Ctrl-C or SIGTERM. Both leave
         a store from which the next drive goes on, and a record that says how far this one came.
         """
+        key = signing.find_key()  # one that cannot sign is told before a stage runs, not after the last
         with Journal(self.store, self.recipe, self.watcher.show) as self.journal:
             stage = SEQUENCE[0]
             try:
@@ -107,6 +124,7 @@ class Pipeline:
                         signals.check()
                         self.made[stage] = self._bring(stage)
                     report = publish_report(self.store, self.journal.record.run, self.made["evaluate"])
+                    provenance.publish(self.store, self.journal.record, self.made, key)
             except (KeyboardInterrupt, PreemptedError) as error:
                 asked = isinstance(error, KeyboardInterrupt) or signals.asked
                 raise self._end(stage, "interrupted", self._interruption(stage, asked)) from None
@@ -126,6 +144,8 @@ class Pipeline:
         if standing:
             if isinstance(self.store.objects, FileObjects):  # a bucket keeps its own checksums
                 self.store.verify(standing)
+            if self.journal.was_left(stage, key):
+                self._finish(stage, key)
             self.journal.stage(
                 stage, state="reused", key=key, started_at=standing.started_at, finished_at=standing.finished_at
             )
@@ -143,12 +163,13 @@ class Pipeline:
 
     def _execute(self, stage: str, key: str) -> None:
         """Run a stage, again after trouble that may pass by itself."""
-        task = Task(self.journal.record.run, stage, key, self.recipe, self.store.uri)
+        task = self._task(stage, key)
         with StageLog(self.store, task.run, stage) as log:
             self.journal.stage(stage, log=log.path)
+            self.executor.read_to = log.read_to
 
             def on_line(line: str) -> None:
-                log.write(line)
+                log.write(line, self.executor.read_to)
                 self._hear(stage, line)
 
             for attempt, pause_s in enumerate((*self.retry_after_s, None), start=1):
@@ -161,6 +182,17 @@ class Pipeline:
                         raise
                     self.watcher.note(stage, f"{error}; trying again in {pause_s:g} s")
                     time.sleep(pause_s)
+
+    def _finish(self, stage: str, key: str) -> None:
+        """Take along what a driver that was killed left unread."""
+        task = self._task(stage, key)
+        with StageLog(self.store, task.run, stage) as log:
+            self.journal.stage(stage, log=log.path)
+            self.executor.read_to = log.read_to
+            self.executor.finish(task, lambda line: log.write(line, self.executor.read_to))
+
+    def _task(self, stage: str, key: str) -> Task:
+        return Task(self.journal.record.run, stage, key, self.recipe, self.store.uri)
 
     def _hear(self, stage: str, line: str) -> None:
         """Progress into the record, what the stage says of itself to the watcher, once; the rest is the log's."""
@@ -189,40 +221,63 @@ class Pipeline:
     def _end(self, stage: str, state: str, error: LlamaRefineError) -> LlamaRefineError:
         """Write down how the run ended; the error, with the stage's name before it."""
         shown = str(error) if isinstance(error, PreemptedError) else _named(stage, str(error))
-        if stage not in self.made:
-            self.journal.stage(stage, state=state, finished_at=datetime.now(UTC), error=shown)
-        self.journal.run(state=state, error=shown)
+        with contextlib.suppress(StoreError):  # an outage that ends a run keeps its record from being written, too
+            if stage not in self.made:
+                self.journal.stage(stage, patient=False, state=state, finished_at=datetime.now(UTC), error=shown)
+            self.journal.run(patient=False, state=state, error=shown)
         return type(error)(shown)
 
 
 class StageLog:
-    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes when it is closed."""
+    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes when it is closed.
+
+    There its last line says up to when the pod's log was read, so that whoever goes on neither loses nor repeats a
+    line: both are one object.
+    """
 
     def __init__(self, store: Store, run: str, stage: str) -> None:
         self.path = run_path(run, "logs", f"{stage}.log")
+        self.read_to: str | None = None
         self._store = store
         self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
 
     def __enter__(self) -> Self:
-        earlier = self._store.read(self.path) or b""
         if isinstance(self._store.objects, FileObjects):
-            self._store.write(self.path, earlier)
+            self._store.write(self.path, self._store.read(self.path) or b"")
             self.file = self._store.objects.path_of(self.path)
         else:
             self.file = Path(self._folder.name, "log")
-            self.file.write_bytes(earlier)
+            with self.file.open("wb") as into:
+                self._store.objects.download(self.path, into, lambda chunk: None)
+            self._cut_mark()
         self._lines = self.file.open("a", encoding="utf-8", buffering=1)
         return self
 
-    def write(self, line: str) -> None:
-        """Add a line."""
+    def write(self, line: str, read_to: str | None = None) -> None:
+        """Add a line, and up to when the log it came from was read."""
         self._lines.write(f"{line}\n")
+        self.read_to = read_to
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lines.close()
-        if not isinstance(self._store.objects, FileObjects):
-            self._store.write(self.path, self.file.read_bytes())
+        if isinstance(self._store.objects, FileObjects):
+            self._lines.close()
+        else:
+            self._lines.write(f"{READ_TO}{self.read_to}\n" if self.read_to else "")
+            self._lines.close()
+            # What ended the stage is to be told, not that its log could not be kept.
+            with contextlib.suppress(*((StoreError,) if kind else ())):
+                self._store.objects.upload(self.path, self.file, lambda chunk: None)
         self._folder.cleanup()
+
+    def _cut_mark(self) -> None:
+        """Take the last line for what it is."""
+        with self.file.open("r+b") as log:
+            size_bytes = log.seek(0, 2)
+            log.seek(max(0, size_bytes - _MARK_BYTES))
+            *_, last = log.read().splitlines(keepends=True) or [b""]
+            if last.startswith(READ_TO.encode()):
+                self.read_to = last[len(READ_TO) :].decode().strip()
+                log.truncate(size_bytes - len(last))
 
 
 class _Signals:

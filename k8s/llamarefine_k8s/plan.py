@@ -13,6 +13,8 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import RunRecord, all_runs, run_id
 
+_LATEST = 20  # runs of a recipe's name, among which one of the very recipe is looked for
+
 
 @dataclass(frozen=True)
 class PlannedStage:
@@ -26,7 +28,8 @@ class PlannedStage:
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
     """What `drive` would find and do for a pinned recipe, stage by stage. Reads manifests, no artifact's bytes."""
-    runs = [record for record in all_runs(store) if record.run.rpartition("-")[0] == recipe.name]
+    begun = all_runs(store, beginning=f"{recipe.name}-", limit=_LATEST)
+    runs = [record for record in begun if record.run.rpartition("-")[0] == recipe.name]
     this = next((record for record in runs if record.run == run_id(recipe)), None)
     last = next((record for record in runs if record is not this), None)
     found: dict[str, Manifest] = {}

@@ -10,6 +10,7 @@ from llamarefine_jobs.contract.errors import (
     AccessError,
     LlamaRefineError,
     OutOfMemoryError,
+    PeerLostError,
     PreemptedError,
     by_exit_code,
 )
@@ -43,7 +44,7 @@ def why_waiting(name: str, job: Object, pods: Sequence[Object], events: Sequence
         queue = job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
         where = f"in the queue {queue}" if queue else "by someone"
         return Reason("Suspended", f"the Job is held {where}", "it starts when it is let go", patient=True)
-    pod = newest(pods)
+    pod = newest([pod for pod in pods if pod["status"].get("phase") == "Pending"]) or newest(pods)
     if pod is None or pod["status"].get("phase") in ("Failed", "Succeeded"):
         return _not_created(name, events)
     if pod["status"].get("phase") != "Pending":
@@ -54,6 +55,16 @@ def why_waiting(name: str, job: Object, pods: Sequence[Object], events: Sequence
 def newest(pods: Sequence[Object]) -> Object | None:
     """The pod that was made last."""
     return max(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]), default=None)
+
+
+def index_of(pod: Object) -> int:
+    """Which of its Job's nodes a pod is; 0 in a Job of one."""
+    return int((pod["metadata"].get("labels") or {}).get("batch.kubernetes.io/job-completion-index", 0))
+
+
+def of_node(pod: Object, line: str) -> str:
+    """A line of a pod's log; that of another node than the first says so."""
+    return f"node {index_of(pod)}: {line}" if index_of(pod) else line
 
 
 def container_state(pod: Object) -> Object:
@@ -84,7 +95,13 @@ def how_it_ended(name: str, job: Object, pods: Sequence[Object]) -> LlamaRefineE
     if failed.get("reason") == "DeadlineExceeded":
         limit_s = job["spec"].get("activeDeadlineSeconds")
         return LlamaRefineError(f"{name} was stopped after {limit_s} s, its deadline; raise deadline_s in the settings")
-    pod = newest([pod for pod in pods if "terminated" in container_state(pod)])
+    ended_pods = [pod for pod in pods if "terminated" in container_state(pod)]
+    latest = {
+        index_of(pod): pod for pod in sorted(ended_pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+    }
+    # Of several nodes the one that failed by itself tells why; the others only lost it.
+    causes = [pod for pod in latest.values() if _exit_code(pod) not in (0, PeerLostError.exit_code)]
+    pod = newest(causes) or newest(ended_pods)
     if pod is None:
         return LlamaRefineError(f"{name} failed: {failed.get('message') or 'its pod is gone'}")
     ended = container_state(pod)["terminated"]
@@ -94,9 +111,14 @@ def how_it_ended(name: str, job: Object, pods: Sequence[Object]) -> LlamaRefineE
     kind = by_exit_code(code)
     try:
         return kind(str(json.loads(message)["message"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         last = message.splitlines()[-1] if message else "it left no word; its log may say more"
         return kind(re.sub(r"^(\w+: )?error: ", "", last) if message else f"{name} ended with exit code {code}: {last}")
+
+
+def _exit_code(pod: Object) -> int:
+    code: int = container_state(pod)["terminated"].get("exitCode", 1)
+    return code
 
 
 def _out_of_memory(name: str, pod: Object) -> LlamaRefineError:

@@ -1,6 +1,7 @@
 """What a run leaves: its report read, its model and adapters brought to a folder of this machine."""
 
 import contextlib
+import html
 import os
 import secrets
 import tempfile
@@ -121,11 +122,15 @@ def report_text(store: Store, run: str) -> str:
     data = store.read(run_path(run, "report", "report.md"))
     if data is None:
         raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
-    return data.decode()
+    return data.decode(errors="replace")
 
 
 def report_page(store: Store, run: str) -> Path:
-    """The report as a page on this machine; from a bucket it comes into a temporary folder."""
+    """The report as a page on this machine.
+
+    From a bucket it comes into a temporary folder, inside a frame that runs no script, opens no window and asks for
+    nothing: the page asks for none of that, but whoever may write the bucket may have put another one there.
+    """
     path = run_path(run, "report", "report.html")
     place = Path(where(store, path))
     if place.exists():
@@ -134,8 +139,18 @@ def report_page(store: Store, run: str) -> Path:
     if data is None:
         raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
     page = Path(tempfile.mkdtemp(prefix="llamarefine-"), f"{run}.html")
-    page.write_bytes(data)
+    page.write_text(_FRAME.format(run=run, page=html.escape(data.decode(errors="replace"))), encoding="utf-8")
     return page
+
+
+_FRAME = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{run} – LlamaRefine report</title>
+<style>body {{ margin: 0 }} iframe {{ border: 0; width: 100vw; height: 100vh; display: block }}</style></head>
+<body><iframe sandbox title="report" srcdoc="{page}"></iframe></body></html>
+"""
 
 
 def part_of(store: Store, record: RunRecord, what: str) -> Manifest:

@@ -13,14 +13,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from llamarefine_jobs import __version__
-from llamarefine_jobs.contract.artifact import run_path
+from llamarefine_jobs.contract.artifact import Sha256, run_path
 from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.recipe import Recipe
@@ -32,6 +33,8 @@ RECORD = "run.json"
 PROGRESS_S = 2.0  # progress is written so often at most
 HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
 STALE_S = 90.0
+_NAME = re.compile(r"[a-z0-9-]+")
+_READERS = 8
 DRIVER_JOB = "LLAMAREFINE_DRIVER_JOB"  # the Job that this process is a pod of, where it drives inside a cluster
 
 
@@ -39,7 +42,7 @@ class StageRecord(BaseModel):
     """How one stage of a run went."""
 
     state: Literal["pending", "running", "reused", "done", "failed", "interrupted"] = "pending"
-    key: str | None = None
+    key: Sha256 | None = None
     attempts: int = 0
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -65,7 +68,7 @@ class RunRecord(BaseModel):
     """How a run went, or goes."""
 
     format: Literal[1] = 1
-    run: str
+    run: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     state: Literal["running", "done", "failed", "interrupted"] = "running"
     error: str | None = None
     gates_passed: bool | None = None
@@ -82,6 +85,15 @@ class RunRecord(BaseModel):
         if self.state != "running" or (datetime.now(UTC) - self.updated_at).total_seconds() > STALE_S:
             return False
         return self.driver.host != platform.node() or _is_alive(self.driver.pid)
+
+    def own_recipe(self) -> Recipe:
+        """The recipe as it was pinned; IntegrityError where it is none of this version's."""
+        try:
+            return Recipe.model_validate(self.recipe)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{self.run}: its recorded recipe is none of this version: {error.errors()[0]['msg']}"
+            ) from None
 
     def settled(self) -> "RunRecord":
         """This record, its state `interrupted` where it says `running` and nobody drives it any more."""
@@ -102,38 +114,51 @@ def run_id(recipe: Recipe) -> str:
 
 def find(store: Store, name: str | None) -> RunRecord:
     """The run that `name` begins, the newest without a name. RecipeError where there is none or more than one."""
-    records = all_runs(store)
-    if not records:
+    if name and _NAME.fullmatch(name) and (exact := load(store, name)):
+        return exact
+    names = newest_names(store)
+    if not names:
         raise RecipeError(f"{store.uri} holds no runs yet; `llamarefine run RECIPE` makes one (another store: --store)")
-    if name is None:
-        return records[0]
-    found = [record for record in records if record.run == name] or [r for r in records if r.run.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(record.run for record in (found or records)[:5])
-    if found:
-        raise RecipeError(f"`{name}` begins {len(found)} runs: {names}; give more of the name")
-    raise RecipeError(f"{store.uri} holds no run `{name}`; its newest are {names}")
+    found = [run for run in names if name is None or run.startswith(name)]
+    if name and len(found) > 1:
+        raise RecipeError(f"`{name}` begins {len(found)} runs: {', '.join(found[:5])}; give more of the name")
+    for run in found:
+        with contextlib.suppress(IntegrityError):
+            if record := load(store, run):
+                return record
+    raise RecipeError(f"{store.uri} holds no run{f' `{name}`' if name else ''}; its newest are {', '.join(names[:5])}")
 
 
 def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str, ...]]:
     """The run that the first word names, and the other words; the newest run and all words where it names none."""
-    if words and re.fullmatch(r"[a-z0-9-]+", words[0]):
-        names_one = sum(record.run.startswith(words[0]) for record in all_runs(store)) == 1
+    if words and _NAME.fullmatch(words[0]):
+        names_one = sum(name.startswith(words[0]) for name in newest_names(store)) == 1
         if names_one or re.search(r"-[0-9a-f]{8}$", words[0]):
             return find(store, words[0]), tuple(words[1:])
     return find(store, None), tuple(words)
 
 
-def all_runs(store: Store) -> list[RunRecord]:
-    """Every run whose record can be read, as it stands now, the one last driven first."""
-    paths = [entry.path for entry in store.entries("runs/") if entry.path.count("/") == 2]
-    records = []
-    for path in paths:
-        if path.endswith(f"/{RECORD}"):
-            with contextlib.suppress(IntegrityError):
-                record = load(store, path.split("/")[1])
-                records += [record] if record else []
+def newest_names(store: Store) -> list[str]:
+    """The names of all runs, the one last driven first. One listing; no record is read."""
+    written = {
+        parts[1]: entry.modified_at or datetime.min.replace(tzinfo=UTC)
+        for entry in store.entries("runs/")
+        if len(parts := entry.path.split("/")) == 3 and parts[2] == RECORD
+    }
+    return sorted(written, key=lambda run: written[run], reverse=True)
+
+
+def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> list[RunRecord]:
+    """Every run whose record can be read, as it stands now, the one last driven first; the newest `limit` of them."""
+
+    def load_readable(run: str) -> RunRecord | None:
+        with contextlib.suppress(IntegrityError):
+            return load(store, run)
+        return None
+
+    names = [name for name in newest_names(store) if name.startswith(beginning)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        records = [record for record in pool.map(load_readable, names[:limit]) if record]
     return sorted(records, key=lambda record: record.updated_at, reverse=True)
 
 
@@ -143,9 +168,12 @@ def load(store: Store, run: str) -> RunRecord | None:
     if data is None:
         return None
     try:
-        return RunRecord.model_validate_json(data).settled()
+        record = RunRecord.model_validate_json(data)
     except ValidationError:
         raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is no run record of this version") from None
+    if record.run != run:
+        raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is the record of another run, {record.run}")
+    return record.settled()
 
 
 def where(store: Store, path: str) -> str:
@@ -169,31 +197,27 @@ class Journal:
     def __init__(self, store: Store, recipe: Recipe, on_change: Callable[[RunRecord], None]) -> None:
         now = datetime.now(UTC)
         run = run_id(recipe)
-        before = None
-        with contextlib.suppress(IntegrityError):
-            before = load(store, run)
-        if before and before.is_driven and before.driver != Driver.this_process():
-            raise LlamaRefineError(
-                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
-                f"`llamarefine status {run}` shows how far it is"
-            )
+        self._store = store
+        self._before = self._earlier(run)
         self.record = RunRecord(
             run=run,
-            created_at=before.created_at if before else now,
+            created_at=self._before.created_at if self._before else now,
             updated_at=now,
             driver=Driver.this_process(),
             stages={name: StageRecord() for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
-        self._store = store
         self._on_change = on_change
-        self._lock = threading.RLock()
+        self._changing = threading.RLock()
+        self._writing = threading.Lock()  # apart: an outage shall not keep the run from going on
         self._closed = threading.Event()
         self._unwritten = False
         self._written_at_s = 0.0
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
+        if self._before is None and not self._store.objects.create(self._path, self._data()):
+            self._before = self._earlier(self.record.run)  # another driver was a moment earlier
         self.run()
         self._heart.start()
         return self
@@ -202,44 +226,71 @@ class Journal:
         self._closed.set()
         self._heart.join()
 
-    def run(self, **changes: Any) -> None:
-        """Change and write the run's own fields."""
-        with self._lock:
+    def was_left(self, stage: str, key: str) -> bool:
+        """Whether an earlier driver began this very stage and did not live to write down its end."""
+        there = self._before.stages.get(stage) if self._before else None
+        return there is not None and there.key == key and there.state in ("running", "interrupted")
+
+    def run(self, *, patient: bool = True, **changes: Any) -> None:
+        """Change and write the run's own fields; where not `patient`, StoreError at once in an outage."""
+        with self._changing:
             self.record = self.record.model_copy(update=changes)
-            self._write()
+        self._write(patient=patient)
         self._on_change(self.record)
 
-    def stage(self, name: str, **changes: Any) -> None:
-        """Change and write a stage's fields."""
-        with self._lock:
+    def stage(self, name: str, *, patient: bool = True, **changes: Any) -> None:
+        """Change and write a stage's fields; where not `patient`, StoreError at once in an outage."""
+        with self._changing:
             self._update(name, changes)
-            self._write()
+        self._write(patient=patient)
         self._on_change(self.record)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Take note of a stage's progress; it is written soon."""
-        with self._lock:
+        with self._changing:
             self._update(name, {"progress": progress})
             self._unwritten = True
         self._on_change(self.record)
+
+    @property
+    def _path(self) -> str:
+        return run_path(self.record.run, RECORD)
+
+    def _earlier(self, run: str) -> RunRecord | None:
+        """What an earlier driver wrote; LlamaRefineError where it still drives."""
+        before = None
+        with contextlib.suppress(IntegrityError):
+            before = load(self._store, run)
+        if before and before.is_driven and before.driver != Driver.this_process():
+            raise LlamaRefineError(
+                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
+                f"`llamarefine status {run}` shows how far it is"
+            )
+        return before
 
     def _update(self, name: str, changes: dict[str, Any]) -> None:
         stages = self.record.stages | {name: self.record.stages[name].model_copy(update=changes)}
         self.record = self.record.model_copy(update={"stages": stages})
 
-    def _write(self) -> None:
-        with self._lock:
+    def _data(self) -> bytes:
+        """The record as it now stands, with the time of now."""
+        with self._changing:
             self._unwritten = False
-            self._written_at_s = time.monotonic()
             self.record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
-            data = f"{self.record.model_dump_json(indent=2)}\n".encode()
-            self._store.write(run_path(self.record.run, RECORD), data)
+            return f"{self.record.model_dump_json(indent=2)}\n".encode()
+
+    def _write(self, *, patient: bool) -> None:
+        with self._writing:
+            self._store.write(self._path, self._data(), patient=patient)
+            self._written_at_s = time.monotonic()
 
     def _beat(self) -> None:
         while not self._closed.wait(PROGRESS_S):
+            if self._writing.locked():
+                continue
             if self._unwritten or time.monotonic() - self._written_at_s > HEARTBEAT_S:
                 with contextlib.suppress(LlamaRefineError):  # the next change meets the same trouble and says so
-                    self._write()
+                    self._write(patient=False)
 
 
 def _is_alive(pid: int) -> bool:

@@ -6,19 +6,25 @@ renders the same keys, so what is written here for a laptop is valid there.
 
 import difflib
 import os
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from llamarefine_jobs import __version__
+from llamarefine_jobs import __version__, plain_yaml
+from llamarefine_jobs.contract.credentials import plain_secrets, refuse_credentials
 from llamarefine_jobs.contract.errors import RecipeError
+from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, Patience
 from llamarefine_jobs.contract.stages import STAGES
 
 FILE = Path("llamarefine.yaml")
 FILE_VARIABLE = "LLAMAREFINE_SETTINGS"
 DRIVER, ALL = "driver", "all"
+_FIRST_S = 30.0
+
+_BRIEF = reprlib.Repr()  # a value may be as long as the file
 
 Seconds = Annotated[int, Field(ge=1)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9.]+(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
@@ -77,6 +83,9 @@ class Settings(_Section):
     secret_name: str | None = Field(
         "llamarefine-bucket", description="holds AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null: workload identity"
     )
+    signing_secret_name: str | None = Field(
+        None, description="holds signing-key.pem, by which the driver signs what it says of a model; null: unsigned"
+    )
     s3_endpoint: str | None = Field(None, description="as pods reach it; null: Amazon's")
     s3_region: str = "us-east-1"
     service_account: str = Field("llamarefine-driver", description="of the driver, which may create Jobs")
@@ -94,11 +103,28 @@ class Settings(_Section):
     start_timeout_s: Seconds = Field(
         900, description="a stage that cannot start for so long fails; time in a queue or for a node to come is free"
     )
+    give_up_after_s: Seconds = Field(
+        int(GIVE_UP_AFTER_S), description="a bucket or an API server that is away for longer ends what waits for it"
+    )
     deadline_s: Seconds | None = Field(86_400, description="the longest that one stage may take")
     ttl_s: int = Field(3600, ge=0, description="finished Jobs and their pods are removed so much later")
     patches: dict[str, dict[str, Any]] = Field(
         {}, description="merged into the Job of a stage, of `driver`, or of `all` stages: see manifests.py"
     )
+
+    @field_validator("store", "s3_endpoint")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return refuse_credentials(value) if value else value
+
+    @model_validator(mode="after")
+    def _no_plain_secrets(self) -> Self:
+        for name in plain_secrets(self.patches):
+            raise ValueError(
+                f"`patches` gives {name} as plain text, which anyone who reads Jobs would see; put it into a Secret "
+                "and take it from there by valueFrom.secretKeyRef"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_of_stages(self) -> Self:
@@ -121,6 +147,10 @@ class Settings(_Section):
         gpus = self.resources.get(stage, Resources()).gpus
         wanted = int(STAGES[stage].needs_gpu) if gpus is None else gpus
         return wanted if self.gpu_resource else 0
+
+    def patience(self, say: Callable[[str], None]) -> Patience:
+        """That of whoever drives or follows a run. An address that never answered is told soon: it may be wrong."""
+        return Patience(self.give_up_after_s, say, first_s=_FIRST_S)
 
     def image(self, name: str) -> str:
         """The image of a stage, or of the launcher."""
@@ -150,26 +180,29 @@ def parse(values: dict[str, Any], where: str, **given: Any) -> Settings:
         if mistake["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: `{name}` is no setting; {_nearest(mistake['loc'])}") from None
         if mistake["type"] == "value_error":
-            raise RecipeError(f"{where}: {mistake['msg'].removeprefix('Value error, ')}") from None
-        raise RecipeError(f"{where}: `{name}`: {mistake['msg']}, found {mistake['input']!r}") from None
+            said = mistake["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{where}: `{name}`: {said}" if name else f"{where}: {said}") from None
+        raise RecipeError(f"{where}: `{name}`: {mistake['msg']}, found {_BRIEF.repr(mistake['input'])}") from None
 
 
 def read_file(file: Path) -> dict[str, Any]:
     """What a settings file says, unchecked; nothing where there is none."""
     try:
-        return read_text(file.read_text(encoding="utf-8"), str(file))
+        with file.open("rb") as source:
+            text = source.read(plain_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return read_text(text, str(file))
 
 
 def read_text(text: str, where: str) -> dict[str, Any]:
     """The plain values of a settings file; RecipeError where it holds something else."""
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        values = plain_yaml.load(text)
+    except ValueError as error:
+        raise RecipeError(f"{where}: cannot be read as YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

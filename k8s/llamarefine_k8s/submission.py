@@ -14,14 +14,23 @@ from llamarefine_jobs.sources import DOCSTRINGS, IN_IMAGE, Kind
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import live, settings
 from llamarefine_k8s.api import Cluster, Object
-from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map
+from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map, release_of
 from llamarefine_k8s.display import Display
 from llamarefine_k8s.feed import JobFeed
-from llamarefine_k8s.manifests import SETTINGS_MAP, driver_job, owner_reference, run_map, stage_job
+from llamarefine_k8s.manifests import (
+    SETTINGS_MAP,
+    driver_job,
+    gpus_of,
+    owner_reference,
+    run_map,
+    stage_job,
+    stage_service,
+)
 from llamarefine_k8s.pipeline import Pipeline, Task
 from llamarefine_k8s.reasons import how_it_ended
 from llamarefine_k8s.runs import RunRecord, run_id
 from llamarefine_k8s.settings import DRIVER, Settings
+from llamarefine_k8s.terminal import command
 
 Say = Callable[[str], None]
 _GLANCE_S = 0.2
@@ -85,7 +94,7 @@ def bring_sources(recipe: Recipe, given: Settings, say: Say, *, upload: bool = T
 def _upload(store: Store, path: Path, place: str, say: Say) -> None:
     """Bring a file, or a folder's files, into the bucket, unless it is there: its name is its content."""
     there = {entry.path: entry.size_bytes for entry in store.entries(place)}
-    for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
+    for file in sorted(sources.files_below(path)) if path.is_dir() else [path]:
         target = place if file == path else f"{place}/{file.relative_to(path).as_posix()}"
         size_bytes = file.stat().st_size
         if there.get(target) != size_bytes:
@@ -97,32 +106,31 @@ def objects_of(recipe: Recipe, given: Settings, *, foreground: bool = False) -> 
     """Everything that a run would bring into being. A stage's key is known only once its parents are made."""
     run = run_id(recipe)
     keys = dict.fromkeys(SEQUENCE, "0" * 64) | {SEQUENCE[0]: artifact_key(SEQUENCE[0], recipe, {})}
-    stages = [stage_job(Task(run, stage, keys[stage], recipe, given.store), given) for stage in SEQUENCE]
+    tasks = [Task(run, stage, keys[stage], recipe, given.store) for stage in SEQUENCE]
+    stages = [made for task in tasks for made in (stage_service(task), stage_job(task, given)) if made]
     return [run_map(run, recipe, given), *([] if foreground else [driver_job(run, given)]), *stages]
 
 
 def start(cluster: Cluster, recipe: Recipe, given: Settings, say: Say) -> Object:
     """The driver Job of a run: the one that is at work, or a new one in place of what an earlier one left."""
+    check_gpus(recipe, given)
     run = run_id(recipe)
-    there = cluster.get("Job", run)
+    there, wanted = cluster.get("Job", run), run_map(run, recipe, given)
     if there and is_at_work(there):
         say("runs already; this attaches to it")
+        known = cluster.get("ConfigMap", run)
+        if known and known["data"] != wanted["data"]:
+            say(f"it goes on with the settings it began with; for other ones, `{command()} cancel {run}` first")
         return there
     if live.of_run(cluster, run):
         live.remove(cluster, run)
-    put_run_map(cluster, run_map(run, recipe, given))
-    made = cluster.create(driver_job(run, given, _release(cluster))) or cluster.get("Job", run)
+    put_run_map(cluster, wanted)
+    made = cluster.create(driver_job(run, given, release_of(cluster))) or cluster.get("Job", run)
     if made is None:
         raise LlamaRefineError(f"the Job {run} was removed while it started; submit again")
     owner = owner_reference("Job", run, made["metadata"]["uid"])
     cluster.patch("ConfigMap", run, {"metadata": {"ownerReferences": [owner]}})
     return made
-
-
-def _release(cluster: Cluster) -> Object | None:
-    """The chart's ConfigMap as an owner: a run goes when the chart is uninstalled, which takes its permissions too."""
-    brought = cluster.get("ConfigMap", SETTINGS_MAP)
-    return owner_reference("ConfigMap", SETTINGS_MAP, brought["metadata"]["uid"]) if brought else None
 
 
 def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:
@@ -143,9 +151,11 @@ def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:
 
 def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -> RunRecord:
     """Drive a run from this process; its stages are Jobs. The cluster keeps what failed, to be looked at."""
+    check_gpus(recipe, given)
     executor = ClusterExecutor(cluster, given)
+    store = Store(given.store, given.patience(lambda text: display.note(DRIVER, text)))
     # Whatever may pass by itself was tried again by the Job's controller before it comes here.
-    pipeline = Pipeline(recipe, Store(given.store), executor, display, retry_after_s=())
+    pipeline = Pipeline(recipe, store, executor, display, retry_after_s=())
     try:
         record = pipeline.drive()
     except PreemptedError:
@@ -153,6 +163,12 @@ def drive(cluster: Cluster, recipe: Recipe, given: Settings, display: Display) -
         raise
     executor.clear()
     return record
+
+
+def check_gpus(recipe: Recipe, given: Settings) -> None:
+    """Refuse a recipe and settings that name different numbers of GPUs, before anything is made."""
+    for stage in SEQUENCE:
+        gpus_of(recipe, stage, given)
 
 
 def require_account(cluster: Cluster, name: str) -> None:

@@ -1,8 +1,6 @@
 """What is printed of runs: the comparison a run ends with, plans, lists."""
 
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from llamarefine_jobs.contract.artifact import Manifest, run_path, short
+from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import settings
 from llamarefine_k8s.checks import Check
-from llamarefine_k8s.display import clean, duration, stage_table
+from llamarefine_k8s.display import duration, stage_table
 from llamarefine_k8s.garbage import Garbage
 from llamarefine_k8s.gpu_memory import gib
 from llamarefine_k8s.live import Live
 from llamarefine_k8s.plan import PlannedStage
 from llamarefine_k8s.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
 from llamarefine_k8s.runs import RunRecord, where
+from llamarefine_k8s.terminal import command
 
 _SHOWN_CHARACTERS = 240
 _NAMES = {"base": "base", "sft": "base + SFT", "merged": "merged"}
@@ -67,17 +68,23 @@ def print_report(console: Console, report: Report) -> None:
         console.print(Text(f"{sign} gate: {gate.metric} of {gate.model} {bound}, measured {gate.value:.4g}", style))
 
 
-def print_results(console: Console, store: Store, record: RunRecord, flags: Sequence[str], into: Path | None) -> None:
-    """Where model and report lie, and what to type next; `flags` is what leads to this store."""
+def print_places(console: Console, store: Store, record: RunRecord, into: Path | None) -> None:
+    """Where model and report lie."""
     if into:
         report, model = str(into / "report.html"), str(into / "model")
     else:
         report = where(store, run_path(record.run, "report", "report.html"))
         model = part_place(store, part_of(store, record, "model"), "model")
-    console.print(f"\nreport  {report}\nmodel   {model}\n\nnext", soft_wrap=True)
+    console.print(f"\nreport  {report}\nmodel   {model}", soft_wrap=True)
+
+
+def print_next(console: Console, run: str, store: str | None, *, is_here: bool = False) -> None:
+    """What to type after a run; `store` is named where the settings here do not."""
+    flags = ["--store", store] if store and store != settings.load().store else []
+    console.print("\nnext")
     for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
-        if words != "pull" or not into:
-            console.print(f"  {shlex.join([_command(), words, record.run, *more, *flags])}", soft_wrap=True)
+        if words != "pull" or not is_here:
+            console.print(f"  {command()} {shlex.join([words, run, *more, *flags])}", soft_wrap=True)
 
 
 def print_status(console: Console, store: Store, record: RunRecord) -> None:
@@ -85,7 +92,8 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
     style = {"done": "green", "failed": "red", "interrupted": "yellow"}.get(record.state, "cyan")
     head = Text.assemble((record.run, "bold"), "  ", (record.state, style), (f"  {_ago(record.updated_at)}", "dim"))
     if record.state == "running":
-        head.append(f", driven by process {record.driver.pid} on {record.driver.host}", "dim")
+        by = f"process {record.driver.pid} on {record.driver.host}"
+        head.append(f", driven by {'its Job' if record.driver.host == record.run else by}", "dim")
     if record.gates_passed is False:
         head.append("  quality gates failed", "red")
     console.print(head, soft_wrap=True)
@@ -94,7 +102,7 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
         if stage.state == "failed" and stage.log:
             console.print(Text(f"log: {where(store, stage.log)}", "dim"), soft_wrap=True)
     if record.state == "interrupted":
-        console.print("The same `llamarefine run` goes on from there.")
+        console.print("The same command goes on from there.")
 
 
 def print_live(console: Console, record: RunRecord | None, jobs: Sequence[Live], trouble: str | None) -> None:
@@ -161,7 +169,7 @@ def print_plan(
         console.print("Nothing to run.")
 
 
-def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) -> None:
+def print_pulled(console: Console, manifest: Manifest, what: str, into: Path, statement: Path | None = None) -> None:
     """What was brought where, and how it is used."""
     files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
     size = decimal(sum(file.size_bytes for file in files))
@@ -174,6 +182,8 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path) ->
         "report": f"open {into / 'report.html'}",
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
+    if statement:
+        console.print(f"  {into.with_name(statement.name)} says what it was made from", soft_wrap=True)
 
 
 def print_check(console: Console, check: Check) -> None:
@@ -240,8 +250,3 @@ def _ago(then: datetime) -> str:
     if seconds < 5:
         return "just now"
     return f"{duration(seconds)} ago" if seconds < 86_400 else f"{then:%Y-%m-%d %H:%M} UTC"
-
-
-def _command() -> str:
-    """How this command is typed here: by its name where the shell finds it, as it was started elsewhere."""
-    return "llamarefine" if shutil.which("llamarefine") else sys.argv[0]

@@ -103,18 +103,25 @@ def gc(older_than: timedelta | None, keep: int | None, delete: bool, store: str 
 
 @click.command()
 @run_argument
+@option(
+    "--public-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM: the run's statement must be signed by its private half.",
+)
 @store_option
 @json_option
-def verify(run: str | None, store: str | None, as_json: bool) -> None:
+def verify(run: str | None, public_key: Path | None, store: str | None, as_json: bool) -> None:
     """Read all that RUN left in the store again, every byte, and say what is right and what is wrong."""
     from llamarefine_jobs.contract.errors import IntegrityError
-    from llamarefine_k8s import runs, summary, verification
+    from llamarefine_k8s import runs, signing, summary, verification
 
+    key = signing.read_public_key(public_key) if public_key else None
     opened = open_store(store)
     record = runs.find(opened, run)
     checks = []
     console = open_console()
-    for check in verification.verify(opened, record):
+    for check in verification.verify(opened, record, key):
         checks.append(check)
         if not as_json:
             summary.print_check(console, check)
@@ -126,13 +133,14 @@ def verify(run: str | None, store: str | None, as_json: bool) -> None:
 
 
 @click.command(name="runs")
+@option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Only so many, the newest.")
 @store_option
 @json_option
-def list_runs(store: str | None, as_json: bool) -> None:
+def list_runs(limit: int, store: str | None, as_json: bool) -> None:
     """List the runs of the store, the newest first."""
     from llamarefine_k8s import runs, summary
 
-    records = runs.all_runs(open_store(store))
+    records = runs.all_runs(open_store(store), limit=limit)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -11,14 +12,18 @@ from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import provenance
 from llamarefine_k8s.checks import Check, fail, ok, warning
 from llamarefine_k8s.runs import RunRecord
 
+if TYPE_CHECKING:
+    from llamarefine_k8s.signing import PublicKey
 
-def verify(store: Store, record: RunRecord) -> Iterator[Check]:
+
+def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> Iterator[Check]:
     """One check after the other, each as soon as it is done. Goes on after what is wrong; raises where the store does.
 
-    A statement about the run, signed or not, is one more of the parts below.
+    With a `key`, a run without a statement that it signed is wrong.
     """
     made: dict[str, Manifest] = {}
     for stage in SEQUENCE:
@@ -29,6 +34,7 @@ def verify(store: Store, record: RunRecord) -> Iterator[Check]:
         if STAGES[stage].has_checkpoints:
             yield from _checkpoints(store, record, stage)
     yield from _report(store, record, made.get("evaluate"))
+    yield from provenance.check(store, record, made, key)
 
 
 def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manifest]) -> Iterator[Check]:

@@ -1,7 +1,6 @@
-"""A kind cluster with the launcher's and MinIO's images in it, for the tests that install the chart for real."""
+"""A kind cluster with the launcher's and MinIO's images in it, for the tests that need a real API server."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -9,19 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e import kind
 
 from .rendering import ROOT, Object
 
-TAG = "chart-test"
+TAG = kind.TAG
 
 
 class KindCluster:
-    """One cluster of its own, under a kubeconfig of its own."""
+    """One cluster, under a kubeconfig of its own. `said` is what `make kind-up` said."""
 
-    def __init__(self, name: str, environment: dict[str, str]) -> None:
-        self.name = name
+    def __init__(self, environment: dict[str, str], said: str = "") -> None:
         self.environment = environment
+        self.said = said
 
     def run(self, *command: str | Path, check: bool = True, stdin: str | None = None) -> str:
         """Run a program with this cluster's kubeconfig; what it said, both streams."""
@@ -48,31 +49,29 @@ class KindCluster:
         found: list[Object] = json.loads(self.kubectl("-n", namespace, "get", kinds, "-o", "json", *selector))["items"]
         return found
 
+    def apply(self, manifest: Object) -> None:
+        self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+
     def make_namespace(self, name: str) -> None:
         """A namespace that takes restricted pods only."""
         labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-        manifest: dict[str, Any] = {
-            "apiVersion": "v1",
-            "kind": "Namespace",
-            "metadata": {"name": name, "labels": labels},
-        }
-        self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[KindCluster]:
-    """A cluster that has the images, gone afterwards."""
-    name = f"llamarefine-chart-{os.getpid()}"
-    made = KindCluster(name, kind.environment(folder))
-    node = made.environment.get("KIND_NODE_IMAGE")
-    made.run("make", "image-launcher", "image-minio", "ENGINE=docker", "REGISTRY=localhost", f"TAG={TAG}")
+    """A cluster with MinIO and the chart, and of the images only those that the chart itself runs; gone afterwards.
+
+    Skips where none can be made. `make kind-up` in its environment brings the stages' images, too.
+    """
+    environment = kind.environment(folder)
+    if lacking := kind.missing(environment):
+        pytest.skip(f"no cluster can be made here: {', '.join(lacking)} not found")
+    kind.make(environment, "kind-down")
     try:
-        made.run("kind", "create", "cluster", "--name", name, "--wait", "180s", *(["--image", node] if node else []))
-        images = [f"localhost/llamarefine-{each}:{TAG}" for each in ("launcher", "minio")]
-        made.run("kind", "load", "docker-image", "--name", name, *images)
-        yield made
+        yield KindCluster(environment, kind.make(environment, "kind-up", IMAGES="launcher minio"))
     finally:
-        made.run("kind", "delete", "cluster", "--name", name, check=False)
+        kind.make(environment, "kind-down")
 
 
 def eventually(true: Callable[[], Any], within_s: float = 60) -> Any:

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import kind
-
-from . import kind_cluster
 from .kind_cluster import TAG, KindCluster, eventually
 from .rendering import CHART, DEMO, Object
 
@@ -29,13 +26,9 @@ GIVEN = (
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KindCluster]:
-    absent = kind.missing(kind.environment(tmp_path_factory.mktemp("tools")))
-    if absent or kind.engine(os.environ) == "podman":
-        pytest.skip(f"needs docker, kind, helm and kubectl; missing: {', '.join(absent) or 'docker'}")
-    with kind_cluster.cluster(tmp_path_factory.mktemp("kind")) as made:
-        made.make_namespace(NAMESPACE)
-        yield made
+def cluster(kind_cluster: KindCluster) -> KindCluster:
+    kind_cluster.make_namespace(NAMESPACE)
+    return kind_cluster
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ pytestmark = needs_helm
 RESOURCES = {
     "Job": "jobs",
     "ConfigMap": "configmaps",
+    "Service": "services",
     "Pod": "pods",
     "Event": "events",
     "ServiceAccount": "serviceaccounts",
@@ -24,7 +25,7 @@ INDIRECT = {
     *(("delete", kind) for kind in live._KINDS),
     *(("watch", kind) for kind in ("Job", "Pod")),  # feed.JobFeed follows both, and lists before it watches
     *(("list", kind) for kind in ("Job", "Pod")),
-    *(("create", kind) for kind in ("Job", "ConfigMap")),  # manifests.py makes no other kind
+    *(("create", kind) for kind in ("Job", "ConfigMap", "Service")),  # manifests.py makes no other kind
 }
 
 

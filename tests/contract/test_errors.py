@@ -29,7 +29,11 @@ def test_a_code_leads_back_to_its_kind() -> None:
 
 def test_only_trouble_that_may_pass_is_tried_again() -> None:
     again = {kind.__name__: kind.disposition for kind in all_errors() if kind.disposition is not Disposition.FAIL}
-    assert again == {"StoreError": Disposition.RETRY, "PreemptedError": Disposition.RESUME}
+    assert again == {
+        "StoreError": Disposition.RETRY,
+        "PeerLostError": Disposition.RETRY,
+        "PreemptedError": Disposition.RESUME,
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,15 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 RECIPE = Recipe.model_validate(
     {"name": "keys", "prepare": {"questions": {"source": "a.csv"}, "preferences": {"source": "b.jsonl"}}}
 )
-FREE = {"checkpoint_every_s", "checkpoint_every_steps", "log_every_steps"}
+FREE = {
+    "gpus",
+    "nodes",
+    "checkpoint_every_s",
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "micro_batch_rows",
+    "on_out_of_memory",
+}
 
 
 def manifest_of(stage: str, key: str, content: dict[str, str], parents: dict[str, Manifest]) -> Manifest:

@@ -33,7 +33,7 @@ MANIFESTS = st.builds(
     files=st.lists(
         st.builds(File, path=PATHS, size_bytes=st.integers(0, 2**50), sha256=SHA256),
         max_size=4,
-        unique_by=lambda file: file.path,
+        unique_by=lambda file: file.path.split("/")[0].casefold(),
     ).map(tuple),
     parents=st.dictionaries(NAMES, st.builds(Parent, key=SHA256, manifest_sha256=SHA256), max_size=2),
     recipe=st.dictionaries(st.text(max_size=4), VALUES, max_size=3),

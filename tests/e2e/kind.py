@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 # Where no registry can be reached, this makes an engine, a node image and a base: its README says how.
 SUBSTITUTE = ROOT.parent / "shared" / "kind"
-CLUSTER, NAMESPACE = "llamarefine-e2e", "llamarefine"
+# The same name at every run of a checkout, so that one run removes what a killed one left; another for each checkout.
+CLUSTER = TAG = f"llamarefine-e2e-{zlib.crc32(str(ROOT).encode()):08x}"
+REGISTRY, NAMESPACE = "localhost", "llamarefine"
 
 
 def environment(folder: Path) -> dict[str, str]:
     """The environment of every command below: a kubeconfig of our own, and this machine's substitutes."""
-    outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")  # of the `make e2e` that runs the tests
+    outer = ("ARGS", "IMAGES", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")  # of the `make e2e` around us
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
-    ours = inherited | {"CLUSTER": CLUSTER, "NAMESPACE": NAMESPACE, "GPUS": "2", "KUBECONFIG": str(folder / "config")}
+    ours = inherited | {"CLUSTER": CLUSTER, "NAMESPACE": NAMESPACE, "REGISTRY": REGISTRY, "TAG": TAG}
+    ours |= {"GPUS": "2", "KUBECONFIG": str(folder / "config")}
     home = Path(os.environ.get("CLUSTER_HOME", Path.home() / ".cache/llamarefine-cluster"))
     if SUBSTITUTE.exists() and (home / "bin/kind").exists():
         subprocess.run([SUBSTITUTE / "up-engine"], check=True)
-        ours["PATH"] = f"{home / 'bin'}:{ours['PATH']}"
+        ours["PATH"] = f"{ours['PATH']}:{home / 'bin'}:{folder}"
+        (folder / "kubectl").symlink_to(home / "bin/node-tools")  # one program that goes by the name it is called by
         ours.setdefault("KIND_NODE_IMAGE", "localhost/kind-node:dev")
         ours.setdefault("BASE", "localhost/kind-base:dev")
         ours.setdefault("MINIO_BINARY", str(home / "bin/minio"))

@@ -2,17 +2,18 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from tests.chart.kind_cluster import KindCluster
 
 from . import kind
 
@@ -37,21 +38,14 @@ for page in client.get_paginator("list_objects_v2").paginate(Bucket="llamarefine
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    env = kind.environment(tmp_path_factory.mktemp("kind"))
-    lacking = kind.missing(env)
-    if lacking:
-        pytest.skip(f"needs {', '.join(lacking)}")
-    return env
+def env(kind_cluster: KindCluster) -> dict[str, str]:
+    return kind_cluster.environment
 
 
 @pytest.fixture(scope="module")
-def cluster(env: dict[str, str]) -> Iterator[str]:
-    """The output of `make kind-up`; removed by `make kind-down`."""
-    try:
-        yield kind.make(env, "kind-up")
-    finally:
-        kind.make(env, "kind-down")
+def cluster(env: dict[str, str]) -> str:
+    """The output of `make kind-up` with every image."""
+    return kind.make(env, "kind-up")
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +178,40 @@ def test_kind_up_again_leaves_what_is_there(env: dict[str, str], pods: list[dict
     kind.make(env, "kind-up")
     uids = {pod["metadata"]["uid"] for pod in kind.items(env, "pods")}
     assert {pod["metadata"]["uid"] for pod in pods if "minio" in pod["metadata"]["name"]} <= uids
+
+
+# Of each SFT in a part of the bucket: how many processes, its losses, its adapter.
+TRAININGS = """
+import boto3, json, sys
+client = boto3.client("s3")
+for prefix in sys.argv[2:]:
+    found = client.list_objects_v2(Bucket="llamarefine", Prefix=prefix + "/artifacts/sft/")["Contents"]
+    names = {item["Key"].rpartition("/")[2]: item["Key"] for item in found}
+    metrics = json.loads(client.get_object(Bucket="llamarefine", Key=names["manifest.json"])["Body"].read())["metrics"]
+    folder = sys.argv[1] + "/" + prefix + ".safetensors"
+    client.download_file("llamarefine", names["adapter_model.safetensors"], folder)
+    print(json.dumps({name: metrics[name] for name in ("processes", "validation_loss", "train_loss")}))
+"""
+
+
+def test_two_pods_train_what_one_trains(env: dict[str, str], submitted: str, tmp_path: Path) -> None:
+    """The demo's SFT with the same batches, on one node and on two; losses within 1e-3, weights within 2e-3."""
+    from safetensors.numpy import load_file
+
+    for nodes in (1, 2):
+        settings = f"--store s3://llamarefine/nodes-{nodes} --set sft.micro_batch_rows=8 --set sft.nodes={nodes}"
+        kind.make(env, "submit-pipeline", ARGS=settings)
+    indexes = {
+        pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index")
+        for pod in kind.items(env, "pods")
+        if stage_of(pod) == "sft" and pod["status"]["phase"] == "Succeeded"
+    }
+    assert {"0", "1"} <= indexes
+    command = [kind.ROOT / "k8s/with-bucket", sys.executable, "-c", TRAININGS, tmp_path, "nodes-1", "nodes-2"]
+    told = subprocess.run(command, cwd=kind.ROOT, env=env, capture_output=True, check=True, text=True).stdout
+    one, two = (json.loads(line) for line in told.splitlines())
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert two == pytest.approx(one, abs=1e-3)
+    weights = load_file(tmp_path / "nodes-2.safetensors")
+    for name, expected in load_file(tmp_path / "nodes-1.safetensors").items():
+        assert abs(weights[name] - expected).max() < 2e-3, name

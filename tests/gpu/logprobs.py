@@ -13,12 +13,11 @@ def main(prepared: Path, adapter: Path) -> None:
     from llamarefine_jobs import model as models
 
     backend = models.choose_backend()
-    from llamarefine_jobs import sft, training
-    from llamarefine_jobs.encoding import load_tokenizer
+    from llamarefine_jobs.encoding import encode_questions, load_tokenizer, read_rows
     from llamarefine_jobs.scoring import score
 
     tokenizer = load_tokenizer(prepared / "base")
-    rows = sft.encode_questions(tokenizer, training.read_rows(prepared / "questions", "test"))
+    rows = encode_questions(tokenizer, read_rows(prepared / "questions", "test"))
     found = {}
     model = backend.load(prepared / "base")
     for name in ("base", "sft"):

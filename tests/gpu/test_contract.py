@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from llamarefine_jobs import dpo, merge, sft, step_zero
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import ProofError
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.scoring import generate, score
 from tests.jobs import tiny
@@ -82,12 +82,13 @@ def test_a_batchs_loss_is_that_of_its_rows_alone(sft_context: Context, prepared:
 def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
     sft_context: Context, prepared: Path, backend: models.Backend, quantization: str
 ) -> None:
-    trainer, _, _ = build_sft(sft_context, prepared, backend)
-    before = trainer.evaluate()["eval_loss"]
+    trainer, _, tokenizer = build_sft(sft_context, prepared, backend)
+    held_out = rows_of(sft_context, tokenizer, "validation")
+    before = sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"]
     frozen = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "lora_" not in name}
     assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
+    assert sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"] < before
     changed = [
         name
         for name, part in trainer.model.named_parameters()
@@ -187,24 +188,22 @@ def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tupl
     model = backend.add_adapter(
         training.settle_model(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
     )
-    watch = training.Watch(section, context, 10)
     held_out = rows_of(context, tokenizer, "validation")
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, held_out, watch), rows, tokenizer
+    watch = training.Watch(
+        section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, held_out, context)
+    )
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows, tokenizer
 
 
 def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:
     """The rows of a split that are not too long, as prepare would keep them."""
-    from llamarefine_jobs import training
-
-    rows = sft.encode_questions(tokenizer, training.read_rows(context.inputs["prepare"] / "questions", split))
+    rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", split))
     assert all(len(row) <= context.recipe.max_length_tokens for row in rows)
     return rows
 
 
 def pairs_of(context: Context, tokenizer: Any) -> list[Any]:
-    from llamarefine_jobs import training
-
-    return dpo.encode_pairs(tokenizer, training.read_rows(context.inputs["prepare"] / "preferences", "test"))
+    return encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", "test"))
 
 
 def per_token(model: Any, tokenizer: Any, answers: list[Any]) -> list[float]:

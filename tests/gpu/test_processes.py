@@ -72,18 +72,37 @@ def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
     if not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
     store = copy_up_to(undisturbed, tmp_path, "sft")
-    code = (
-        "import torch; torch.cuda.set_per_process_memory_fraction(0.0005, 0)\n"
-        "from llamarefine_jobs import entry, sft; entry.main('sft', sft.work)"
-    )
-    rows = ["--set", "sft.batch_rows=48", "--set", "sft.micro_batch_rows=48"]
-    command = [sys.executable, "-c", code, "--recipe", undisturbed / "recipe.yaml", "--store", store, *rows]
-    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=400)
+    ended = train_in_a_corner(undisturbed, store)
     assert ended.returncode == 14, ended.stdout + ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("sft: error: the GPU's memory is too small")
     assert "lower sft.micro_batch_rows" in last
     assert not list((store / "artifacts").glob("sft/*"))
+
+
+def test_memory_that_runs_out_is_all_free_for_the_process_with_half_the_rows(
+    undisturbed: Path, tmp_path: Path, cuda: bool
+) -> None:
+    if not cuda:
+        pytest.skip("a limit on a GPU's memory needs a CUDA device")
+    store = copy_up_to(undisturbed, tmp_path, "sft")
+    ended = train_in_a_corner(undisturbed, store, "sft.on_out_of_memory=halve_micro_batch")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "memory ran out with micro-batches of 48 rows: starts anew with 24" in ended.stdout
+    assert list((store / "artifacts").glob("sft/*/manifest.json"))
+
+
+def train_in_a_corner(undisturbed: Path, store: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """Run sft in a process that may use 1/2000 of the card; one that takes its place may use all of it."""
+    code = (
+        "import torch; torch.cuda.set_per_process_memory_fraction(0.0005, 0)\n"
+        "from llamarefine_jobs import entry, sft; entry.main('sft', sft.work)"
+    )
+    changes = [
+        word for option in ("sft.batch_rows=48", "sft.micro_batch_rows=48", *options) for word in ("--set", option)
+    ]
+    command = [sys.executable, "-c", code, "--recipe", undisturbed / "recipe.yaml", "--store", store, *changes]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=400)
 
 
 def test_two_backends_give_the_same_log_probabilities(shape: Shape, prepared: Path, trained: Path, cuda: bool) -> None:

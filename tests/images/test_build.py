@@ -15,14 +15,13 @@ from ..e2e import kind
 pytestmark = pytest.mark.skipif(
     not os.environ.get("LLAMAREFINE_E2E"), reason="builds images and takes minutes: `make e2e` runs it"
 )
-TAG = "tests"
-IMAGE = f"localhost/llamarefine-launcher:{TAG}"
+IMAGE = f"{kind.REGISTRY}/llamarefine-launcher:{kind.TAG}"
 RESTRICTED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    env = kind.environment(tmp_path_factory.mktemp("engine")) | {"REGISTRY": "localhost", "TAG": TAG}
+    env = kind.environment(tmp_path_factory.mktemp("engine"))
     if kind.engine(env) is None:
         pytest.skip("needs docker or podman, and none answers")
     kind.make(env, "image-launcher")

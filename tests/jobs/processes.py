@@ -6,27 +6,29 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
 
 
-def start(stage: str, recipe: Path, store: str, *options: str) -> subprocess.Popen[str]:
+def start(
+    stage: str, recipe: Path, store: str, *options: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start a stage; its output and errors come as one stream of lines."""
     return subprocess.Popen(
         [sys.executable, "-m", f"llamarefine_jobs.{stage}", "--recipe", recipe, "--store", store, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
     )
 
 
 def run(stage: str, recipe: Path, store: str, *options: str) -> tuple[int, list[str]]:
     """Run a stage to its end: exit code and lines."""
     process = start(stage, recipe, store, *options)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output.splitlines()
 
 

@@ -15,7 +15,7 @@ from llamarefine_jobs import dpo, sft, step_zero
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.errors import IntegrityError, ProofError
 from llamarefine_jobs.contract.prompt import answer, question
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 
 from . import tiny
@@ -154,7 +154,7 @@ def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tm
 def test_a_trainer_that_renders_rows_in_its_own_way_is_refused(context: Context) -> None:
     trainer, _ = trainer_on(context, models.choose_backend().load(sft_policy(context)))
     tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
-    pairs = dpo.encode_pairs(tokenizer, rows_of(context, "train"))
+    pairs = encode_pairs(tokenizer, rows_of(context, "train"))
     dpo.check_rows(trainer, pairs)
     cut = [(replace(chosen, answer_ids=chosen.answer_ids[:-1]), rejected) for chosen, rejected in pairs]
     with pytest.raises(ProofError, match="not those of the chat template"):
@@ -231,15 +231,14 @@ def trainer_on(context: Context, model: Any, rows: list[dict[str, Any]] | None =
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
     rows = rows or rows_of(context, "train")
-    pairs = dpo.encode_pairs(tokenizer, rows)
+    pairs = encode_pairs(tokenizer, rows)
     witness = step_zero.ask_apart(backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4)
     model = backend.add_adapter(
         training.settle_model(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
     )
-    watch = training.Watch(context.recipe.dpo, context, 10)
-    trainer = dpo.build_trainer(
-        context, context.recipe.dpo, backend, model, tokenizer, rows, rows_of(context, "validation"), watch
-    )
+    held_out = dpo.HeldOut(pairs, tokenizer.pad_token_id, context)
+    watch = training.Watch(context.recipe.dpo, context, 10, held_out.measure)
+    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, watch)
     return trainer, witness
 
 
@@ -253,6 +252,4 @@ def sft_policy(context: Context) -> Path:
 
 
 def rows_of(context: Context, split: str) -> list[dict[str, Any]]:
-    from llamarefine_jobs import training
-
-    return training.read_rows(context.inputs["prepare"] / "preferences", split)
+    return read_rows(context.inputs["prepare"] / "preferences", split)

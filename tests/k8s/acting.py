@@ -2,6 +2,7 @@
 
 As a program it is a stage's process (``python acting.py sft --recipe FILE --store URI``), told by
 ACTING what to do: ``{"sft": "diverge"}``. In a test `Acting` is an executor that publishes at once.
+On a cluster `patches` make the launcher's image play every stage, the program in a ConfigMap.
 """
 
 import contextlib
@@ -21,10 +22,11 @@ from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key
 from llamarefine_jobs.contract.errors import DivergedError, LlamaRefineError, PreemptedError
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
 
 STEPS = 400
+MAP = "acting"
 
 
 def write_output(folder: Path, stage: str, recipe: Recipe, writes: tuple[str, ...]) -> None:
@@ -79,6 +81,10 @@ class Acting:
         self.acts = acts
         self.cancelled = 0
         self.running = False
+        self.read_to: str | None = None
+
+    def finish(self, task: Any, on_line: Callable[[str], None]) -> None:
+        """Nothing is left to read."""
 
     def execute(self, task: Any, on_line: Callable[[str], None]) -> None:
         self.ran.append(task.stage)
@@ -150,10 +156,32 @@ def train(context: entry.Context) -> None:
             saved = context.work / "checkpoint"
             saved.mkdir()
             (saved / "step").write_text(str(step))
-            context.publish_checkpoint(step, saved)
+            context.store.publish_checkpoint(step, saved, context.draft())
             raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
         if not checkpoint:
             time.sleep(0.1)
+
+
+def program_map() -> dict[str, Any]:
+    """This program as a ConfigMap."""
+    file = Path(__file__)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": MAP}, "data": {file.name: file.read_text()}}
+
+
+def patches(image: str, acting: str = "{}") -> dict[str, Any]:
+    """The setting that makes `image`, the launcher's, act as every stage as `acting` says."""
+    container = {
+        "name": "stage",
+        "image": image,
+        "env": [{"name": "ACTING", "value": acting}],
+        "volumeMounts": [{"name": MAP, "mountPath": "/acting"}],
+    }
+    pod = {"volumes": [{"name": MAP, "configMap": {"name": MAP}}], "containers": [container]}
+    pods = {"all": pod} | {
+        stage: {"containers": [{"name": "stage", "command": ["python", "/acting/acting.py", stage]}]}
+        for stage in SEQUENCE
+    }
+    return {name: {"spec": {"template": {"spec": pod}}} for name, pod in pods.items()}
 
 
 def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:

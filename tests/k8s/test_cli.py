@@ -134,6 +134,13 @@ def test_a_run_that_is_piped_is_plain_lines(launcher: Launcher, recipe_file: Pat
         assert shown in out
 
 
+def test_what_to_type_next_begins_as_its_wrapper_says(launcher: Launcher, recipe_file: Path, store: Store) -> None:
+    wrapper = "k8s/with-bucket llamarefine"
+    code, out, _ = launcher.run("run", str(recipe_file), "--store", store.uri, LLAMAREFINE_COMMAND=wrapper)
+    assert code == 0
+    assert re.search(r"^  k8s/with-bucket llamarefine pull small-\w+ --into ./model --store file:", out, re.MULTILINE)
+
+
 def test_progress_in_a_pipe_is_a_line_now_and_then(launcher: Launcher, recipe_file: Path, store: Store) -> None:
     code, _, err = launcher.run("run", str(recipe_file), "--store", store.uri, ACTING='{"sft": "many steps"}')
     assert code == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llamarefine_jobs.contract.errors import Disposition, all_errors
+from llamarefine_jobs.contract.errors import Disposition, RecipeError, all_errors
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import parse_recipe
@@ -20,6 +20,7 @@ from llamarefine_k8s.manifests import (
     run_map,
     stage_job,
     stage_job_name,
+    stage_service,
 )
 from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.settings import Settings, parse
@@ -53,6 +54,15 @@ def job(recipe: Recipe, stage: str = "sft", **values: Any) -> dict[str, Any]:
     return stage_job(Task(RUN, stage, "5f" * 32, recipe, STORE), settings(**values), owner)
 
 
+def two_nodes(**values: Any) -> list[dict[str, Any]]:
+    """The Service and the Job of a training on two nodes with two GPUs each."""
+    recipe = parse_recipe(RECIPE, "golden", ["sft.nodes=2", "sft.gpus=2", "sft.micro_batch_rows=4"])
+    owner = owner_reference("Job", RUN, "0c1d")
+    service = stage_service(Task(RUN, "sft", "5f" * 32, recipe, STORE), owner)
+    assert service
+    return [service, job(recipe, "sft", **values)]
+
+
 def pod(job: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = job["spec"]["template"]["spec"]
     return spec
@@ -70,13 +80,14 @@ def _versionless(text: str) -> str:
     return _MADE_FROM.sub(r"\1DIGEST", text)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "driver", "run"])
+@pytest.mark.parametrize("name", [*STAGES, "driver", "run", "two-nodes"])
 def test_the_object_is_the_golden_one(name: str, recipe: Recipe) -> None:
     made = {
         "driver": lambda: driver_job(RUN, settings()),
         "run": lambda: run_map(RUN, recipe, settings()),
+        "two-nodes": lambda: two_nodes(),
     }.get(name, lambda: job(recipe, name))()
-    text = _versionless(yaml_of([made])) + "\n"
+    text = _versionless(yaml_of(made if isinstance(made, list) else [made])) + "\n"
     file = GOLDEN / f"{name}.yaml"
     if "WRITE_GOLDEN" in os.environ:
         file.write_text(text)
@@ -84,7 +95,7 @@ def test_the_object_is_the_golden_one(name: str, recipe: Recipe) -> None:
 
 
 def test_there_is_no_golden_file_too_many() -> None:
-    assert {file.stem for file in GOLDEN.iterdir()} == {*STAGES, "driver", "run"}
+    assert {file.stem for file in GOLDEN.iterdir()} == {*STAGES, "driver", "run", "two-nodes"}
 
 
 @pytest.mark.parametrize("name", [*STAGES, "driver"])
@@ -123,6 +134,33 @@ def test_every_exit_code_has_the_rule_of_its_disposition() -> None:
 def test_a_name_is_never_too_long(recipe: Recipe) -> None:
     longest = max(STAGES, key=len)
     assert len(stage_job_name(f"{'n' * 40}-12345678", longest)) <= 63
+
+
+def test_the_pods_of_two_nodes_find_the_first_one_by_the_services_name() -> None:
+    service, made = two_nodes()
+    assert pod(made)["subdomain"] == service["metadata"]["name"]
+    address = next(each["value"] for each in container(made)["env"] if each["name"] == "MASTER_ADDR")
+    assert address == f"{made['metadata']['name']}-0.{service['metadata']['name']}"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": made["metadata"]["name"]}
+    assert made["spec"]["backoffLimit"] == 2 * settings().retries
+
+
+def test_the_longest_run_still_has_names_that_a_pod_and_a_service_may_have() -> None:
+    recipe = parse_recipe(RECIPE.replace("golden", "'" + "9" * 40 + "'"), "golden", ["dpo.nodes=2"])
+    service = stage_service(Task(f"{'9' * 40}-12345678", "dpo", "5f" * 32, recipe, STORE))
+    assert service
+    name = service["metadata"]["name"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 63
+
+
+def test_a_recipes_gpus_are_what_its_pods_ask_for() -> None:
+    limits = container(two_nodes()[1])["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "2"
+    on_cpus = container(two_nodes(resources={"sft": {"gpus": 0}})[1])["resources"]
+    assert "limits" not in on_cpus
+    with pytest.raises(RecipeError, match=r"sft\.gpus is 2 in the recipe, resources\.sft\.gpus is 4 in the settings"):
+        two_nodes(resources={"sft": {"gpus": 4}})
 
 
 def test_gpus_are_asked_for_where_a_stage_needs_them(recipe: Recipe) -> None:

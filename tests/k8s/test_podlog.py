@@ -1,42 +1,59 @@
 """A container's log through connections that break: no line lost, none twice, the order kept."""
 
 import random
+import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from llamarefine_jobs.contract.errors import StoreError
+from llamarefine_jobs.contract.patience import Patience
+from llamarefine_k8s import podlog
+from llamarefine_k8s.api import Cluster
 from llamarefine_k8s.podlog import PodLog
 
+from .api_server import ApiServer, Fault, served
+from .test_watch import use
 
-class Server:
-    """A log as the API server gives it: from a second on, as much as is written, until the line breaks.
+LOGS = "GET .*/log"
 
-    `at_once` lines are written in each request before the connection breaks; the container ends with the last one.
-    """
 
-    def __init__(self, lines: list[bytes], at_once: int) -> None:
-        self.lines = lines
-        self.at_once = at_once
-        self.written = 0
-        self.requests = 0
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApiServer]:
+    with served() as made:
+        yield made
 
-    def get(self, kind: str, name: str) -> dict[str, Any]:
-        if self.requests % 3 == 2:
-            self.requests += 1
-            raise StoreError("the API server answered 503")
-        over = self.written >= len(self.lines)
-        state = {"terminated": {"exitCode": 0}} if over else {"running": {}}
-        return {"status": {"containerStatuses": [{"state": state}]}}
 
-    def log(self, pod: str, container: str, *, since: str | None, follow: bool) -> Iterator[bytes]:
-        self.requests += 1
-        if follow:
-            self.written = min(len(self.lines), self.written + self.at_once)
-        for line in self.lines[: self.written]:
-            if since is None or line[:19] >= since[:19].encode():
-                yield line
+@pytest.fixture
+def cluster(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    server.objects.clear()
+    server.logs.clear()
+    server.ended.clear()
+    server.faults = []
+    use(server.kubeconfig(tmp_path), monkeypatch)
+    monkeypatch.setattr(podlog, "_PAUSES_S", (0.0,))
+    return Cluster(patience=Patience(5))
+
+
+def put(server: ApiServer, lines: list[bytes], *, ended: bool = True) -> None:
+    """A pod whose log is `lines`."""
+    server.logs["pod"] = lines
+    if ended:
+        end(server)
+    else:
+        server.put("pods", {"metadata": {"name": "pod"}, "status": {"containerStatuses": [{"state": {"running": {}}}]}})
+
+
+def end(server: ApiServer) -> None:
+    with server.changed:
+        server.ended.add("pod")
+        state = {"state": {"terminated": {"exitCode": 0}}}
+        server.put("pods", {"metadata": {"name": "pod"}, "status": {"containerStatuses": [state]}})
+
+
+def words(lines: list[bytes]) -> list[str]:
+    return [line.split(b" ", 1)[1].decode().rstrip("\n") for line in lines]
 
 
 def written(count: int, seed: int) -> list[bytes]:
@@ -46,32 +63,98 @@ def written(count: int, seed: int) -> list[bytes]:
     for number in range(count):
         instant += chance.choice([0, 1, 100_000_000, 900_000_000])
         fraction = f".{instant % 10**9:09d}".rstrip("0").rstrip(".")
-        lines.append(f"2026-11-24T00:00:{instant // 10**9:02d}{fraction}Z line {number // 2}".encode())
+        lines.append(f"2026-11-24T00:00:{instant // 10**9:02d}{fraction}Z line {number // 2}\n".encode())
     return lines
 
 
-@pytest.fixture(autouse=True)
-def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamarefine_k8s.podlog._PAUSE_S", 0)
+@pytest.mark.parametrize("is_clean", [False, True], ids=["broken", "looks like an end"])
+def test_a_cut_at_any_byte_loses_and_repeats_nothing(server: ApiServer, cluster: Cluster, is_clean: bool) -> None:
+    lines = written(9, seed=5)
+    put(server, lines)
+    for cut in range(len(b"".join(lines)) + 1):
+        server.faults = [Fault(LOGS, cut_after=cut, is_clean=is_clean)]
+        assert list(PodLog(cluster, "pod", "stage").lines()) == words(lines), cut
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("at_once", [1, 3, 50])
-def test_every_line_comes_once_and_in_order(seed: int, at_once: int) -> None:
-    lines = written(50, seed)
-    read = list(PodLog(Server(lines, at_once), "pod", "stage").lines())  # type: ignore[arg-type]
-    assert read == [line.split(b" ", 1)[1].decode() for line in lines]
+@pytest.mark.parametrize("seed", range(10))
+def test_a_log_that_grows_is_read_once_through_cuts_refusals_and_restarts(
+    server: ApiServer, cluster: Cluster, seed: int
+) -> None:
+    chance = random.Random(seed)
+    put(server, [], ended=False)
+    server.faults = [
+        chance.choice(
+            [
+                Fault(LOGS, cut_after=chance.randrange(600), is_clean=chance.random() < 0.5),
+                Fault(LOGS, status=500),
+                Fault("GET .*/pods/pod$", status=503),
+            ]
+        )
+        for _ in range(12)
+    ]
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.extend(PodLog(cluster, "pod", "stage").lines()), daemon=True)
+    reader.start()
+    for number in range(60):
+        server.write_log("pod", f"line {number // 2}")
+        if number == 30 and seed % 2:
+            server.stop()
+            server.start()
+        time.sleep(chance.choice([0, 0, 0.05]))
+    end(server)
+    reader.join(30)
+    assert read == [f"line {number // 2}" for number in range(60)]
 
 
-def test_another_reader_goes_on_where_the_first_one_stopped() -> None:
-    lines = [f"2026-11-24T00:00:0{number // 4}.{number % 4 + 1}Z line {number}".encode() for number in range(12)]
-    first = PodLog(Server(lines, 12), "pod", "stage")  # type: ignore[arg-type]
+def test_two_streams_of_one_log_may_cross_a_second_in_the_other_order(server: ApiServer, cluster: Cluster) -> None:
+    lines = [
+        b"2026-11-24T00:00:01.1Z out 1\n",
+        b"2026-11-24T00:00:02.000001Z err 1\n",
+        b"2026-11-24T00:00:01.999999Z out 2\n",
+        b"2026-11-24T00:00:02.1Z out 3\n",
+    ]
+    put(server, lines)
+    server.faults = [Fault(LOGS, cut_after=len(lines[0] + lines[1]))]
+    assert list(PodLog(cluster, "pod", "stage").lines()) == words(lines)
+
+
+def test_another_reader_goes_on_where_the_first_one_stopped(server: ApiServer, cluster: Cluster) -> None:
+    put(server, [f"2026-11-24T00:00:0{number // 4}.{number % 4 + 1}Z line {number}\n".encode() for number in range(12)])
+    first = PodLog(cluster, "pod", "stage")
     read = first.lines()
     begun = [next(read) for _ in range(6)]
-    rest = list(PodLog(Server(lines, 12), "pod", "stage", first.read_to).lines())  # type: ignore[arg-type]
+    rest = list(PodLog(cluster, "pod", "stage", first.read_to).lines())
     assert begun + rest == [f"line {number}" for number in range(12)]
 
 
-def test_a_redrawn_line_is_what_stood_there_last() -> None:
-    lines = [b"2026-11-24T00:00:00Z 10%\r50%\r100% \r", b"2026-11-24T00:00:00.5Z \xff bytes"]
-    assert list(PodLog(Server(lines, 9), "pod", "stage").lines()) == ["100%", "� bytes"]  # type: ignore[arg-type]
+def test_a_last_line_without_an_end_is_a_line(server: ApiServer, cluster: Cluster) -> None:
+    put(server, [b"2026-11-24T00:00:00Z one\n", b"2026-11-24T00:00:00.5Z two"])
+    assert list(PodLog(cluster, "pod", "stage").lines()) == ["one", "two"]
+    put(server, [b"2026-11-24T00:00:00Z all there is"])
+    assert list(PodLog(cluster, "pod", "stage").lines(follow=False)) == ["all there is"]
+
+
+def test_a_redrawn_line_is_what_stood_there_last(server: ApiServer, cluster: Cluster) -> None:
+    put(server, [b"2026-11-24T00:00:00Z 10%\r50%\r100% \r\n", b"2026-11-24T00:00:00.5Z \xff bytes\n"])
+    assert list(PodLog(cluster, "pod", "stage").lines()) == ["100%", "\ufffd bytes"]
+
+
+def test_a_log_of_a_pod_that_is_gone_ends(server: ApiServer, cluster: Cluster) -> None:
+    put(server, [b"2026-11-24T00:00:00Z one\n"], ended=False)
+    read = PodLog(cluster, "pod", "stage").lines()
+    assert next(read) == "one"
+    server.remove("pods", "pod")
+    server.logs.clear()
+    server.stop()
+    server.start()
+    assert list(read) == []
+
+
+def test_a_log_that_cannot_be_read_says_so_and_ends(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(podlog, "_UNREADABLE_S", 0.2)
+    put(server, [b"2026-11-24T00:00:00Z one\n"])
+    server.faults = [Fault(LOGS, status=500, times=10_000)]
+    (line,) = PodLog(cluster, "pod", "stage").lines()
+    assert line.startswith("llamarefine: the rest of this log cannot be read: the API server answered 500")

@@ -6,11 +6,13 @@ import pytest
 
 from llamarefine_jobs.contract.errors import (
     DataError,
+    DivergedError,
     LlamaRefineError,
     OutOfMemoryError,
+    PeerLostError,
     StoreError,
 )
-from llamarefine_k8s.reasons import how_it_ended, why_replaced, why_waiting
+from llamarefine_k8s.reasons import how_it_ended, of_node, why_replaced, why_waiting
 
 Object = dict[str, Any]
 
@@ -194,6 +196,34 @@ def test_a_job_without_a_pod_says_what_its_controller_said() -> None:
     error = how_it_ended("sft", failed, [])
     assert type(error) is LlamaRefineError
     assert "backoff limit" in str(error)
+
+
+def test_of_several_nodes_the_one_that_failed_by_itself_tells_why() -> None:
+    words = '{"message": "the loss is nan"}'
+    nodes = [of(ended(21, "sft: error: lost it"), 0, made=1), of(ended(15, words), 1, made=1)]
+    for pods in (nodes, nodes[::-1], [of(ended(20), 1, made=0), *nodes]):
+        error = how_it_ended("sft", JOB, pods)
+        assert type(error) is DivergedError
+        assert str(error) == "the loss is nan"
+    assert type(how_it_ended("sft", JOB, nodes[:1])) is PeerLostError
+
+
+def test_a_node_that_cannot_start_is_told_while_another_runs() -> None:
+    waits = of(unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), 0, made=0)
+    reason = why_waiting("sft", JOB, [waits, of(pod("Running"), 1, made=1)], [])
+    assert reason is not None
+    assert reason.word == "Unschedulable"
+
+
+def test_lines_of_other_nodes_than_the_first_name_it() -> None:
+    assert of_node(of(pod(), 0), "a line") == of_node(pod(), "a line") == "a line"
+    assert of_node(of(pod(), 1), "a line") == "node 1: a line"
+
+
+def of(pod: Object, index: int, made: int = 0) -> Object:
+    """A pod as one of an Indexed Job."""
+    metadata = pod["metadata"] | {"labels": {"batch.kubernetes.io/job-completion-index": str(index)}}
+    return pod | {"metadata": metadata | {"creationTimestamp": f"2026-11-24T00:00:0{made}Z"}}
 
 
 def test_a_pod_that_was_replaced_is_explained() -> None:

@@ -55,10 +55,18 @@ def test_the_readmes_tree_is_the_real_one() -> None:
     assert folders - {PurePosixPath(path).parts[0] for path in listed} == set()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_every_link_to_a_file_leads_to_one(name: str) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(name))
     assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
+
+
+def test_every_defence_that_is_claimed_points_to_something() -> None:
+    claimed = set(re.findall(r"`([\w/]+\.py|tests/[\w/]+)`", text_of("SECURITY.md")))
+    assert len(claimed) > 20
+    paths = tracked()
+    there = {name for name in claimed if any(path == name or path.endswith(f"/{name}") for path in paths)}
+    assert claimed - there - {name for name in claimed if (ROOT / name).is_dir()} == set()
 
 
 def test_every_make_target_that_is_named_exists() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, RecipeError, StoreError
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.store import Store
 
 from .. import s3_server
@@ -90,7 +91,7 @@ def test_a_dead_endpoint_is_a_store_error_within_seconds(s3_uri: str, monkeypatc
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to the real server, but breaks the first bodies off in the middle."""
+    """Passes requests on to the real server, but of the first bodies only a share."""
 
     server: "FlakyServer"
 
@@ -109,7 +110,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         breaks = len(body) >= self.server.breaks_from_bytes and self.server.breaks_left > 0
         self.server.breaks_left -= breaks
         self.server.ranges.append(self.headers.get("Range"))
-        self.wfile.write(body[: len(body) // 2] if breaks else body)
+        self.wfile.write(body[: int(len(body) * self.server.share)] if breaks else body)
         self.close_connection = True
 
     def log_message(self, *arguments: Any) -> None:
@@ -120,6 +121,7 @@ class FlakyServer(http.server.ThreadingHTTPServer):
     behind: str
     breaks_left: int
     breaks_from_bytes: int
+    share: float
     ranges: list[str | None]
 
 
@@ -128,13 +130,14 @@ def flaky(s3: s3_server.S3Server) -> Iterator[FlakyServer]:
     with FlakyServer(("127.0.0.1", 0), Flaky) as server:
         server.behind, server.breaks_left, server.breaks_from_bytes, server.ranges = s3.endpoint, 0, 100_000, []
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.share = 0.5
         yield server
         server.shutdown()
 
 
-def behind(flaky: FlakyServer, uri: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+def behind(flaky: FlakyServer, uri: str, monkeypatch: pytest.MonkeyPatch, patience: Patience | None = None) -> Store:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{flaky.server_address[1]}")
-    return Store(uri)
+    return Store(uri, patience)
 
 
 def test_a_download_that_breaks_goes_on_where_it_broke(
@@ -154,9 +157,8 @@ def test_a_download_that_always_breaks_is_a_store_error_and_leaves_nothing(
     flaky: FlakyServer, s3_uri: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Store(s3_uri).publish(folder, samples.draft())
-    store = behind(flaky, s3_uri, monkeypatch)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    flaky.breaks_left, flaky.breaks_from_bytes = 1000, 2
+    store = behind(flaky, s3_uri, monkeypatch, Patience(0.5))
+    flaky.breaks_left, flaky.breaks_from_bytes, flaky.share = 1000, 1, 0.0
     error = error_of(lambda: store.fetch(published, tmp_path / "target" / "fetched"))
     assert isinstance(error, StoreError)
     assert "the connection broke" in str(error) or "endpoint" in str(error)

@@ -1,6 +1,8 @@
 """Of a training's checkpoints the newest complete one counts."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,25 @@ def test_foreign_names_among_checkpoints_do_no_harm(store: Store, tmp_path: Path
     store.write(f"{checkpoint_path(STAGE, KEY)}/²/{MANIFEST}", b"a digit that is no number")
     publish(store, 20, tmp_path)
     assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") == 20
+
+
+@pytest.mark.parametrize("operation", ["read", "download"])
+def test_a_checkpoint_that_is_replaced_while_it_is_fetched_gives_way_to_the_newer(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """A training that was told to stop saves its last step while the next process already looks for one."""
+    publish(store, 40, tmp_path)
+    beside = copy.copy(store)
+    beside.objects = copy.copy(store.objects)
+    expected: list[dict[str, bytes]] = []
+    original = getattr(store.objects, operation)
+
+    def replaced_first(path: str, *arguments: Any) -> Any:
+        if not expected:
+            expected.append({})
+            expected[0] |= publish(beside, 50, tmp_path)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(store.objects, operation, replaced_first)
+    assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "resume") == 50
+    assert samples.content(tmp_path / "resume") == expected[0]

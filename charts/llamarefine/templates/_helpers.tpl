@@ -139,8 +139,9 @@ readOnlyRootFilesystem: true
 
 {{/* What whoever drives a run asks of the API server; tests/chart/test_role.py compares it with the launcher. */}}
 {{- define "llamarefine.rules" -}}
-- {apiGroups: [batch], resources: [jobs], verbs: [create, get, list, watch, patch, delete]}
+- {apiGroups: [batch], resources: [jobs], verbs: [create, get, list, watch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [create, get, list, patch, delete]}
+- {apiGroups: [""], resources: [services], verbs: [create, get, list, patch, delete]}
 - {apiGroups: [""], resources: [pods], verbs: [get, list, watch, delete]}
 - {apiGroups: [""], resources: [pods/log], verbs: [get]}
 - {apiGroups: [""], resources: [events], verbs: [list]}

@@ -24,6 +24,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 
 MANIFEST = "manifest.json"
+_MOST_FILES = 10_000  # an artifact has a hundred
 _SEAL = re.compile(rb',\n  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -35,7 +36,7 @@ def safe_relative_path(path: str) -> str:
         or path != str(PurePosixPath(path))
         or path.startswith("/")
         or any(part in ("..", ".") for part in parts)
-        or re.search(r"[\x00-\x1f\\:\ud800-\udfff]", path)
+        or re.search(r"[\x00-\x1f\x7f-\x9f\\:\ud800-\udfff]", path)
     ):
         raise ValueError(f"{path!r} is no plain relative path")
     return path
@@ -71,7 +72,7 @@ class Manifest(_Record):
     stage: str
     key: Sha256
     attempt: RelativePath = Field("unpublished", description="folder of the files, beside the manifest")
-    files: tuple[File, ...] = ()
+    files: tuple[File, ...] = Field((), max_length=_MOST_FILES)
     parents: dict[str, Parent] = {}
     recipe: dict[str, Any]
     seed: int
@@ -88,9 +89,13 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _one_entry_a_file(self) -> Self:
-        paths = [file.path for file in self.files]
-        if len(set(paths)) != len(paths):
+        """One entry a file, also where case does not count, and none where another needs a folder."""
+        paths = {file.path.casefold() for file in self.files}
+        if len(paths) != len(self.files):
             raise ValueError("a file is listed twice")
+        for path in paths:
+            if any(parent.as_posix() in paths for parent in PurePosixPath(path).parents):
+                raise ValueError("a file is listed where another needs a folder")
         return self
 
     def to_bytes(self) -> bytes:

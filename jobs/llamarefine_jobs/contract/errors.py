@@ -95,6 +95,15 @@ class StoreError(LlamaRefineError):
     exit_code = 20
     reason = "store"
     disposition = Disposition.RETRY
+    retry_after_s: float | None = 0.0  # what the server asked for; None: the same request fails again
+
+
+class PeerLostError(LlamaRefineError):
+    """A process of a training on several is gone, and the others cannot go on without it."""
+
+    exit_code = 21
+    reason = "process lost"
+    disposition = Disposition.RETRY
 
 
 class PreemptedError(LlamaRefineError):

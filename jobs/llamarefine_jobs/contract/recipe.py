@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llamarefine_jobs.contract.credentials import refuse_credentials
+
 _FREE: dict[str, Any] = {"in_key": False}
 
 Count = Annotated[int, Field(ge=1)]
@@ -46,6 +48,11 @@ class Source(Section):
     fingerprint: str | None = Field(
         None, description="what the launcher saw behind the source when the run was planned; written by it, not by you"
     )
+
+    @field_validator("source")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        return refuse_credentials(value)
 
 
 class TinyModel(Section):
@@ -133,7 +140,7 @@ class Lora(Section):
     )
 
 
-class _Training(Section):
+class Training(Section):
     """What SFT and DPO share."""
 
     lora: Lora = Lora()
@@ -146,7 +153,12 @@ class _Training(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
-    micro_batch_rows: Count = Field(8, description="rows in one forward pass; batch_rows is a multiple of it")
+    micro_batch_rows: Count = Field(
+        8, description="rows in one forward pass; batch_rows is a multiple of it", json_schema_extra=_FREE
+    )
+    on_out_of_memory: Literal["fail", "halve_micro_batch"] = Field(
+        "fail", description="halve_micro_batch: start anew from the newest checkpoint", json_schema_extra=_FREE
+    )
     evaluate_every_steps: Count | None = Field(None, description="measure the validation split; null: four times a run")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: slower, less memory"
@@ -154,6 +166,20 @@ class _Training(Section):
     checkpoint_every_s: Count | None = Field(600, description="publish a checkpoint so often", json_schema_extra=_FREE)
     checkpoint_every_steps: Count | None = Field(None, description="and every so many steps", json_schema_extra=_FREE)
     log_every_steps: Count = Field(5, json_schema_extra=_FREE)
+    gpus: Count = Field(
+        1, description="processes on each node, a GPU for each; on CPUs just processes", json_schema_extra=_FREE
+    )
+    nodes: Count = Field(1, description="machines, on a cluster a pod each", json_schema_extra=_FREE)
+
+    @property
+    def processes(self) -> int:
+        """How many train together; they split each batch among them."""
+        return self.gpus * self.nodes
+
+    @property
+    def micro_batches(self) -> int:
+        """How many forward passes a process makes for one optimizer step."""
+        return self.batch_rows // (self.micro_batch_rows * self.processes)
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Self:
@@ -161,10 +187,21 @@ class _Training(Section):
             raise ValueError(
                 f"batch_rows {self.batch_rows} must be a multiple of micro_batch_rows {self.micro_batch_rows}"
             )
+        if self.batch_rows % (self.micro_batch_rows * self.processes):
+            raise ValueError(
+                f"batch_rows {self.batch_rows} is shared by {self.gpus} gpus x {self.nodes} nodes: it must be a "
+                f"multiple of {self.micro_batch_rows * self.processes}, their micro_batch_rows; lower micro_batch_rows "
+                "or raise batch_rows"
+            )
+        if self.nodes > 1 and self.on_out_of_memory != "fail":
+            raise ValueError(
+                f"on_out_of_memory: {self.on_out_of_memory} works on one node, nodes is {self.nodes}: one that starts "
+                "anew would leave the others behind; set it to fail"
+            )
         return self
 
 
-class Sft(_Training):
+class Sft(Training):
     """Supervised fine-tuning with LoRA: the loss counts the answer's tokens only."""
 
     packing: Literal["auto", "never"] = Field(
@@ -172,7 +209,7 @@ class Sft(_Training):
     )
 
 
-class Dpo(_Training):
+class Dpo(Training):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) against the SFT policy."""
 
     learning_rate: float = Field(5e-6, gt=0, le=1)

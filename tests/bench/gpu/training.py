@@ -110,17 +110,15 @@ def build(
     arm: str, stage: str, recipe: Any, backend: Any, model: Any, tokenizer: Any, prepared: Path
 ) -> tuple[Any, float, int]:
     """The stage's own trainer, or the earlier attempt's padding in it; mean tokens a row; how many rows."""
-    from llamarefine_jobs import dpo, sft, training
+    from llamarefine_jobs import dpo, sft
+    from llamarefine_jobs.encoding import encode_pairs, encode_questions, read_rows
 
     context: Any = bare_context(stage, recipe, prepared.parent)
-    rows = training.read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
-    held_out = rows[:8]  # evaluation is not what is timed
+    rows = read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
     section = recipe.section(stage)
     if stage == "sft":
-        encoded = sft.encode_questions(tokenizer, rows)
-        trainer = sft.build_trainer(
-            context, section, backend, model, tokenizer, encoded, sft.encode_questions(tokenizer, held_out), silent()
-        )
+        encoded = encode_questions(tokenizer, rows)
+        trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, silent())
         if arm == "earlier":
             trainer.data_collator.pad_to_multiple_of = EARLIER_TOKENS
             trainer.train_dataset = trainer.train_dataset.map(_cut)
@@ -128,8 +126,8 @@ def build(
         else:
             lengths = [len(row) for row in encoded]
     else:
-        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, held_out, silent())
-        lengths = [len(chosen) + len(rejected) for chosen, rejected in dpo.encode_pairs(tokenizer, rows)]
+        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, silent())
+        lengths = [len(chosen) + len(rejected) for chosen, rejected in encode_pairs(tokenizer, rows)]
     return trainer, sum(lengths) / len(lengths), len(rows)
 
 

@@ -1,0 +1,46 @@
+"""Where credentials must not stand: in an address, or as a plain value among settings.
+
+A recipe is copied into run.json, into a ConfigMap and into manifests, and an address into messages. So what would
+have to be hidden in all of those places is refused before it gets to one.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+_SECRET = re.compile(
+    r"signature|credential|token(?!i[sz])|secret|passw|(api|access|private)[-_]?key|^(sig|key|auth|pat)$", re.IGNORECASE
+)
+
+
+def refuse_credentials(address: str) -> str:
+    """`address` if it carries no user, password or signature; ValueError otherwise, which does not repeat it."""
+    if "://" not in address:
+        return address
+    parts = urlsplit(address)
+    if "@" in parts.netloc:
+        raise ValueError(
+            "expected an address without credentials, found some before the @: they would be copied into logs and the "
+            "bucket; give them by the environment, or bring the data to a bucket"
+        )
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if _SECRET.search(name):
+            raise ValueError(
+                f"expected an address without credentials, found the parameter {name}: it would be copied into logs "
+                "and the bucket; bring the data to a bucket or a folder first"
+            )
+    return address
+
+
+def plain_secrets(values: Any) -> Iterator[str]:
+    """The names of the environment variables within `values`, a piece of a pod, that hold a secret in plain text."""
+    if isinstance(values, dict):
+        name = values.get("name")
+        if isinstance(name, str) and values.get("value") and _SECRET.search(name):
+            yield name
+        for value in values.values():
+            yield from plain_secrets(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from plain_secrets(value)

@@ -1,0 +1,68 @@
+"""One of the processes that train together, as the agent of its node starts it.
+
+    python -m llamarefine_jobs.member sft --recipe recipe.yaml --store s3://bucket/prefix
+
+It does the stage's work and nothing around it: inputs lie in the folder that the agent made, and what the first process
+leaves there the agent publishes.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llamarefine_jobs import distributed, sources
+from llamarefine_jobs.agent import OUTCOME
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.entry import Context, exit_code, find_parents, open_store, settled_threads, stop_on_sigterm
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.store import Store
+
+
+def main() -> None:
+    """Do a stage's work with the others, exit with its code."""
+    parser = argparse.ArgumentParser(prog="python -m llamarefine_jobs.member", description=__doc__)
+    parser.add_argument("stage", choices=[name for name, stage in STAGES.items() if stage.has_checkpoints])
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--store", required=True)
+    options = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    with exit_code(options.stage):
+        work(options.stage, sources.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
+
+
+def work(stage_name: str, recipe: Recipe, store: Store) -> None:
+    """Meet the others, train, leave the outcome for the agent."""
+    stop = stop_on_sigterm()
+    world = distributed.join(stop)
+    parents = find_parents(stage_name, recipe, store)
+    shared = Path(os.environ[distributed.SHARED_FOLDER])
+    own = shared / f"process-{world.rank}"
+    own.mkdir()
+    context = Context(
+        stage=STAGES[stage_name],
+        recipe=recipe,
+        store=store,
+        key=artifact_key(stage_name, recipe, parents),
+        parents=parents,
+        inputs={name: shared / "inputs" / name for name in parents},
+        output=shared / "output",
+        work=own,
+        started_at=datetime.now(UTC),
+        stop=stop,
+        world=world,
+    )
+    with settled_threads(recipe):
+        importlib.import_module(f"llamarefine_jobs.{stage_name}").work(context)
+    if world.is_first:
+        outcome = {"backend": context.backend, "accelerator": context.accelerator, "metrics": context.metrics}
+        (shared / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

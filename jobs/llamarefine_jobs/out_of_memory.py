@@ -1,0 +1,96 @@
+"""Memory that runs out: how it is recognised, what to change, and how a training goes on with less."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+from llamarefine_jobs.contract.errors import OutOfMemoryError
+from llamarefine_jobs.contract.recipe import Dpo, Recipe, Sft
+from llamarefine_jobs.contract.stages import STAGES
+
+# What torch raises as a RuntimeError: for the GPU outside its own allocator, and for a CPU.
+_GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory")
+_RAN_OUT_AT = "LLAMAREFINE_RAN_OUT_AT_ROWS"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says, in whatever library's words, that memory ran out."""
+    return (
+        isinstance(error, MemoryError | OutOfMemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's own is named so as not to import torch here
+        or any(words.search(str(error)) for words in (_GPU, _CPU))
+    )
+
+
+def described(stage_name: str, error: BaseException) -> OutOfMemoryError:
+    """The one line for such an error: which memory, and the setting to change."""
+    if isinstance(error, OutOfMemoryError):
+        return error
+    said = next(iter(str(error).splitlines()), "")
+    on_gpu = _GPU.search(said) or type(error).__name__ == "OutOfMemoryError"
+    whose = "the GPU's memory is too small" if on_gpu else f"{stage_name} needs more memory than it gets here"
+    return OutOfMemoryError(f"{whose}{': ' if said else ''}{said}; {_smaller(stage_name)}")
+
+
+@contextlib.contextmanager
+def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
+    """Where `on_out_of_memory: halve_micro_batch` says so, answer memory that runs out by starting anew with less.
+
+    The process replaces itself: nothing else frees all of a GPU's memory for certain. It goes on from
+    the newest checkpoint. The rows of an optimizer step stay the same, and with them the artifact's key.
+    """
+    try:
+        yield
+    except Exception as error:
+        section = recipe.section(stage_name)
+        if not (isinstance(section, Sft | Dpo) and section.on_out_of_memory == "halve_micro_batch"):
+            raise
+        if not is_out_of_memory(error):
+            raise
+        if section.micro_batch_rows == 1:
+            raise OutOfMemoryError(
+                f"memory is too small for {stage_name} even with micro_batch_rows 1: lower max_length_tokens, set "
+                f"{stage_name}.gradient_checkpointing to true, or give it more memory"
+            ) from None
+        _start_anew(stage_name, section)
+
+
+def ran_out_at() -> list[int]:
+    """The micro-batches, in rows, that were too large for this training so far."""
+    found: list[int] = json.loads(os.environ.get(_RAN_OUT_AT, "[]"))
+    return found
+
+
+def fewer_rows(section: Sft | Dpo) -> int:
+    """Half of `micro_batch_rows`, or the next smaller number that `batch_rows` is a multiple of."""
+    processes = section.gpus * section.nodes
+    halves = range(section.micro_batch_rows // 2, 0, -1)
+    return next(rows for rows in halves if section.batch_rows % (rows * processes) == 0)
+
+
+def _start_anew(stage_name: str, section: Sft | Dpo) -> None:
+    rows = fewer_rows(section)
+    print(
+        f"{stage_name}: memory ran out with micro-batches of {section.micro_batch_rows} rows: starts anew with {rows}, "
+        f"from the newest checkpoint; the {section.batch_rows} rows of a step stay",
+        flush=True,
+    )
+    sys.stderr.flush()
+    os.environ[_RAN_OUT_AT] = json.dumps([*ran_out_at(), section.micro_batch_rows])
+    again = ["-m", STAGES[stage_name].module, *sys.argv[1:], "--set", f"{stage_name}.micro_batch_rows={rows}"]
+    os.execv(sys.executable, [sys.executable, *again])  # noqa: S606 - this very program
+
+
+def _smaller(stage_name: str) -> str:
+    if STAGES[stage_name].has_checkpoints:
+        return (
+            f"lower {stage_name}.micro_batch_rows (the result stays that of batch_rows) or max_length_tokens, "
+            f"or set {stage_name}.on_out_of_memory to halve_micro_batch"
+        )
+    return f"lower {stage_name}.batch_rows" if stage_name in ("evaluate", "infer") else "use a larger machine"

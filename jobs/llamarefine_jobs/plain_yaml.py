@@ -1,0 +1,58 @@
+"""YAML of a person's file, as plain values: no tag makes an object, no alias makes it larger than it looks."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+LIMIT_BYTES = 1 << 20
+_LIMIT_VALUES = 50_000  # with every alias written out; a recipe has a hundred
+_LONGEST_NUMBER = 400  # digits and more: YAML 1.1 reads 1:59:59:… as one number, in quadratic time
+
+
+def load(text: str) -> Any:
+    """The value of one YAML document; ValueError, in one line, for all that is not plain YAML of a sane size.
+
+    A key that stands twice in one place is a mistake, not the later one's win.
+    """
+    if len(text) > LIMIT_BYTES:
+        raise ValueError(f"more than {LIMIT_BYTES} bytes")
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+    except Exception as error:  # PyYAML lets TypeError, AttributeError and more out for some texts
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Looks at what was composed before anything is made of it: a few lines of aliases can stand for billions."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count(node, {}) > _LIMIT_VALUES:
+            raise ValueError(f"more than {_LIMIT_VALUES} values, with its aliases written out")
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"`{key.value}` stands here twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values `node` stands for; one that holds itself raises ValueError."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _LONGEST_NUMBER:
+            raise ValueError(f"a number of {len(node.value)} characters")
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0  # it is being counted
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    elif known[id(node)] == 0:
+        raise ValueError("an alias of something inside itself")
+    return known[id(node)]

@@ -1,0 +1,18 @@
+"""Text that others wrote, on a person's screen: shown, never obeyed."""
+
+import re
+from typing import TextIO
+
+# Whole colour and cursor sequences, then every other control character but tab and line feed. Those from 0x80 on are
+# what an escape and a letter mean in one character.
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, which data, an answer or a log may hold and a screen would obey."""
+    return _CONTROL.sub("", text)
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """`text` as `stream` may have it: clean on a terminal, as it is in a file or a pipe."""
+    return clean(text) if stream.isatty() else text

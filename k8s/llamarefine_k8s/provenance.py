@@ -1,0 +1,197 @@
+"""What a run's model was made from, as a statement that travels with it: in-toto's form, SLSA's provenance v1.
+
+It is written when a run ends, ``runs/<run>/model.intoto.jsonl``, and comes beside the model when that is pulled, never
+into its folder: two equal runs make equal folders. All of it comes from the artifacts' manifests and the run's recipe,
+so the same artifacts give the same bytes; no name of a person, a machine or a local path is in it. Who vouches for it
+is whoever holds the key that it is signed with.
+https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, artifact_path, run_path, short
+from llamarefine_jobs.contract.errors import IntegrityError, from_os_error
+from llamarefine_jobs.store import Store
+from llamarefine_k8s import signing
+from llamarefine_k8s.checks import Check, fail, ok, warning
+from llamarefine_k8s.runs import RunRecord
+
+if TYPE_CHECKING:
+    from llamarefine_k8s.signing import PrivateKey, PublicKey
+
+FILE = "model.intoto.jsonl"
+_STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
+_BUILD, _BUILDER = "urn:llamarefine:pipeline:1", "urn:llamarefine:driver"
+_MODEL = "model/"
+_RESULTS = ("merge", "evaluate")  # what is made of the others: the model's own artifact, and the report on it
+_NAME = "statement"
+_AGAIN = "submit the same recipe again: nothing is trained anew, and the statement is written anew"
+
+
+def statement(run: str, recipe: Mapping[str, Any], made: Mapping[str, Manifest]) -> bytes:
+    """The statement about a finished run's model: canonical JSON, one line. `made` is each stage's manifest."""
+    parts = [(manifest, _artifact(manifest)) for manifest in made.values()]
+    said = {
+        "_type": _STATEMENT,
+        "predicateType": _PREDICATE,
+        "subject": [
+            {"name": file.path.removeprefix(_MODEL), "digest": {"sha256": file.sha256}}
+            for file in made["merge"].part(_MODEL)
+        ],
+        "predicate": {
+            "buildDefinition": {
+                "buildType": _BUILD,
+                "externalParameters": {
+                    "recipe_sha256": hashlib.sha256(_canonical(recipe)).hexdigest(),
+                    "stages": {stage: manifest.recipe for stage, manifest in made.items()},
+                },
+                "internalParameters": {"prompt_template_sha256": made["merge"].prompt_template_sha256},
+                "resolvedDependencies": [
+                    *_sources(recipe),
+                    *(part for manifest, part in parts if manifest.stage not in _RESULTS),
+                ],
+            },
+            "runDetails": {
+                "builder": {"id": _BUILDER, "version": {"llamarefine": made["merge"].package_version}},
+                "metadata": {
+                    "invocationId": run,
+                    "startedOn": min(manifest.started_at for manifest in made.values()).isoformat(),
+                    "finishedOn": max(manifest.finished_at for manifest in made.values()).isoformat(),
+                },
+                "byproducts": [part for manifest, part in parts if manifest.stage in _RESULTS],
+            },
+        },
+    }
+    return _canonical(said)
+
+
+def publish(store: Store, record: RunRecord, made: Mapping[str, Manifest], key: "PrivateKey | None") -> None:
+    """Write the statement about a run, signed where there is a key. One that is signed is not replaced by its like."""
+    payload = statement(record.run, record.recipe, made)
+    path = run_path(record.run, FILE)
+    if key is None and (earlier := store.read(path)) is not None:
+        try:
+            if signing.parse(earlier).payload == payload:
+                return
+        except IntegrityError:
+            pass
+    store.write(path, signing.sign(payload, key) if key else payload + b"\n")
+
+
+def pull(store: Store, run: str, model: Path) -> Path | None:
+    """Bring the statement about a run beside the folder `model`; None, and nothing done, where there is none."""
+    data = store.read(run_path(run, FILE))
+    if data is None:
+        return None
+    place = model.absolute().with_name(f"{model.absolute().name}.intoto.jsonl")
+    temporary = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, place)
+    except OSError as error:
+        raise from_os_error(error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return place
+
+
+def check(
+    store: Store, record: RunRecord, made: Mapping[str, Manifest], key: "PublicKey | None" = None
+) -> Iterator[Check]:
+    """Whether the statement is signed by `key`, and says what the artifacts are: `made`, as the store has them."""
+    if record.state != "done" and key is None:
+        return
+    data = store.read(run_path(record.run, FILE))
+    if data is None:
+        yield (fail if key else warning)(_NAME, "the run has none", _AGAIN)
+        return
+    try:
+        line = signing.parse(data)
+        said = json.loads(line.payload)
+    except (IntegrityError, ValueError, RecursionError) as error:
+        yield fail(_NAME, f"{FILE} {error}" if isinstance(error, IntegrityError) else f"{FILE} holds no JSON", _AGAIN)
+        return
+    yield _signature(line, key)
+    if {"merge", "prepare", "sft", "dpo", "evaluate"} - made.keys():
+        yield fail(_NAME, "cannot be compared: artifacts are missing", "see above")
+        return
+    wrong = _differences(said, json.loads(statement(record.run, record.recipe, made)))
+    if wrong:
+        yield fail(_NAME, f"says otherwise than the artifacts: {', '.join(wrong)}", _AGAIN)
+    else:
+        yield ok(
+            _NAME, f"names the {len(said['subject'])} files of the model and what they were made from, as they are"
+        )
+
+
+def _signature(line: signing.Line, key: "PublicKey | None") -> Check:
+    name = f"{_NAME} signature"
+    by = ", ".join(short(keyid) for keyid, _ in line.signatures)
+    if key is None:
+        if not by:
+            return ok(name, f"there is none: the run had no {signing.SIGNING_KEY}")
+        return warning(name, f"by a key that calls itself {by}; not checked", "give --public-key")
+    if signing.is_signed_by(line, key):
+        return ok(name, f"by the key {short(signing.name_of(key))}")
+    found = f"is by another key, which calls itself {by}, or of other bytes" if by else "is missing"
+    return fail(name, f"{found}; expected one by {short(signing.name_of(key))}", "do not use this model")
+
+
+def _differences(said: Any, expected: Any) -> list[str]:
+    """The parts of a statement that are not as they should be. Words of a later version may be added, none changed."""
+    places = {
+        "the model's files": ("subject",),
+        "the run": ("predicate", "runDetails", "metadata", "invocationId"),
+        "what it was made from": ("predicate", "buildDefinition", "resolvedDependencies"),
+        "the recipe": ("predicate", "buildDefinition", "externalParameters"),
+        "its artifacts": ("predicate", "runDetails", "byproducts"),
+        "its form": ("predicateType",),
+    }
+    return [name for name, place in places.items() if _at(said, place) != _at(expected, place)]
+
+
+def _at(value: Any, place: tuple[str, ...]) -> Any:
+    for name in place:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _artifact(manifest: Manifest) -> dict[str, Any]:
+    about = {
+        "package_version": manifest.package_version,
+        "git_commit": manifest.git_commit,
+        "image_digest": manifest.image_digest,
+        "libraries": manifest.libraries,
+        "backend": manifest.backend,
+        "accelerator": manifest.accelerator,
+    }
+    return {
+        "name": manifest.stage,
+        "uri": f"{artifact_path(manifest.stage, manifest.key)}/{MANIFEST}",
+        "digest": {"sha256": manifest.sha256()},
+        "annotations": {name: value for name, value in about.items() if value},
+    }
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the run read from outside the store. A path of one machine means nothing on another: its digest does."""
+    for name in ("base", "questions", "preferences"):
+        source = recipe["prepare"][name]
+        kind, colon, value = str(source["fingerprint"] or "").rpartition(":")
+        part: dict[str, Any] = {"name": f"{name} source"}
+        if kind in ("sha256", "tree-sha256") and colon:
+            part["digest"] = {kind: value}
+        else:
+            known = {"fingerprint": source["fingerprint"], "revision": source["revision"]}
+            part |= {"uri": source["source"], "annotations": {key: each for key, each in known.items() if each}}
+        yield part
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

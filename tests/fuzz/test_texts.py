@@ -1,0 +1,159 @@
+"""Recipes, settings, progress and log lines, dialogues, statements: whatever the text, a result or one line."""
+
+import json
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llamarefine_jobs import hh
+from llamarefine_jobs.contract import progress
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.progress import Progress
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.recipe_file import parse_recipe, to_yaml
+from llamarefine_jobs.screen import clean
+from llamarefine_k8s import settings, signing
+from llamarefine_k8s.manifests import driver_job, run_map, stage_job
+from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.podlog import PodLog
+
+from .target import fuzzed, held, mutated
+
+RECIPE = b"""\
+name: small
+seed: 3
+prepare:
+  base: {source: tiny-llama, tiny: {layers: 2}}
+  questions: {source: rows.csv, format: csv, question_column: ask}
+  preferences: {source: "s3://bucket/pairs.jsonl"}
+sft: {epochs: 2, learning_rate: 2e-4, lora: {rank: 4, target_layers: [q_proj, v_proj]}}
+dpo: &dpo {beta: 0.1}
+evaluate: {gates: [{metric: loss, at_most: 3}]}
+"""
+SETTINGS = b"""\
+store: s3://bucket/prefix
+image_registry: registry.example.com/team
+resources: {sft: {requests: {cpu: 2, memory: 8Gi}, gpus: 1}}
+node_selector: {gpu: "yes"}
+tolerations: [{key: nvidia.com/gpu, operator: Exists}]
+patches: {prepare: {spec: {template: {spec: {containers: [{name: stage, env: [{name: A, value: b}]}]}}}}}
+"""
+PIECES = [
+    b"&a [*a]", b"*dpo", b"<<: *dpo", b"!!python/object/apply:os.system [id]", b"!!binary aGk=",
+    b"!!set {a, b}", b"? [a]", b"{", b"[", b": ", b"\n  ", b"- ", b"---\n", b"~", b"null", b"true", b".nan",
+    b"1:59:59", b"0x1F", b"1" * 5000, b"2026-02-31", b"\xff", b"\x00", b"\xe2\x80\xae", b"'", b'"',
+    b"https://user:pass@example.com/x", b"../../etc/passwd", b"$(id)", b"`id`", b"%TAG",
+    b"!!timestamp 2026-11-24", b"\x1b[2J", b"{a: " * 60, b"9" * 400, b"!!omap [a: 1]", b"!!float 1_0:0", b"=",
+    b"\xf0\x9f\xa6\x99",
+]  # fmt: skip
+SMALL = parse_recipe("name: small\nprepare: {questions: {source: a.csv}, preferences: {source: b.jsonl}}", "small")
+
+
+@st.composite
+def near(draw: Any, text: bytes) -> bytes:
+    """Something near `text`, or anything at all."""
+    if draw(st.integers(0, 19)) == 0:
+        return draw(st.binary(max_size=300) | st.text(max_size=200).map(lambda some: some.encode(errors="replace")))
+    return mutated(draw, text, PIECES)
+
+
+@fuzzed(0.12)
+@given(near(RECIPE))
+@example(b"a: &a {" + b", ".join(b"k%d: 1" % i for i in range(9)) + b"}\n" + b"".join(
+    b"%c: &%c {<<: [%s]}\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(8)
+))  # fmt: skip
+@example(b"name: 1" + b":59" * 100_000)
+def test_a_recipe(text: bytes) -> None:
+    with held("recipe YAML"):
+        recipe = parse_recipe(text.decode(errors="replace"), "fuzzed")
+        assert parse_recipe(to_yaml(recipe), "again") == recipe
+        artifact_key("prepare", recipe, {})
+
+
+@fuzzed(0.03)
+@given(st.lists(near(b"sft.epochs=2") | near(b"prepare.base.source=a"), max_size=3))
+def test_overrides(overrides: list[bytes]) -> None:
+    with held("--set"):
+        parse_recipe(RECIPE.decode(), "fuzzed", [each.decode(errors="replace") for each in overrides])
+
+
+@fuzzed(0.08)
+@given(near(SETTINGS))
+@example(b"patches:\n  all:\n    a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"    %c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
+))  # fmt: skip
+def test_settings(text: bytes) -> None:
+    """What they parse to can be sent: every object of a run is JSON."""
+    with held("settings YAML"):
+        found = settings.parse(settings.read_text(text.decode(errors="replace"), "fuzzed"), "fuzzed")
+        task = Task("small-00000000", "sft", "0" * 64, SMALL, "s3://bucket/prefix")
+        json.dumps(
+            [run_map("small-00000000", SMALL, found), driver_job("small-00000000", found), stage_job(task, found)]
+        )
+
+
+@fuzzed(0.25)
+@given(near(b"progress stage=sft step=40 steps=100 phase=step loss=4.2137 tokens_per_s=5120 eta_s=12"))
+def test_a_progress_line(line: bytes) -> None:
+    with held("progress lines"):
+        found = progress.parse(line.decode(errors="replace"))
+        assert found is None or isinstance(found, Progress)
+        if found:
+            found.line()
+
+
+class OneLog:
+    """A cluster whose only pod has ended, and whose log is this."""
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self.lines = lines
+
+    def log(self, *_: Any, **__: Any) -> list[bytes]:
+        return self.lines
+
+    def get(self, kind: str, name: str) -> None:
+        return None
+
+
+@fuzzed(0.1)
+@given(st.lists(near(b"2026-11-24T02:00:00.123456789Z progress stage=sft step=1 steps=2"), max_size=6))
+def test_pod_log_lines(lines: list[bytes]) -> None:
+    with held("pod log lines"):
+        for text in PodLog(OneLog(lines), "pod", "stage").lines(follow=False):
+            assert "\n" not in clean(text).replace("\n", "")
+
+
+@fuzzed(0.25)
+@given(near(b"\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant: Like this, Human: see.\n\nHuman: "))
+def test_a_dialogue(text: bytes) -> None:
+    """Nothing of a turn is made up, and a dialogue that is written out again is read the same."""
+    with held("HH dialogues"):
+        whole = text.decode(errors="replace")
+        turns = hh.parse(whole)
+        assert all(turn["content"] in whole for turn in turns)
+        assert all(turn["role"] in ("user", "assistant") for turn in turns)
+        hh.is_dialogue(whole)
+
+
+STATEMENT = json.dumps(
+    {
+        "payload": "eyJfdHlwZSI6ICJ4In0=",
+        "payloadType": signing.PAYLOAD_TYPE,
+        "signatures": [{"keyid": "a", "sig": "AA=="}],
+    }
+).encode()
+
+
+@fuzzed(0.1)
+@given(near(STATEMENT))
+def test_a_statement(line: bytes) -> None:
+    with held("statements"):
+        assert signing.parse(line).payload
+
+
+def test_the_fuzzed_examples_are_right_before_they_are_changed() -> None:
+    """A fuzzer whose seeds are refused tests the refusal only."""
+    assert isinstance(parse_recipe(RECIPE.decode(), "seed"), Recipe)
+    settings.parse(settings.read_text(SETTINGS.decode(), "seed"), "seed")
+    assert signing.parse(STATEMENT).signatures

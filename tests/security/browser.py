@@ -1,0 +1,58 @@
+"""A real browser on one page: what it shows, what it asks for, what it complains of."""
+
+import functools
+import http.server
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Each would leave the word in the title, in the console, or in what the server is asked for.
+ATTACKS = (
+    "<script>document.title='owned'; console.log('owned'); fetch('/owned')</script>",
+    "</div></pre></td><img src=/owned onerror=\"document.title='owned'; console.log('owned')\">",
+    "<svg onload=\"console.log('owned')\"><a href=\"javascript:console.log('owned')\" id=x>x</a></svg>",
+    "<iframe src=/owned></iframe><object data=/owned></object><embed src=/owned>",
+    '<meta http-equiv=refresh content="0;url=/owned"><base href=/owned/><link rel=stylesheet href=/owned>',
+    "<form action=/owned><button autofocus onfocus=\"console.log('owned')\">go</button></form>",
+    "<style>body { background: url(/owned) } </style><p style=\"background:url('/owned')\">",
+    "[click](javascript:alert(1)) ![i](/owned) <javascript:alert(1)>",
+    "&#60;script&#62;console.log('owned')&#60;/script&#62;",
+    "{{ 7 * 7 }} {% include '/etc/passwd' %} \x1b]0;owned\x07 \u202e",
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser made of a page."""
+
+    dom: str
+    asked: tuple[str, ...]
+    said: str
+
+
+def look(page: Path, profile: Path) -> Seen:
+    """Open `page`, served from its folder, and let its scripts, if it has any, run for two seconds of its clock."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(page.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        shown = subprocess.run(
+            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom",
+             f"http://127.0.0.1:{server.server_port}/{page.name}"],
+            capture_output=True, text=True, timeout=180, check=True,
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+    return Seen(shown.stdout, tuple(asked), "\n".join(line for line in shown.stderr.splitlines() if "CONSOLE" in line))

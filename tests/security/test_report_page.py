@@ -1,0 +1,95 @@
+"""What a data set, a model or a bucket's writer puts into a report stays text in a real browser."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs import page
+from llamarefine_jobs.store import Store
+from llamarefine_k8s import results
+
+from ..jobs.test_report import a_report, an_example
+from .browser import ATTACKS, CHROMIUM, look
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+def poisoned() -> str:
+    """A report whose every text is an attack: cells, answers, names, metrics, caveats, machines, libraries."""
+    text = " ".join(ATTACKS)
+    stage = {"stage": text, "seconds": 1.0, "steps": 1, "tokens_per_s": 1.0, "accelerator": text, "backend": text}
+    artifact = dict.fromkeys(("stage", "key", "package_version", "git_commit", "image_digest"), text) | {
+        "manifest_sha256": "0" * 64,
+        "parents": {text: text},
+        "libraries": {text: text},
+        "files": 1,
+        "size_bytes": 1,
+        "seed": 1,
+        "finished_at": "2026-11-24T02:00:00+00:00",
+    }
+    return page.html(
+        a_report(
+            name=text,
+            caveats=list(ATTACKS),
+            examples=[an_example(attack) for attack in ATTACKS],
+            data={"rows_read": 3, text: text, "outcomes": {text: 1, "kept": text}},
+            proofs={"dpo": {text: text}, "merge": {}},
+            stages=[stage],
+            lineage=[artifact],
+            gates=[{"metric": text, "model": text, "bound": text, "value": 1.0, "passed": False}],
+            store=text,
+            prompt_template=text,
+        )
+    )
+
+
+@needs_browser
+def test_no_text_of_a_report_is_run_or_fetched(tmp_path: Path) -> None:
+    file = tmp_path / "site/report.html"
+    file.parent.mkdir()
+    file.write_text(poisoned(), encoding="utf-8")
+    seen = look(file, tmp_path / "profile")
+    assert "owned" not in seen.said
+    assert set(seen.asked) <= {"/report.html", "/favicon.ico"}
+    assert not re.search(r"<(script|img|iframe|object|embed|form|base|link)\b", seen.dom)
+    title = re.search("<title>(.*?)</title>", seen.dom, re.DOTALL)
+    assert title
+    assert title[1].startswith("&lt;script&gt;"), "the attack stands there as text"
+
+
+@needs_browser
+def test_the_browser_of_this_test_would_have_been_owned(tmp_path: Path) -> None:
+    """A test that cannot fail proves nothing: the same texts, not escaped and without the page's policy."""
+    file = tmp_path / "site/report.html"
+    file.parent.mkdir()
+    file.write_text(f"<!doctype html><title>t</title><body>{ATTACKS[0]}{ATTACKS[1]}", encoding="utf-8")
+    seen = look(file, tmp_path / "profile")
+    assert "owned" in seen.said
+    assert "/owned" in seen.asked
+
+
+@needs_browser
+def test_a_page_that_someone_else_put_into_the_bucket_runs_nothing(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    store = Store(s3_uri)
+    evil = f"<!doctype html><title>t</title><body>the report {''.join(ATTACKS)}"
+    store.write("runs/small-00000000/report/report.html", evil.encode())
+    seen = look(results.report_page(store, "small-00000000"), tmp_path / "profile")
+    assert "the report" in seen.dom
+    assert "owned" not in re.sub("srcdoc=.*", "", seen.dom, flags=re.DOTALL)
+    assert not [line for line in seen.said.splitlines() if "CONSOLE" in line and ' "owned"' in line]
+    assert "/owned" not in seen.asked
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_markdown_holds_no_markup_of_others(attack: str) -> None:
+    text = page.inline(attack)
+    assert not re.search(r"(?<!\\)[<>\[\]|`]", text)
+    fenced = page.fenced(f"```\n{attack}\n````")
+    fence = fenced.split("text")[0]
+    assert fenced.count(fence) == 2
+    assert fenced.endswith(fence)

@@ -1,0 +1,97 @@
+"""A TCP proxy that does to connections what networks and restarting servers do."""
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+_SLOW_DOWN = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code>'
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
+_CHUNK_BYTES = 1 << 14
+
+
+class CuttingProxy:
+    """Passes bytes on to `endpoint`, unless told otherwise. What is set here holds for connections at work, too."""
+
+    def __init__(self, endpoint: str) -> None:
+        parts = urlsplit(endpoint)
+        self._behind = (parts.hostname or "", parts.port or 80)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.refuses = False  # closes what comes at once
+        self.stalls = False  # passes nothing on
+        self.slow_downs = 0  # so many requests are answered 503 SlowDown
+        self.lost_answers = 0  # so many answers to PUT are thrown away
+        self.cut_after_bytes: int | None = None  # of each connection, either way together
+        self.cuts = 0
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.refuses = True
+
+    @contextlib.contextmanager
+    def away(self, seconds: float, what: str = "refuses") -> Iterator[None]:
+        """Be so for some seconds, which may outlast the context."""
+        setattr(self, what, True)
+        timer = threading.Timer(seconds, lambda: setattr(self, what, False))
+        timer.start()
+        yield
+        timer.join()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            if self.slow_downs:
+                self.slow_downs -= 1
+                client.recv(_CHUNK_BYTES)
+                head = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+                client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(_SLOW_DOWN) + _SLOW_DOWN)
+                time.sleep(0.05)  # what was not read would turn the end into a reset
+                return
+            if not self.refuses:
+                with socket.create_connection(self._behind) as server:
+                    self._pass_on(client, server)
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        passed_bytes, is_put = 0, False
+        while not self.refuses:
+            if self.stalls:
+                time.sleep(0.05)
+                continue
+            for ready in select.select([client, server], [], [], 0.1)[0]:
+                data = ready.recv(_CHUNK_BYTES)
+                if not data:
+                    return
+                if ready is client:
+                    is_put = data.startswith(b"PUT ") or (is_put and not data.startswith((b"GET ", b"HEAD ", b"POST ")))
+                elif is_put and self.lost_answers and not data.startswith(b"HTTP/1.1 100"):
+                    self.lost_answers -= 1
+                    return
+                if self.cut_after_bytes is not None and passed_bytes + len(data) > self.cut_after_bytes:
+                    self.cuts += 1
+                    return
+                passed_bytes += len(data)
+                (server if ready is client else client).sendall(data)
+
+
+@contextlib.contextmanager
+def before(endpoint: str) -> Iterator[CuttingProxy]:
+    """A proxy before a server, for as long as the context lasts."""
+    proxy = CuttingProxy(endpoint)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
