@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError
-from llamarefine_k8s.api import Cluster, Object, how_to_grant
+from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.checks import Check, fail, ok, warning
+from llamarefine_k8s.wording import how_to_grant
 
 # What whoever submits, drives, looks at or cancels a run asks for. The chart's Role is the same, by a test.
 PERMISSIONS: Mapping[str, tuple[str, ...]] = {
-    "jobs.batch": ("create", "get", "list", "watch", "patch", "delete"),
+    "jobs.batch": ("create", "get", "list", "watch", "delete"),
     "configmaps": ("create", "get", "list", "patch", "delete"),
+    "services": ("create", "get", "list", "patch", "delete"),
     "pods": ("get", "list", "watch", "delete"),
     "pods/log": ("get",),
     "events": ("list",),

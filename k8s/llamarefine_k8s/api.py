@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, StoreError
 from llamarefine_jobs.contract.patience import Patience
+from llamarefine_k8s.wording import cause_of, how_to_grant, kubeconfig_trouble, sentence
 
 Object = dict[str, Any]
 Query = Sequence[tuple[str, Any]]
@@ -265,9 +266,9 @@ class Cluster:
             else:
                 config.load_kube_config(context=self._context, client_configuration=settings)
         except config.ConfigException as error:
-            raise AccessError(_kubeconfig_trouble(self._context, error)) from None
+            raise AccessError(kubeconfig_trouble(self._context, error)) from None
         except Exception as error:  # a kubeconfig that is no YAML, or names files that are not there
-            why = "it is none" if isinstance(error, TypeError | AttributeError | KeyError) else _sentence(error)
+            why = "it is none" if isinstance(error, TypeError | AttributeError | KeyError) else sentence(error)
             raise AccessError(f"the kubeconfig cannot be used: {why}; set KUBECONFIG") from None
         return client.ApiClient(settings)
 
@@ -298,7 +299,7 @@ class Cluster:
             raise StoreError("the API server's answer broke off") from None
         except (HTTPError, OSError) as error:
             raise StoreError(
-                f"the API server at {self._client.configuration.host} cannot be reached: {_cause(error)}; "
+                f"the API server at {self._client.configuration.host} cannot be reached: {cause_of(error)}; "
                 "is the cluster up, and the kubeconfig's context the right one?"
             ) from None
 
@@ -321,22 +322,12 @@ class Cluster:
     def _forbidden(self, message: str) -> AccessError:
         found = _FORBIDDEN.search(message)
         if not found:  # a quota, an admission rule: the server says it best
-            return AccessError(f"the cluster forbids it: {_sentence(message)}")
+            return AccessError(f"the cluster forbids it: {sentence(message)}")
         what = found["resource"] + (f".{found['group']}" if found["group"] else "")
         return _DoubtfulError(
             f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; "
             f"{how_to_grant(found['user'], self.namespace)}"
         )
-
-
-def how_to_grant(user: str, namespace: str) -> str:
-    """What an admin types so that a user may do what the launcher asks for."""
-    account = re.fullmatch(r"system:serviceaccount:([^:]+):([^:]+)", user)
-    subject = f"--serviceaccount={account[1]}:{account[2]}" if account else f"--user={user}"
-    return (
-        f"an admin grants it: kubectl -n {namespace} create rolebinding llamarefine-user --role=llamarefine-driver "
-        f"{subject}"
-    )
 
 
 class _RefusedError(Exception):
@@ -347,7 +338,7 @@ class _RefusedError(Exception):
             message = str(json.loads(body)["message"])
         except (TypeError, ValueError, KeyError):
             message = body.decode(errors="replace")
-        super().__init__(_sentence(message))
+        super().__init__(sentence(message))
         self.status = status
 
 
@@ -386,27 +377,3 @@ def _event(line: bytes) -> Object | None:
         event: Object = json.loads(line)
         return event
     return None
-
-
-def _kubeconfig_trouble(context: str | None, error: Exception) -> str:
-    from kubernetes import config
-
-    try:
-        contexts, _ = config.list_kube_config_contexts()
-    except Exception:
-        return f"no cluster to talk to: {_sentence(error)}; set KUBECONFIG, or log in to a cluster first"
-    names = ", ".join(each["name"] for each in contexts) or "none"
-    return f"the kubeconfig has no context `{context}`; there are {names}" if context else _sentence(error)
-
-
-def _cause(error: BaseException) -> str:
-    if "WRONG_VERSION_NUMBER" in str(error) or "record layer failure" in str(error):
-        return "it does not speak TLS"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "its certificate is not of the authority that the kubeconfig names"
-    reason = getattr(error, "reason", None) or error
-    return _sentence(str(reason).rpartition(": ")[2] or reason)
-
-
-def _sentence(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

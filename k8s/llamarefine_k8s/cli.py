@@ -87,7 +87,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
     planned = plan.plan(pinned, opened)
     memory = gpu_memory.estimates(pinned, opened.uri, ask_hub=False)
     if as_json:
-        stages = [asdict(stage) | {"gpu_memory_bytes": memory.get(stage.stage)} for stage in planned]
+        stages = [asdict(stage) | {"estimated_gpu_memory_bytes": memory.get(stage.stage)} for stage in planned]
         print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": stages})
     else:
         summary.print_plan(open_console(), runs.run_id(pinned), opened, planned, memory)

@@ -92,4 +92,4 @@ def test_plan_shows_it(base: Path, recipe_file: Path, launcher: Launcher) -> Non
     assert code == 0, err
     assert "about 17.1 GiB of GPU memory (estimated)" in out
     planned = json.loads(launcher.run("plan", str(recipe_file), "--json")[1])["stages"]
-    assert [stage["gpu_memory_bytes"] is not None for stage in planned] == [False, True, True, False, False]
+    assert [stage["estimated_gpu_memory_bytes"] is not None for stage in planned] == [False, True, True, False, False]
