@@ -14,6 +14,7 @@ from .faults import Fault, remedy
 from .processes import Ended
 
 _MOST_RUNS = 12
+_RESUMABLE = ("sft", "dpo", "store")  # the others start again, which takes them seconds
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
 
 
@@ -78,7 +79,7 @@ def _recover(trial: Trial, world: Path, fault: Fault, first: Ended) -> float:
     _heal(world, first.last_line)
     again, seconds = _drive(trial, trial.subject, world, fault)
     reached, resumed = _steps(first.lines), _resumed_at(again.lines) if again else 0
-    if reached and again:
+    if reached and again and trial.subject in _RESUMABLE:
         trial.steps_repeated = max(0, max(reached) - resumed)
     return seconds
 
