@@ -28,7 +28,8 @@ from llamarefine_k8s.runs import DRIVER_JOB
 from llamarefine_k8s.settings import Settings
 
 DRIVER_UID = "LLAMAREFINE_DRIVER_UID"
-_GLANCE_S, _LOOK_S = 0.2, 2.0
+_GLANCE_S = 0.2
+_LOOKS_S = (2.0, 30.0)  # at what keeps a stage from starting: so often at first, and where nothing changes for long
 _GONE_S = 60.0
 
 
@@ -179,6 +180,7 @@ class Start:
         self._timeout_s = timeout_s
         self._stage = stage
         self._since_s = self._looked_s = time.monotonic()
+        self._look_s, _ = _LOOKS_S
         self._told: set[str] = set()
 
     def check(self, feed: JobFeed, on_line: Callable[[str], None]) -> None:
@@ -186,13 +188,14 @@ class Start:
         now_s = time.monotonic()
         if feed.is_running:
             self._since_s = now_s
-        if feed.is_running or now_s - self._looked_s < _LOOK_S:
+        if feed.is_running or now_s - self._looked_s < min(self._look_s, self._since_s + self._timeout_s - now_s):
             return
-        self._looked_s = now_s
+        self._looked_s, self._look_s = now_s, min(self._look_s * 1.5, _LOOKS_S[1])
         pods = list(feed.pods.values())
         reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
         if reason and reason.word not in self._told:
             self._told.add(reason.word)
+            self._look_s, _ = _LOOKS_S
             on_line(f"{self._stage}: waits, {reason}")
         if reason and reason.patient:
             self._since_s = now_s

@@ -2,14 +2,18 @@
 
 python tests/bench/scale.py [RUNS_SIDE_BY_SIDE]
 
-The bucket is MinIO's where the program is on the PATH. The API server is a real one (etcd, kube-apiserver) where both
-are; its pods are acted by threads of this process, as their stages are. Otherwise it is the tests' own, and says so.
+The bucket is MinIO's where the program is on the PATH. The runs side by side wait at a real API server (etcd and
+kube-apiserver) where both programs are; their drivers are threads of this process.
 """
 
+import contextlib
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -18,16 +22,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests import s3_server
+from tests.k8s import control_plane
 
 from llamarefine_jobs.contract.artifact import run_path
+from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import live
+from llamarefine_k8s.api import Cluster
+from llamarefine_k8s.cluster import ClusterExecutor
+from llamarefine_k8s.manifests import RUN
+from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.runs import Driver, RunRecord, StageRecord
+from llamarefine_k8s.settings import Settings
 
 LLAMAREFINE = str(Path(sys.executable).parent / "llamarefine")
 DEMO = Path(__file__).parents[2] / "jobs/recipes/demo.yaml"
-FINISHED = 1000
+FINISHED, QUIET_S = 1000, 60
 
 
 def fill(store: Store, count: int = FINISHED) -> None:
@@ -86,5 +99,59 @@ def measure_bucket() -> None:
             )
 
 
+def measure_drivers(count: int) -> None:
+    """What `count` stages that wait side by side ask of the API server, and how soon `status` answers beside them."""
+    missing = [program for program in control_plane.PROGRAMS if not control_plane.find(program)]
+    if missing:
+        print(f"no figures of runs side by side: {', '.join(missing)} not found")
+        return
+    with control_plane.serve() as kubeconfig, tempfile.TemporaryDirectory() as folder:
+        os.environ["KUBECONFIG"] = str(kubeconfig)
+        os.environ.pop("KUBERNETES_SERVICE_HOST", None)
+        cluster, recipe = Cluster(patience=Patience(120)), load_recipe(DEMO)
+        tasks = [Task(f"demo-{n:08x}", "sft", f"{n:064x}", recipe, folder) for n in range(count)]
+
+        def wait_for(task: Task) -> None:
+            executor = ClusterExecutor(Cluster(patience=Patience(120)), Settings(gpu_resource=None))
+            with contextlib.suppress(LlamaRefineError):  # its Job is removed below
+                executor.execute(task, lambda line: None)
+
+        threads = [threading.Thread(target=wait_for, args=(task,), daemon=True) for task in tasks]
+        for thread in threads:
+            thread.start()
+        while len(cluster.objects("Job", labels=RUN)) < count:
+            time.sleep(1)
+        time.sleep(QUIET_S)
+        before, began_s = requests(cluster), time.monotonic()
+        time.sleep(QUIET_S)
+        asked, seconds = requests(cluster) - before, time.monotonic() - began_s
+        print(f"{count} stages wait: {asked / seconds:.1f} requests/s, load {os.getloadavg()[0]:.1f}")
+        wall, cpu = look_s(cluster, tasks[-1].run)
+        print(f"  looking at one run: median {wall:.2f} s (processor {cpu:.2f} s)")
+        for task in tasks:
+            cluster.delete("Job", f"{task.run}-sft")
+        for thread in threads:
+            thread.join(60)
+
+
+def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
+    """Wall and processor seconds of finding a run and asking what it waits for, the median of each."""
+    wall, cpu = [], []
+    for _ in range(times):
+        began_s, before_s = time.perf_counter(), time.thread_time()
+        live.look(cluster, live.find_run(cluster, run))
+        wall.append(time.perf_counter() - began_s)
+        cpu.append(time.thread_time() - before_s)
+    return statistics.median(wall), statistics.median(cpu)
+
+
+def requests(cluster: Cluster) -> float:
+    """How many requests the API server has had for what the launcher asks for."""
+    text = cluster._call("GET", "/metrics").data.decode()
+    of_ours = r'^apiserver_request_total{[^}]*resource="(?:jobs|pods|events|configmaps)"[^}]*} (\S+)$'
+    return sum(float(found) for found in re.findall(of_ours, text, re.MULTILINE))
+
+
 if __name__ == "__main__":
     measure_bucket()
+    measure_drivers(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

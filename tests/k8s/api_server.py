@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._idle(3600)
             elif fault.status:
                 self._answer(fault.status, {"message": f"fault {fault.status}"}, fault.headers)
-            elif api.token and self.headers.get("Authorization") != f"Bearer {api.token}":
+            elif api.token and self.headers.get("Authorization", "").partition(" ")[2] != api.token:
                 self._answer(401, {"message": "Unauthorized"})
             elif fault.deaf:
                 self._discard(body)
