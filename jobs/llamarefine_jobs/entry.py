@@ -284,7 +284,7 @@ def exit_code(stage_name: str) -> Iterator[None]:
                 DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, run again"),
             )
         if distributed.is_member(os.environ) and distributed.means_lost_peer(error):
-            _end(stage_name, PeerLostError(f"{stage_name} lost another process: {_first_line(error)}"))
+            _end(stage_name, PeerLostError(f"{stage_name} lost another process; it goes on from the last checkpoint"))
         traceback.print_exc()
         _end(
             stage_name,

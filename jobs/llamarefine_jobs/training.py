@@ -223,6 +223,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
     _settle_order(trainer, watch.section)
+    _settle_device(trainer)
     began_s = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -279,6 +280,15 @@ def _settle_order(trainer: Trainer, section: Sft | Dpo) -> None:
         return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
 
     trainer._get_train_sampler = sampler
+
+
+def _settle_device(trainer: Trainer) -> None:
+    """Let an optimizer's state be loaded: accelerate calls the CPU of one of several processes `cpu:0`, and torch.load
+    knows only `cpu`."""
+    import torch
+
+    if trainer.args.device.type == "cpu":
+        vars(trainer.args)["_setup_devices"] = torch.device("cpu")  # what `args.device` was worked out to be
 
 
 def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:

@@ -7,13 +7,13 @@ import pytest
 
 from llamarefine_jobs import sources
 from llamarefine_jobs.contract.artifact import artifact_key
-from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import run_id
-from llamarefine_k8s.settings import Settings
-from llamarefine_k8s.submission import bring_sources, objects_of
+from llamarefine_k8s.settings import Resources, Settings
+from llamarefine_k8s.submission import bring_sources, check_gpus, objects_of
 
 
 @pytest.fixture
@@ -95,3 +95,21 @@ def test_everything_of_a_run_is_listed(recipe_file: Path, s3_uri: str) -> None:
     assert [name for _, name in made[2:]] == [
         f"{run}-{stage}" for stage in ("prepare", "sft", "dpo", "merge", "evaluate")
     ]
+
+
+def test_a_training_on_two_nodes_has_its_service_listed_before_it(recipe_file: Path, s3_uri: str) -> None:
+    more = ["dpo.nodes=2", "dpo.micro_batch_rows=1"]
+    pinned = bring_sources(load_recipe(recipe_file, more), Settings(store=s3_uri), lambda text: None)
+    made = [(each["kind"], each["metadata"]["name"]) for each in objects_of(pinned, Settings(store=s3_uri))]
+    place = made.index(("Job", f"{run_id(pinned)}-dpo"))
+    assert made[place - 1] == ("Service", f"nodes-{run_id(pinned)}-dpo")
+    assert [kind for kind, _ in made].count("Service") == 1
+
+
+def test_settings_and_recipe_that_name_different_gpus_are_refused_before_anything_is_made(
+    recipe_file: Path, s3_uri: str
+) -> None:
+    pinned = load_recipe(recipe_file, ["sft.gpus=4", "sft.batch_rows=16", "sft.micro_batch_rows=1"])
+    given = Settings(store=s3_uri, resources={"sft": Resources(gpus=2)})
+    with pytest.raises(RecipeError, match=r"sft\.gpus is 4 in the recipe, resources\.sft\.gpus is 2 in the settings"):
+        check_gpus(pinned, given)
