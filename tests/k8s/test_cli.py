@@ -251,7 +251,13 @@ def test_a_failed_gate_keeps_and_shows_everything(
         err.splitlines()[-1] == "error: quality gate: loss of merged is 2, not at most 1.0; model and report are kept"
     )
     assert "✗ gate: loss of merged at most 1.0, measured 2" in out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "report.html", "report.md", "report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model",
+        "model.intoto.jsonl",
+        "report.html",
+        "report.md",
+        "report.json",
+    }
     assert "quality gates failed" in launcher.run("status", "--store", store.uri)[1]
 
 
