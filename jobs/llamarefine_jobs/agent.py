@@ -37,7 +37,6 @@ OUTCOME = "outcome.json"
 MEMBER = "llamarefine_jobs.member"
 _PORT = 29500  # torch's own habit
 _GLANCE_S = 0.2
-_LEAST = 5
 _TOGETHER_S = 5.0  # failures so close have one cause
 
 
@@ -218,8 +217,7 @@ class Agent:
 
     def _how_it_ended(self, codes: dict[int, int], *, told: bool) -> LlamaRefineError:
         """The error that is the cause; the others only lost it."""
-        # Told to stop, the first to leave with its checkpoint saved makes torch end the ones that are just leaving.
-        rank = min(codes, key=lambda rank: _LEAST if told and codes[rank] < 0 else _order(codes[rank]))
+        rank = min(codes, key=lambda rank: _order(codes[rank]))
         code = codes[rank]
         if code < 0 and told:
             return PreemptedError(f"{self._stage} was ended before it had saved")
@@ -245,7 +243,9 @@ def _hold_to_one_gpu(environment: MutableMapping[str, str]) -> None:
 
 
 def _order(code: int) -> int:
-    """What ends a training, before what follows from it: a reason, a death, a bug, a lost peer."""
+    """What ends a training, before what follows from it: a reason, a death, a bug, a saved stop, a lost peer."""
+    if code == -signal.SIGTERM:
+        return 5  # by torch, as soon as the first one leaves: this one was leaving, too
     if code < 0:
         return 1
     kind = by_exit_code(code)

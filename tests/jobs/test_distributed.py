@@ -250,7 +250,8 @@ def test_parts_of_the_rows_hold_each_row_once() -> None:
         ({0: 21, 1: -9}, False, (PeerLostError, "process 1 of 2 was killed by SIGKILL")),
         ({0: 30, 1: 30}, True, (PreemptedError, "words of 0")),
         ({0: -15, 1: 30}, True, (PreemptedError, "words of 1")),  # it was leaving, too
-        ({0: -9, 1: 21}, True, (PeerLostError, "words of 1")),
+        ({0: -15, 1: 30}, False, (PreemptedError, "words of 1")),  # another node was told
+        ({0: -15, 1: -15}, True, (PreemptedError, "ended before it had saved")),
         ({0: 1, 1: 21}, False, (LlamaRefineError, "words of 0")),
     ],
 )
