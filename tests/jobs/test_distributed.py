@@ -1,7 +1,7 @@
 """Several processes train what one process trains: real trainers, gloo on the CPU.
 
-Sums are made in another order, and Adam divides small gradients by small numbers: adapters are compared within 2e-4,
-their losses within 1e-4.
+Sums are made in another order, and Adam divides small gradients by small numbers: weights of up to 0.2 are compared
+within 1e-5 (6e-7 was seen), losses too.
 """
 
 import json
@@ -36,7 +36,7 @@ STAGES = ("sft", "dpo")
 # Sixty rows in batches of eight: the last one of an epoch has four of its own.
 IN_ONE = ("{0}.micro_batch_rows=4",)
 IN_TWO = ("{0}.micro_batch_rows=4", "{0}.gpus=2")
-TOLERANCE, LOSS_TOLERANCE = 2e-4, 1e-4
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,12 @@ def assert_the_same_training(found: Path, expected: Path, stage: str) -> None:
     one, other = manifest(expected, stage), manifest(found, stage)
     assert one["key"] == other["key"], "how many processes train is no part of what they make"
     for name in ("validation_loss", "train_loss"):
-        assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=LOSS_TOLERANCE)
+        assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=TOLERANCE)
     assert one["metrics"]["best_step"] == other["metrics"]["best_step"]
     histories = [run["metrics"]["history"] for run in (one, other)]
     assert len(histories[0]) == len(histories[1])
     for expected_row, found_row in zip(*histories, strict=True):
-        assert found_row == pytest.approx(expected_row, abs=1e-3)
+        assert found_row == pytest.approx(expected_row, abs=1e-4)
     weights = adapter(found, stage)
     for name, tensor in adapter(expected, stage).items():
         torch.testing.assert_close(weights[name], tensor, atol=TOLERANCE, rtol=0)
