@@ -108,7 +108,7 @@ pull: $(READY) ## bring the newest run's merged model from the current cluster's
 	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
 
 e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
-	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/test_on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/test_on_kind.py tests/k8s/test_preflight_on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
 
 chart: ## check the Helm chart and pack it into dist/
 	@helm lint --strict charts/llamarefine --set minio.enabled=true

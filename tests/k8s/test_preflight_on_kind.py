@@ -19,27 +19,8 @@ from tests.s3_server import KEY, SECRET, S3Server
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LLAMAREFINE_E2E"), reason="makes a cluster: `make e2e` runs it")
 
-NODE_GPUS = {"status": {"capacity": {"nvidia.com/gpu": "1"}, "allocatable": {"nvidia.com/gpu": "1"}}}
 STAGES = ("driver", "prepare", "sft", "dpo", "merge", "evaluate")
 SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}}
-
-
-@pytest.fixture(scope="module")
-def the_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KindCluster]:
-    """One node with one GPU by name, and no image: nothing is run."""
-    environment = kind.environment(tmp_path_factory.mktemp("kind"))
-    if missing := kind.missing(environment):
-        pytest.skip(f"no cluster can be made here: {', '.join(missing)} not found")
-    made = KindCluster(f"llamarefine-preflight-{os.getpid()}", environment)
-    node = environment.get("KIND_NODE_IMAGE")
-    try:
-        image = ["--image", node] if node else []
-        made.run("kind", "create", "cluster", "--name", made.name, "--wait", "180s", *image)
-        node = f"{made.name}-control-plane"
-        made.kubectl("patch", "node", node, "--subresource=status", "--type=merge", "-p", json.dumps(NODE_GPUS))
-        yield made
-    finally:
-        made.run("kind", "delete", "cluster", "--name", made.name, check=False)
 
 
 class Namespace:
@@ -58,10 +39,6 @@ class Namespace:
             "helm", "install", "llamarefine", "charts/llamarefine", "-n", self.name, f"--set=settings.store={store}"
         )
         self.settle()
-
-    @property
-    def node(self) -> str:
-        return f"{self.made.name}-control-plane"
 
     def kubectl(self, *arguments: str) -> str:
         return self.made.kubectl("-n", self.name, *arguments)
@@ -98,10 +75,10 @@ class Namespace:
 
 
 @pytest.fixture
-def team(the_cluster: KindCluster, s3_uri: str, s3: S3Server, tmp_path: Path) -> Iterator[Namespace]:
-    made = Namespace(the_cluster, s3_uri, s3, tmp_path)
+def team(kind_cluster: KindCluster, s3_uri: str, s3: S3Server, tmp_path: Path) -> Iterator[Namespace]:
+    made = Namespace(kind_cluster, s3_uri, s3, tmp_path)
     yield made
-    the_cluster.kubectl("delete", "namespace", made.name, "--wait=false")
+    kind_cluster.kubectl("delete", "namespace", made.name, "--wait=false")
 
 
 @pytest.fixture
@@ -205,7 +182,7 @@ def test_a_quota_in_the_way_is_told(team: Namespace, wrong: Callable[..., dict[s
     ("settings", "said"),
     [
         ({"node_selector": {"disk": "fast"}}, "has not the label disk=fast"),
-        ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 1 nvidia.com/gpu, not 8"),
+        ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 2 nvidia.com/gpu, not 8"),
         ({"gpu_resource": "amd.com/gpu"}, "has 0 amd.com/gpu, not 1"),
     ],
 )
@@ -225,7 +202,7 @@ def test_a_training_far_over_the_card_is_refused_before_anything_is_submitted(
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", **TINYLLAMA}))
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(tmp_path / "base")))
-    team.made.kubectl("label", "node", team.node, "nvidia.com/gpu.memory=8192", "--overwrite")
+    team.made.kubectl("label", "node", f"{kind.CLUSTER}-control-plane", "nvidia.com/gpu.memory=8192", "--overwrite")
     assert team.preflight(str(recipe_file))["GPU memory for sft"].startswith("FAIL 17.1 GiB of the 8.0 GiB")
     code, out = team.run("submit", str(recipe_file), "--detach")
     assert code == 14
@@ -233,4 +210,4 @@ def test_a_training_far_over_the_card_is_refused_before_anything_is_submitted(
     assert team.kubectl("get", "jobs,pods", "-o", "name") == ""
     assert team.run("submit", str(recipe_file), "--detach", "--no-memory-check")[0] == 0
     team.run("cancel", "small")
-    team.made.kubectl("label", "node", team.node, "nvidia.com/gpu.memory-")
+    team.made.kubectl("label", "node", f"{kind.CLUSTER}-control-plane", "nvidia.com/gpu.memory-")
