@@ -23,7 +23,7 @@ from llamarefine_k8s.manifests import (
     stage_service,
 )
 from llamarefine_k8s.pipeline import Task
-from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, why_replaced, why_waiting
+from llamarefine_k8s.reasons import Reason, condition, how_it_ended, newest, out_of_memory, why_replaced, why_waiting
 from llamarefine_k8s.runs import DRIVER_JOB
 from llamarefine_k8s.settings import Settings
 
@@ -82,6 +82,9 @@ class ClusterExecutor:
             if len(feed.pods) > max(pods, feed.nodes):
                 on_line(f"{task.stage}: {why_replaced(feed.replaced)}; another one goes on")
             pods = len(feed.pods)
+            if killed := feed.killed_for_memory:
+                self._remove(feed)
+                raise out_of_memory(task.stage, killed)
             if self._cancels > cancelled:
                 cancelled = self._cancels
                 self._stop(task, feed, cancelled)

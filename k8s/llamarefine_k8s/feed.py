@@ -12,7 +12,7 @@ from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.manifests import JOB_NAME
 from llamarefine_k8s.podlog import PodLog
-from llamarefine_k8s.reasons import condition, has_begun, index_of, newest, of_node
+from llamarefine_k8s.reasons import condition, has_begun, index_of, is_killed_for_memory, newest, of_node
 
 _LATE_S = 3.0
 _BEGUN = ("Running", "Succeeded")
@@ -93,6 +93,12 @@ class JobFeed:
         """Whether the newest pod's container runs, of each of the Job's nodes."""
         last = {index_of(pod): pod for pod in self._by_age()}
         return len(last) == self.nodes and all(pod["status"].get("phase") in _BEGUN for pod in last.values())
+
+    @property
+    def killed_for_memory(self) -> Object | None:
+        """A pod that passed its memory limit, once its log is read."""
+        killed = (pod for pod in self.pods.values() if is_killed_for_memory(pod))
+        return next((pod for pod in killed if pod["metadata"]["uid"] not in self._reading), None)
 
     @property
     def nodes(self) -> int:

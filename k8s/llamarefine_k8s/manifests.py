@@ -37,7 +37,6 @@ CONTAINER = "stage"
 _CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
 _DRIVER_RETRIES = 3
 _MEETING_PORT = 29500  # agent.py's, where a training's processes meet
-_OUT_OF_MEMORY = 137  # SIGKILL: the kernel's, when a container passes its memory limit
 
 
 def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
@@ -185,13 +184,13 @@ def owner_reference(kind: str, name: str, uid: str) -> Manifest:
 def pod_failure_policy(container: str) -> Manifest:
     """errors.py's dispositions as the Job controller's rules; the first that fits decides.
 
-    A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts.
+    A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts, 137
+    too: that is any SIGKILL, and only its reason tells the memory limit's, which the executor looks at.
     """
     codes: dict[Disposition, list[int]] = {disposition: [] for disposition in Disposition}
     kinds: list[type[LlamaRefineError]] = [LlamaRefineError, *all_errors(), InterruptedRunError]
     for kind in kinds:
         codes[kind.disposition].append(kind.exit_code)
-    codes[Disposition.FAIL].append(_OUT_OF_MEMORY)
     actions = {Disposition.RESUME: "Ignore", Disposition.FAIL: "FailJob", Disposition.RETRY: "Count"}
     rules = [
         {

@@ -105,8 +105,8 @@ def how_it_ended(name: str, job: Object, pods: Sequence[Object]) -> LlamaRefineE
     if pod is None:
         return LlamaRefineError(f"{name} failed: {failed.get('message') or 'its pod is gone'}")
     ended = container_state(pod)["terminated"]
-    if ended.get("reason") == "OOMKilled":
-        return _out_of_memory(name, pod)
+    if is_killed_for_memory(pod):
+        return out_of_memory(name, pod)
     code, message = ended.get("exitCode", 1), (ended.get("message") or "").strip()
     kind = by_exit_code(code)
     try:
@@ -121,7 +121,13 @@ def _exit_code(pod: Object) -> int:
     return code
 
 
-def _out_of_memory(name: str, pod: Object) -> LlamaRefineError:
+def is_killed_for_memory(pod: Object) -> bool:
+    """Whether the kernel ended its container for its memory limit: another pod would end so, too."""
+    return bool(container_state(pod).get("terminated", {}).get("reason") == "OOMKilled")
+
+
+def out_of_memory(name: str, pod: Object) -> LlamaRefineError:
+    """The error that such an end means."""
     limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory", "the node's memory")
     return OutOfMemoryError(
         f"{name} was killed for want of memory: it may use {limit}; raise resources.{name}.limits.memory"

@@ -204,7 +204,8 @@ class Journal:
             created_at=self._before.created_at if self._before else now,
             updated_at=now,
             driver=Driver.this_process(),
-            stages={name: StageRecord() for name in SEQUENCE},
+            # What an earlier driver left stays in sight: this one may be killed before it comes so far.
+            stages={name: self._left(name) or StageRecord() for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
         self._on_change = on_change
@@ -228,8 +229,8 @@ class Journal:
 
     def was_left(self, stage: str, key: str) -> bool:
         """Whether an earlier driver began this very stage and did not live to write down its end."""
-        there = self._before.stages.get(stage) if self._before else None
-        return there is not None and there.key == key and there.state in ("running", "interrupted")
+        there = self._left(stage)
+        return there is not None and there.key == key
 
     def run(self, *, patient: bool = True, **changes: Any) -> None:
         """Change and write the run's own fields; where not `patient`, StoreError at once in an outage."""
@@ -255,6 +256,13 @@ class Journal:
     @property
     def _path(self) -> str:
         return run_path(self.record.run, RECORD)
+
+    def _left(self, stage: str) -> StageRecord | None:
+        """The record of a stage that an earlier driver did not see end."""
+        there = self._before.stages.get(stage) if self._before else None
+        if there is None or there.state not in ("running", "interrupted"):
+            return None
+        return there.model_copy(update={"state": "interrupted"})
 
     def _earlier(self, run: str) -> RunRecord | None:
         """What an earlier driver wrote; LlamaRefineError where it still drives."""

@@ -129,6 +129,8 @@ def work(context: entry.Context) -> None:
             raise DivergedError(f"{name}: the loss became NaN at step 3; lower {name}.learning_rate")
         case "bug":
             raise ZeroDivisionError("a mistake of ours")
+        case "hoard memory":
+            print(len(b"x" * (1 << 30)))
         case "kill itself":
             os.kill(os.getpid(), signal.SIGKILL)
         case "say much":

@@ -204,6 +204,29 @@ def test_a_stages_failure_comes_back_with_its_words_and_its_code(on: OnCluster, 
     assert len(on.pods(run[0], stage="sft")) == 1
 
 
+def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named(
+    on: OnCluster, recipe_file: Path
+) -> None:
+    small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
+    on.act('{"sft": "hoard memory"}', resources=dict.fromkeys(SEQUENCE, small))
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 14
+    assert said.splitlines()[-1] == (
+        "error: sft was killed for want of memory: it may use 300Mi; raise resources.sft.limits.memory"
+    )
+    assert "another one goes on" not in said
+
+
+def test_a_stage_that_is_killed_is_tried_again(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    run = on.submit(recipe_file)
+    eventually(has_step(on, run, 5), 90)
+    (pod,) = on.pods(run, stage="sft")
+    on.made.kubectl("-n", NAMESPACE, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 0, said
+
+
 def test_cancel_leaves_nothing_behind_within_15_s(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
