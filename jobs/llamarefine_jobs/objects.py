@@ -156,10 +156,10 @@ class FileObjects:
                             entries.append(_entry(path, file))
         yield from sorted(entries, key=lambda entry: entry.path)
 
-    def unfinished(self) -> Iterator[Entry]:
+    def unfinished(self, folder: str = ".") -> Iterator[Entry]:
         """What writers that were killed left, and what others write just now: files under temporary names."""
         with _os_errors(self.root):
-            for file in sorted(self.root.rglob(f"{_TEMPORARY}*")):
+            for file in sorted((self.root / folder).rglob(f"{_TEMPORARY}*")):
                 with contextlib.suppress(FileNotFoundError):
                     yield _entry(file.relative_to(self.root).as_posix(), file)
 

@@ -109,6 +109,9 @@ class Store:
         """Remove every checkpoint of a training that is published as a whole."""
         for step in self.checkpoint_steps(stage, key):
             self._remove(checkpoint_path(stage, key, step))
+        if isinstance(self.objects, FileObjects):
+            for entry in list(self.objects.unfinished(checkpoint_path(stage, key))):  # of processes that were killed
+                self.objects.delete(entry.path)
 
     # Runs: small files, replaced as a whole
 

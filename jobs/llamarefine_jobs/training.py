@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,14 @@ class Watch(TrainerCallback):
             self.checkpoints.offer(self.unproved)
         self.unproved = None
 
+    def rescue(self) -> None:
+        """Bring the newest checkpoint to the store where that goes; what ended the training is told in any case."""
+        try:
+            self.hand_over()
+            self.checkpoints.settle()
+        except Exception as error:  # without memory not even a thread starts
+            self.context.note(f"the newest checkpoint is not in the store: {error}")
+
     def diverged(self, what: str) -> DivergedError:
         """The error that names the last good checkpoint: of those in the store each was followed by a good loss."""
         self.checkpoints.settle()
@@ -229,8 +238,8 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if not isinstance(error, DivergedError):
-            watch.hand_over()  # whoever goes on needs it
-        watch.checkpoints.settle()
+            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and memory may be short
+            watch.rescue()
         raise
     watch.checkpoints.abandon()
     state = trainer.state

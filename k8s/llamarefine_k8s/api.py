@@ -58,7 +58,7 @@ class Cluster:
     ) -> None:
         self.patience = patience or Patience()
         self._context = context
-        self._is_known = False  # whether the server accepted us before
+        self._allowed: set[str] = set()  # what the server let us do before
         self.namespace = namespace or "default"
         self._client = self._connect()
         if not namespace:
@@ -71,7 +71,7 @@ class Cluster:
 
     def get(self, kind: str, name: str) -> Object | None:
         """An object, or None."""
-        return self._ask("GET", self._path(kind, name), missing_ok=True)
+        return self._ask("GET", kind, name, missing_ok=True)
 
     def objects(self, kind: str, *, labels: str = "", fields: str = "") -> list[Object]:
         """The objects that the selectors name."""
@@ -79,7 +79,7 @@ class Cluster:
 
     def create(self, manifest: Object) -> Object | None:
         """Make an object; None where one of that name is there."""
-        return self._ask("POST", self._path(manifest["kind"]), manifest, existing_ok=True)
+        return self._ask("POST", manifest["kind"], body=manifest, existing_ok=True)
 
     def try_out(self, manifest: Object) -> list[str]:
         """Have the server check an object without making it: its warnings. Raises what it would be refused for."""
@@ -95,14 +95,14 @@ class Cluster:
 
     def patch(self, kind: str, name: str, patch: Object) -> Object | None:
         """Merge a patch into an object; None where there is none."""
-        return self._ask("PATCH", self._path(kind, name), patch, missing_ok=True)
+        return self._ask("PATCH", kind, name, patch, missing_ok=True)
 
     def delete(self, kind: str, name: str, grace_s: int | None = None) -> None:
         """Remove an object, and in the background what it owns; nothing happens where there is none."""
         options: Object = {"propagationPolicy": "Background"}
         if grace_s is not None:
             options["gracePeriodSeconds"] = grace_s
-        self._ask("DELETE", self._path(kind, name), options, missing_ok=True)
+        self._ask("DELETE", kind, name, options, missing_ok=True)
 
     def log(self, pod: str, container: str, *, since: str | None, follow: bool) -> Iterator[bytes]:
         """The lines of a container's log, each with its time before it and its end of line, which a part of one lacks.
@@ -152,7 +152,7 @@ class Cluster:
             ]
             query += [("allowWatchBookmarks", "true"), *_selectors(labels, fields)]
             try:
-                response = self._patiently(functools.partial(self._open, self._path(kind), query))
+                response = self._patiently(functools.partial(self._open, self._path(kind), query), f"WATCH {kind}")
             except _GoneError:
                 return
             began_s = time.monotonic()
@@ -173,7 +173,7 @@ class Cluster:
             return self._call("GET", path, query=query, read_timeout_s=_WATCH_S + _SILENCE_S)
 
     def _listed(self, kind: str, labels: str, fields: str) -> tuple[list[Object], str]:
-        found = self._ask("GET", self._path(kind), query=_selectors(labels, fields)) or {}
+        found = self._ask("GET", kind, query=_selectors(labels, fields)) or {}
         return found["items"], found["metadata"]["resourceVersion"]
 
     def _path(self, kind: str, name: str = "") -> str:
@@ -182,7 +182,8 @@ class Cluster:
     def _ask(
         self,
         method: str,
-        path: str,
+        kind: str,
+        name: str = "",
         body: Object | None = None,
         *,
         query: Query = (),
@@ -195,17 +196,17 @@ class Cluster:
         def ask() -> Object | None:
             with self._errors():
                 try:
-                    found: Object = json.loads(self._call(method, path, body, query).data)
+                    found: Object = json.loads(self._call(method, self._path(kind, name), body, query).data)
                 except _RefusedError as refused:
                     if refused.status not in expected:
                         raise
                     return None
                 return found
 
-        return self._patiently(ask)
+        return self._patiently(ask, f"{method} {kind}")
 
-    def _patiently(self, ask: Callable[[], Result]) -> Result:
-        """What `ask` returns, an outage waited out, and the refusal of a server that has only just started too."""
+    def _patiently(self, ask: Callable[[], Result], what: str) -> Result:
+        """What `ask` returns, an outage waited out; of `what` was allowed before, a starting server's refusal too."""
         refused_until_s: float | None = None
         while True:
             try:
@@ -213,11 +214,11 @@ class Cluster:
             except AccessError as refused:
                 now_s = time.monotonic()
                 refused_until_s = refused_until_s or now_s + min(_DOUBT_S, self.patience.limit_s)
-                if not (self._is_known and isinstance(refused, _DoubtfulError)) or now_s > refused_until_s:
+                if not (what in self._allowed and isinstance(refused, _DoubtfulError)) or now_s > refused_until_s:
                     raise
                 time.sleep(_PAUSES_S[2])
             else:
-                self._is_known = True
+                self._allowed.add(what)
                 return found
 
     def _call(

@@ -218,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _do(self, body: Any) -> None:
         parts = urlsplit(self.path)
         found, query, api = _PATH.fullmatch(parts.path), dict(parse_qsl(parts.query)), self.server.api
-        assert found, self.path
+        if not found:
+            self._answer(403, {"message": f"{self.path} is forbidden: only one namespace is yours"})
+            return
         plural, name, log = found.groups()
         if log and (plural, name) in api.objects:
             self._send_log(name, query)

@@ -48,7 +48,13 @@ def manifest_of(store: Store, stage: str) -> Manifest:
 
 
 def test_a_run_as_it_was_made_is_right(store: Store, done: Recipe) -> None:
-    assert set(told(store)) == {*SEQUENCE, *(f"{stage} parents" for stage in SEQUENCE[1:]), "report"}
+    assert set(told(store)) == {
+        *SEQUENCE,
+        *(f"{stage} parents" for stage in SEQUENCE[1:]),
+        "report",
+        "statement",
+        "statement signature",
+    }
     assert wrong(store) == {}
 
 
@@ -75,7 +81,7 @@ def test_a_changed_manifest_is_named_and_so_are_its_children(store: Store, done:
     assert data
     store.write(path, data.replace(b'"seed": 42', b'"seed": 43'))
     found = wrong(store)
-    assert set(found) == {"dpo", "merge parents", "evaluate parents"}
+    assert set(found) == {"dpo", "merge parents", "evaluate parents", "statement"}
     assert "was changed after it was written" in found["dpo"]
 
 
@@ -88,7 +94,7 @@ def test_a_parent_that_was_made_again_with_the_same_bytes_is_right(store: Store,
     sft = manifest_of(store, "sft")
     store.objects.delete(f"{sft.folder.rpartition('/')[0]}/manifest.json")
     publish("sft", done, store)
-    assert wrong(store) == {}
+    assert [name for name, text in wrong(store).items() if text.startswith("FAIL")] == []
     assert "which were made again since" in told(store)["dpo parents"]
 
 
@@ -100,7 +106,7 @@ def test_a_child_of_other_bytes_is_named(store: Store, done: Recipe) -> None:
         data = store.read(f"{manifest_of(store, 'dpo').folder}/{file.path}")
         store.write(f"{forged.folder}/{file.path}", data or b"")
     store.write(f"{sft.folder.rpartition('/')[0]}/manifest.json", forged.to_bytes())
-    assert set(wrong(store)) == {"dpo parents", "merge parents", "evaluate parents"}
+    assert set(wrong(store)) == {"dpo parents", "merge parents", "evaluate parents", "statement"}
 
 
 def test_a_report_that_is_not_evaluates_is_named(store: Store, done: Recipe) -> None:
@@ -139,6 +145,6 @@ def test_the_command_says_it_line_by_line_and_ends_with_the_code(
     store.write(f"{merge.folder}/{merge.files[0].path}", b"!")
     code, out, err = launcher.run("verify", "--store", file_uri, "--json")
     assert code == 16
-    assert err.strip().endswith("1 of 10 checks failed")
+    assert err.strip().endswith("1 of 12 checks failed")
     checks = json.loads(out)["checks"]
     assert [check["name"] for check in checks if check["state"] == "FAIL"] == ["merge"]
