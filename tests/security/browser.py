@@ -46,13 +46,19 @@ def look(page: Path, profile: Path) -> Seen:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(page.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        shown = subprocess.run(
-            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom",
-             f"http://127.0.0.1:{server.server_port}/{page.name}"],
-            capture_output=True, text=True, timeout=180, check=True,
-        )  # fmt: skip
+        for attempt in range(3):  # on a busy machine headless Chromium sometimes falls by a signal of its own
+            shown = subprocess.run(
+                [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--enable-logging=stderr", f"--user-data-dir={profile / str(attempt)}",
+                 "--virtual-time-budget=2000", "--dump-dom",
+                 f"http://127.0.0.1:{server.server_port}/{page.name}"],
+                capture_output=True, text=True, timeout=180, check=False,
+            )  # fmt: skip
+            if shown.returncode >= 0:
+                break
+            asked.clear()
+        assert shown.returncode == 0, shown.stderr[-4000:]
     finally:
         server.shutdown()
     return Seen(shown.stdout, tuple(asked), "\n".join(line for line in shown.stderr.splitlines() if "CONSOLE" in line))
