@@ -18,11 +18,11 @@ _CHUNK_BYTES = 1 << 14
 class CuttingProxy:
     """Passes bytes on to `endpoint`, unless told otherwise. What is set here holds for connections at work, too."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
         parts = urlsplit(endpoint)
         self._behind = (parts.hostname or "", parts.port or 80)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0), backlog=64)
+        self.endpoint = f"http://{host}:{self._listener.getsockname()[1]}"
         self.refuses = False  # closes what comes at once
         self.stalls = False  # passes nothing on
         self.slow_downs = 0  # so many requests are answered 503 SlowDown
@@ -88,9 +88,9 @@ class CuttingProxy:
 
 
 @contextlib.contextmanager
-def before(endpoint: str) -> Iterator[CuttingProxy]:
-    """A proxy before a server, for as long as the context lasts."""
-    proxy = CuttingProxy(endpoint)
+def before(endpoint: str, host: str = "127.0.0.1") -> Iterator[CuttingProxy]:
+    """A proxy before a server, on an address of this machine, for as long as the context lasts."""
+    proxy = CuttingProxy(endpoint, host)
     try:
         yield proxy
     finally:
