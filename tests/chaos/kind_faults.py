@@ -58,7 +58,11 @@ def _drain(scene: Scene) -> None:
 
 
 def _kill_api_server(scene: Scene) -> None:
+    """The kubelet starts it again."""
     scene.world.on_node("pkill", "-9", "kube-apiserver")
+    time.sleep(1)
+    while scene.world.kubectl("get", "--raw", "/readyz", check=False).strip() != "ok":
+        time.sleep(0.5)
 
 
 def _stop_minio(scene: Scene) -> None:

@@ -39,7 +39,9 @@ class Trial:
     phase: str
     step: int = 0  # the last one that the stage had said when the fault came
     lasted_s: float | None = None
-    recovered_s: float | None = None  # from the fault until the run's record was further than at the fault
+    recovered_s: float | None = (
+        None  # from the fault until the run's record was further than the stage at the fault's end
+    )
     steps_repeated: int | None = None
     stage_pods: int = 0
     driver_pods: int = 0
@@ -82,11 +84,14 @@ class Watched:
         stage = pod.metadata.labels.get("llamarefine/stage")
         if stage not in (None, STAGE):
             return
+        if stage and pod.status.phase != "Pending":  # first: a pod that ended by now has said all that is read here
+            text = self._api.core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE)
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            if len(lines) < len(self.said.get(pod.metadata.name, [])) or (not lines and pod.status.phase != "Running"):
+                return  # the node answers for a log that is gone
+            self.said[pod.metadata.name] = lines
         going = {"going": "yes"} if pod.metadata.deletion_timestamp else {}
         self.pods["stage" if stage else "driver"][pod.metadata.name] = {"phase": pod.status.phase} | going
-        if stage and pod.status.phase != "Pending":
-            text = self._api.core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE)
-            self.said[pod.metadata.name] = text[: text.rfind("\n") + 1].splitlines()
 
 
 def carry_out(trial: Trial, world: World, api: Any, folder: Path, seed: int) -> Trial:
@@ -125,6 +130,7 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
     is_there = moment(trial.phase, draw)
     with ThreadPoolExecutor(1) as pool:
         struck: Future[None] | None = None
+        reached: int | None = None  # the newest step when the fault was over
         for _ in _looks(watched):
             pods = watched.now("stage")
             if struck is None and pods and is_there(watched.said.get(pods[-1], [])):
@@ -137,7 +143,9 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
                 )
                 trial.step = max(_steps(watched.said.get(pods[-1], [])), default=0)
                 struck_s, struck = time.monotonic(), pool.submit(FAULTS[trial.fault], scene)
-            if struck and trial.recovered_s is None and _is_further(store, run, trial.step):
+            if reached is None and struck and struck.done():
+                reached = max((step for lines in watched.said.values() for step in _steps(lines)), default=0)
+            if trial.recovered_s is None and reached is not None and _is_further(store, run, reached):
                 trial.recovered_s = round(time.monotonic() - struck_s, 1)
         assert struck, f"never in the phase {trial.phase}: {watched.said}"
         struck.result()
@@ -201,7 +209,8 @@ def _compare_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[st
         there = parts.get(pod, [])
         is_whole = watched.pods["stage"][pod]["phase"] in ("Succeeded", "Failed")
         if there != lines if is_whole else there[: len(lines)] != lines:
-            yield f"the log of {pod} is {there}, seen were {lines}"
+            more, lost = (sorted(set(one) - set(other)) for one, other in ((there, lines), (lines, there)))
+            yield f"the log of {pod} has {more} more than was seen, and lacks {lost}"
     trial.steps_repeated, reached = 0, 0
     for pod, lines in parts.items():
         resumed = next((int(found[1]) for line in lines if (found := _RESUMES.search(line))), 0)

@@ -58,7 +58,7 @@ def suffer(
     trials = [Trial(number, fault, phase) for number, (fault, phase) in enumerate(cases)]
 
     def one(trial: Trial) -> None:
-        carry_out(trial, world, api, folder / f"trial-{trial.number}", seed)
+        carry_out(trial, world, api, folder / f"{folder.name}-{trial.number}", seed)
         print(f"{trial.fault}, {trial.phase}: {trial.finding or 'right'}, {trial.lasted_s} s", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:

@@ -206,7 +206,8 @@ def slowed(stage: str, store: Store) -> Store:
 
 def _late(stage: str, verb: str, carry: Callable[..., Any]) -> Callable[..., Any]:
     def carry_late(path: str, *arguments: Any) -> Any:
-        print(f"{stage}: {verb} {path}", flush=True)
+        sys.stdout.write(f"{stage}: {verb} {path}\n")  # at once: files are carried side by side
+        sys.stdout.flush()
         time.sleep(CARRY_S)
         return carry(path, *arguments)
 
