@@ -59,7 +59,7 @@ def suffer(
 
     def one(trial: Trial) -> None:
         carry_out(trial, world, api, folder / f"{folder.name}-{trial.number}", seed)
-        print(f"{trial.fault}, {trial.phase}: {trial.finding or 'right'}, {trial.lasted_s} s", flush=True)
+        print(f"{trial.finding or 'right'}: {row(trial.as_json())}", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, [trial for trial in trials if trial.fault not in SHARED]))
@@ -93,16 +93,17 @@ def table(trials: Sequence[dict[str, Any]]) -> str:
     """Fault by phase: whether it ended right, how long until the run went on, how many steps were done twice."""
     lines = ["| fault | phase | outcome | recovered in s | steps repeated | pods of stage, driver | whole run in s |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for trial in trials:
-        outcome = "WRONG" if trial["finding"] else "right"
-        phase = f"{trial['phase']} {trial['step']}" if trial["phase"] == "step" else trial["phase"]
-        figures = (trial["recovered_s"], trial["steps_repeated"])
-        shown = ["-" if trial["fault"] == "nothing" or figure is None else f"{figure:g}" for figure in figures]
-        pods = f"{trial['stage_pods']}, {trial['driver_pods']}"
-        lines.append(
-            f"| {trial['fault']} | {phase} | {outcome} | {' | '.join(shown)} | {pods} | {trial['lasted_s'] or 0:.0f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(row, trials)])
+
+
+def row(trial: dict[str, Any]) -> str:
+    """One trial as a line of the table."""
+    outcome = "WRONG" if trial["finding"] else "right"
+    phase = f"{trial['phase']} {trial['step']}" if trial["phase"] == "step" else trial["phase"]
+    figures = (trial["recovered_s"], trial["steps_repeated"])
+    shown = ["-" if trial["fault"] == "nothing" or figure is None else f"{figure:g}" for figure in figures]
+    pods = f"{trial['stage_pods']}, {trial['driver_pods']}"
+    return f"| {trial['fault']} | {phase} | {outcome} | {' | '.join(shown)} | {pods} | {trial['lasted_s'] or 0:.0f} |"
 
 
 if __name__ == "__main__":

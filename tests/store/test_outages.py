@@ -126,9 +126,9 @@ def test_a_stranger_at_the_buckets_address_is_waited_out(
     prepare(work, store, folder)
     store.read("something")  # it answered as S3 before: the endpoint is right
     store.objects.client.close()  # type: ignore[union-attr]
-    proxy.strangers = 12
+    proxy.strangers = 4
     work(store, folder)
-    assert proxy.strangers < 12
+    assert proxy.strangers < 4
 
 
 def test_a_stranger_from_the_beginning_is_a_wrong_endpoint(store: Store, proxy: CuttingProxy) -> None:
