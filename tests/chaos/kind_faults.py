@@ -90,6 +90,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "stop MinIO": _stop_minio,
     "drain node": _drain,
 }
+UNHEARD = ("delete both", "drain node")  # the stage speaks on for a while, and no driver runs
 SHARED = ("kill API server", "stop MinIO", "drain node")  # every run of the cluster meets them
 
 PHASES = {
