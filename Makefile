@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu chaos fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
+.PHONY: help setup demo test test-gpu chaos chaos-kind fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -63,6 +63,9 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 chaos: $(READY) ## kill, fill up and damage real runs at random moments: SEED=1 KILLS=200; docs/chaos.md
 	$(RUN) python -m tests.chaos --seed "$(SEED)" --kills "$(KILLS)" $(ARGS)
 
+chaos-kind: $(READY) ## delete, evict and starve runs on a kind cluster in every phase: SEED=1 ARGS="--only evict"; docs/chaos.md
+	$(RUN) python -m tests.chaos.on_kind --seed "$(SEED)" $(ARGS)
+
 INPUTS ?= 100000
 fuzz: $(READY) ## give what reads foreign bytes INPUTS=100000 wrong ones, the same each time; takes a while
 	LLAMAREFINE_FUZZ=$(INPUTS) $(RUN) pytest -n auto --maxprocesses 4 tests/fuzz $(ARGS)
@@ -108,7 +111,7 @@ pull: $(READY) ## bring the newest run's merged model from the current cluster's
 	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
 
 e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
-	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/test_on_kind.py tests/k8s/test_preflight_on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/test_*on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
 
 chart: ## check the Helm chart and pack it into dist/
 	@helm lint --strict charts/llamarefine --set minio.enabled=true

@@ -199,7 +199,7 @@ class S3Objects:
         try:
             return self.client.get_object(Bucket=self.bucket, Key=self._key(path), **more)
         except ClientError as error:
-            if _code(error) in ("NoSuchKey", "404"):
+            if _code(error) == "NoSuchKey":  # any other 404 is not the bucket's
                 return None
             raise
 
@@ -272,8 +272,10 @@ class S3Objects:
         if code in _FULL:
             return DiskFullError(f"{where}: the bucket is full ({answer}); free some room, then run again")
         if re.fullmatch(r"4\d\d|501", code) and code not in ("408", "429"):  # a status without S3's own word for it
-            endpoint = self.client.meta.endpoint_url
-            return AccessError(f"{where}: {endpoint} does not answer as S3 ({answer}); is it the endpoint, TLS or not?")
+            said = f"{where}: {self.client.meta.endpoint_url} does not answer as S3 ({answer})"
+            if self.patience.has_succeeded:  # what stands before the bucket answers in its place
+                return StoreError(said)
+            return AccessError(f"{said}; is it the endpoint, TLS or not?")
         failed = StoreError(f"{where}: the bucket answered {answer}")
         if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
             failed.retry_after_s = None

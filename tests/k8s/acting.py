@@ -6,8 +6,10 @@ On a cluster `patches` make the launcher's image play every stage, the program i
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -26,6 +28,8 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
 
 STEPS = 400
+LESSONS, LESSONS_A_CHECKPOINT = 60, 20
+LESSON_S, CARRY_S = 0.15, 2.0  # long enough to be found at it
 MAP = "acting"
 
 
@@ -123,8 +127,8 @@ def publish(stage: str, recipe: Recipe, store: Store) -> Manifest:
 
 def work(context: entry.Context) -> None:
     """The stage's part, as ACTING says."""
-    name = context.stage.name
-    match json.loads(os.environ.get("ACTING", "{}")).get(name):
+    name, learnt = context.stage.name, None
+    match act_of(name):
         case "diverge":
             raise DivergedError(f"{name}: the loss became NaN at step 3; lower {name}.learning_rate")
         case "bug":
@@ -141,11 +145,21 @@ def work(context: entry.Context) -> None:
                 context.progress(step, 500, loss=3.0, tokens_per_s=5120.0, eta_s=65.0)
         case "train":
             train(context)
+        case "learn":
+            learnt = learn(context)
         case "hang":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             print("progress stage=sft step=1 steps=2", flush=True)
             time.sleep(600)
     write_output(context.output, name, context.recipe, context.stage.writes)
+    if learnt:
+        (context.output / "adapter" / "learnt.txt").write_text(learnt)
+
+
+def act_of(stage: str) -> str | None:
+    """What ACTING says that a stage shall do."""
+    act: str | None = json.loads(os.environ.get("ACTING", "{}")).get(stage)
+    return act
 
 
 def train(context: entry.Context) -> None:
@@ -162,6 +176,44 @@ def train(context: entry.Context) -> None:
             raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
         if not checkpoint:
             time.sleep(0.1)
+
+
+def learn(context: entry.Context) -> str:
+    """Take LESSONS steps, with a checkpoint now and then and on SIGTERM. The result needs each step once, in order."""
+    checkpoint = context.fetch_checkpoint()
+    step, learnt = json.loads((checkpoint / "state.json").read_text()) if checkpoint else (0, "")
+    while step < LESSONS:
+        time.sleep(LESSON_S)
+        step, learnt = step + 1, hashlib.sha256(f"{learnt} {step}".encode()).hexdigest()
+        context.progress(step, LESSONS, loss=4.0 - step / LESSONS)
+        told = context.stop.is_set()
+        if told or (step % LESSONS_A_CHECKPOINT == 0 and step < LESSONS):
+            saved = context.work / f"checkpoint-{step}"
+            saved.mkdir()
+            (saved / "state.json").write_text(json.dumps([step, learnt]))
+            context.store.publish_checkpoint(step, saved, context.draft())
+            context.note(f"kept a checkpoint at step {step}")
+        if told:
+            raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
+    return learnt
+
+
+def slowed(stage: str, store: Store) -> Store:
+    """`store` behind a slow network: what it carries it names first, and waits."""
+    print(f"{stage}: begins as {platform.node()}", flush=True)
+    for verb in ("download", "upload", "create"):
+        setattr(store.objects, verb, _late(stage, verb, getattr(store.objects, verb)))
+    return store
+
+
+def _late(stage: str, verb: str, carry: Callable[..., Any]) -> Callable[..., Any]:
+    def carry_late(path: str, *arguments: Any) -> Any:
+        sys.stdout.write(f"{stage}: {verb} {path}\n")  # at once: files are carried side by side
+        sys.stdout.flush()
+        time.sleep(CARRY_S)
+        return carry(path, *arguments)
+
+    return carry_late
 
 
 def program_map() -> dict[str, Any]:
@@ -197,4 +249,8 @@ def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:
 
 if __name__ == "__main__":
     entry.settled_threads = lambda recipe: contextlib.nullcontext()  # no training, nothing to seed: torch stays out
-    entry.main(sys.argv.pop(1), work)
+    name = sys.argv.pop(1)
+    if act_of(name) == "learn":
+        open_store = entry.open_store
+        entry.open_store = lambda stage, uri: slowed(stage, open_store(stage, uri))
+    entry.main(name, work)

@@ -18,14 +18,15 @@ _CHUNK_BYTES = 1 << 14
 class CuttingProxy:
     """Passes bytes on to `endpoint`, unless told otherwise. What is set here holds for connections at work, too."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
         parts = urlsplit(endpoint)
         self._behind = (parts.hostname or "", parts.port or 80)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0), backlog=64)
+        self.endpoint = f"http://{host}:{self._listener.getsockname()[1]}"
         self.refuses = False  # closes what comes at once
         self.stalls = False  # passes nothing on
         self.slow_downs = 0  # so many requests are answered 503 SlowDown
+        self.strangers = 0  # so many are answered 404, not by S3: something else has its address
         self.lost_answers = 0  # so many answers to PUT are thrown away
         self.cut_after_bytes: int | None = None  # of each connection, either way together
         self.cuts = 0
@@ -56,10 +57,11 @@ class CuttingProxy:
         with client, contextlib.suppress(OSError):
             if self.slow_downs:
                 self.slow_downs -= 1
-                client.recv(_CHUNK_BYTES)
-                head = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-                client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(_SLOW_DOWN) + _SLOW_DOWN)
-                time.sleep(0.05)  # what was not read would turn the end into a reset
+                _answer(client, b"503 Slow Down\r\nContent-Type: application/xml", _SLOW_DOWN)
+                return
+            if self.strangers:
+                self.strangers -= 1
+                _answer(client, b"404 Not Found\r\nContent-Type: text/plain", b"404 page not found\n")
                 return
             if not self.refuses:
                 with socket.create_connection(self._behind) as server:
@@ -87,10 +89,16 @@ class CuttingProxy:
                 (server if ready is client else client).sendall(data)
 
 
+def _answer(client: socket.socket, head: bytes, body: bytes) -> None:
+    client.recv(_CHUNK_BYTES)
+    client.sendall(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+    time.sleep(0.05)  # what was not read would turn the end into a reset
+
+
 @contextlib.contextmanager
-def before(endpoint: str) -> Iterator[CuttingProxy]:
-    """A proxy before a server, for as long as the context lasts."""
-    proxy = CuttingProxy(endpoint)
+def before(endpoint: str, host: str = "127.0.0.1") -> Iterator[CuttingProxy]:
+    """A proxy before a server, on an address of this machine, for as long as the context lasts."""
+    proxy = CuttingProxy(endpoint, host)
     try:
         yield proxy
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamarefine_jobs.contract.artifact import Manifest
-from llamarefine_jobs.contract.errors import StoreError
+from llamarefine_jobs.contract.errors import AccessError, StoreError
 from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.store import Store
 
@@ -116,6 +116,26 @@ def test_a_storm_of_503_is_waited_out(
     proxy.slow_downs = 12
     work(store, folder)
     assert proxy.slow_downs < 12
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_stranger_at_the_buckets_address_is_waited_out(
+    store: Store, proxy: CuttingProxy, folder: Path, work: Callable[[Store, Path], None]
+) -> None:
+    """A pod's address that another one has now, or a proxy whose backend is gone."""
+    prepare(work, store, folder)
+    store.read("something")  # it answered as S3 before: the endpoint is right
+    store.objects.client.close()  # type: ignore[union-attr]
+    proxy.strangers = 4
+    work(store, folder)
+    assert proxy.strangers < 4
+
+
+def test_a_stranger_from_the_beginning_is_a_wrong_endpoint(store: Store, proxy: CuttingProxy) -> None:
+    proxy.strangers = 1
+    with pytest.raises(AccessError, match="does not answer as S3"):
+        store.read("something")
+    assert proxy.strangers == 0
 
 
 def test_a_bucket_that_falls_silent_is_waited_out(

@@ -32,6 +32,7 @@ class Patience:
         first_s: float | None = None,
     ) -> None:
         self.say = say
+        self.has_succeeded = False  # anything, so far
         self._lasting_s = give_up_after_s
         self._limit_s = give_up_after_s if first_s is None else min(first_s, give_up_after_s)
         self._since_s: float | None = None
@@ -64,7 +65,7 @@ class Patience:
     def works(self) -> None:
         """Take note of a success."""
         with self._lock:
-            self._limit_s = self._lasting_s
+            self.has_succeeded, self._limit_s = True, self._lasting_s
             since_s, self._since_s = self._since_s, None
             said, self._said = self._said, False
         if since_s is not None and said:

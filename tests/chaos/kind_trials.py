@@ -1,0 +1,242 @@
+"""One trial on a cluster: a run from `submit` to its end, with one fault on the way, and what must hold afterwards."""
+
+import contextlib
+import random
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs.contract.artifact import run_path
+from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_jobs.contract.stages import SEQUENCE
+from llamarefine_jobs.store import Store
+from llamarefine_k8s import runs
+from llamarefine_k8s.pipeline import READ_TO
+from tests.store import cutting_proxy
+
+from .kind_faults import FAULTS, STAGE, UNHEARD, Scene, moment
+from .kind_world import NAMESPACE, World
+
+_LONGEST_S = 400
+_GLANCE_S = 0.3
+_BEGINS = re.compile(rf"{STAGE}: begins as (\S+)")
+_RESUMES = re.compile(r"goes on from the checkpoint at step (\d+)")
+_STEP = re.compile(r"^progress .*\bstep=(\d+)")
+_DRIVERS_WORDS = re.compile(rf"^{STAGE}: (waits, |.*another one goes on$)|^llamarefine: ")
+
+
+@dataclass
+class Trial:
+    """What a fault did and how it ended. `finding` is empty where everything was right."""
+
+    number: int
+    fault: str
+    phase: str
+    step: int = 0  # the last one that the stage had said when the fault came
+    lasted_s: float | None = None
+    recovered_s: float | None = (
+        None  # from the fault until the run's record was further than the stage at the fault's end
+    )
+    steps_repeated: int | None = None
+    stage_pods: int = 0
+    driver_pods: int = 0
+    cuts: int = 0
+    content: dict[str, str] = field(default_factory=dict)
+    finding: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Watched:
+    """What was seen of a run's objects and of its stage's pods, look by look."""
+
+    def __init__(self, api: Any, run: str) -> None:
+        self._api, self._run = api, run
+        self.jobs: dict[str, set[str]] = defaultdict(set)  # name -> uids
+        self.pods: dict[str, dict[str, dict[str, str]]] = {"stage": {}, "driver": {}}  # role -> name -> phase and end
+        self.said: dict[str, list[str]] = {}  # the stage's pod -> the whole lines of its log
+        self.said_before: dict[str, list[str]] = {}  # the same at the fault
+        self.ended: str | None = None  # the condition in which the driver's Job ended
+
+    def look(self) -> None:
+        """Look again; what cannot be seen now is left as it was."""
+        selector = f"llamarefine/run={self._run}"
+        with contextlib.suppress(Exception):  # the API server may be away, and a pod gone since it was listed
+            for job in self._api.jobs.list_namespaced_job(NAMESPACE, label_selector=selector).items:
+                self.jobs[job.metadata.name].add(job.metadata.uid)
+                for condition in job.status.conditions or ():
+                    if job.metadata.name == self._run and condition.status == "True":
+                        self.ended = condition.type if condition.type in ("Complete", "Failed") else self.ended
+            for pod in self._api.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items:
+                self._look_at(pod)
+
+    def now(self, role: str) -> list[str]:
+        """The pods that run and are not told to go."""
+        return [name for name, phase in self.pods[role].items() if phase == {"phase": "Running"}]
+
+    def _look_at(self, pod: Any) -> None:
+        stage = pod.metadata.labels.get("llamarefine/stage")
+        if stage not in (None, STAGE):
+            return
+        if stage and pod.status.phase != "Pending":  # first: a pod that ended by now has said all that is read here
+            text = self._api.core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE)
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            if len(lines) < len(self.said.get(pod.metadata.name, [])) or (not lines and pod.status.phase != "Running"):
+                return  # the node answers for a log that is gone
+            self.said[pod.metadata.name] = lines
+        going = {"going": "yes"} if pod.metadata.deletion_timestamp else {}
+        self.pods["stage" if stage else "driver"][pod.metadata.name] = {"phase": pod.status.phase} | going
+
+
+def carry_out(trial: Trial, world: World, api: Any, folder: Path, seed: int) -> Trial:
+    """Carry `trial` out; what is wrong is its `finding`."""
+    draw = random.Random(f"{seed} {trial.number}")
+    try:
+        with contextlib.ExitStack() as stack:
+            proxy = None
+            if trial.fault == "cut connections":
+                proxy = stack.enter_context(cutting_proxy.before(world.endpoint, world.gateway()))
+            _carry_out(trial, world, api, folder, draw, proxy)
+            trial.cuts = proxy.connections if proxy else 0
+    except (Exception, AssertionError) as error:
+        trial.finding = trial.finding or f"{type(error).__name__}: {error}"
+    return trial
+
+
+def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.Random, proxy: Any) -> None:
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(_RECIPE.format(name=f"chaos-{trial.number}"))
+    launcher = world.launcher(folder, proxy and proxy.endpoint)
+    launcher.act(f'{{"{STAGE}": "learn"}}')
+    began_s = time.monotonic()
+    code, said = launcher.run("submit", str(recipe), "--detach")
+    found = re.search(rf"chaos-{trial.number}-[0-9a-f]{{8}}", said)
+    assert code == 0, said
+    assert found, said
+    store, run = Store(launcher.settings["store"]), found[0]
+    watched = Watched(api, run)
+
+    def cut() -> None:
+        with proxy.away(0.3):
+            pass
+
+    is_there = moment(trial.phase, draw)
+    with ThreadPoolExecutor(1) as pool:
+        struck: Future[None] | None = None
+        reached: int | None = None  # the newest step when the fault was over
+        for _ in _looks(watched):
+            pods = watched.now("stage")
+            if struck is None and pods and is_there(watched.said.get(pods[-1], [])):
+                scene = Scene(
+                    world,
+                    draw,
+                    {"stage": pods, "driver": watched.now("driver")},
+                    cut,
+                    lambda: watched.ended is not None,
+                )
+                trial.step = max(_steps(watched.said.get(pods[-1], [])), default=0)
+                watched.said_before = dict(watched.said)
+                struck_s, struck = time.monotonic(), pool.submit(FAULTS[trial.fault], scene)
+            if reached is None and struck and struck.done():
+                reached = max((step for lines in watched.said.values() for step in _steps(lines)), default=0)
+            if trial.recovered_s is None and reached is not None and _is_further(store, run, reached):
+                trial.recovered_s = round(time.monotonic() - struck_s, 1)
+        assert struck, f"never in the phase {trial.phase}: {watched.said}"
+        struck.result()
+    trial.lasted_s = round(time.monotonic() - began_s, 1)
+    trial.stage_pods, trial.driver_pods = len(watched.pods["stage"]), len(watched.pods["driver"])
+    trial.finding = "; ".join(_judge(trial, store, run, watched))
+
+
+def _looks(watched: Watched) -> Iterator[None]:
+    """A look at a time until the driver's Job is over."""
+    until_s = time.monotonic() + _LONGEST_S
+    while not watched.ended:
+        assert time.monotonic() < until_s, f"not over after {_LONGEST_S} s; seen: {watched.pods}"
+        watched.look()
+        yield
+        time.sleep(_GLANCE_S)
+    watched.look()
+
+
+def _is_further(store: Store, run: str, step: int) -> bool:
+    with contextlib.suppress(LlamaRefineError):  # the bucket may be away
+        record = runs.load(store, run)
+        stage = record.stages[STAGE] if record else runs.StageRecord()
+        return stage.state in ("done", "reused") or (stage.progress is not None and stage.progress.step > step)
+    return False
+
+
+def _judge(trial: Trial, store: Store, run: str, watched: Watched) -> Iterator[str]:
+    """What is wrong with a run that is over."""
+    record = runs.load(store, run)
+    if watched.ended != "Complete" or record is None or record.state != "done":
+        yield f"the driver's Job ended {watched.ended}: {record and record.state}, {record and record.error}"
+        return
+    expected = {run, *(f"{run}-{stage}" for stage in SEQUENCE)}
+    if set(watched.jobs) != expected or any(len(uids) > 1 for uids in watched.jobs.values()):
+        yield f"other Jobs than one for each stage: {dict(watched.jobs)}"
+    key = {stage: record.stages[stage].key for stage in SEQUENCE}
+    for stage in SEQUENCE:
+        manifest = store.manifest(stage, key[stage] or "")
+        assert manifest, stage
+        store.verify(manifest)
+        trial.content |= {f"{stage}/{file.path}": file.sha256 for file in manifest.files}
+    if left := store.checkpoint_steps(STAGE, key[STAGE] or ""):
+        yield f"checkpoints are left: {left}"
+    data = store.read(run_path(run, "logs", f"{STAGE}.log")) or b""
+    kept = [line for line in data.decode().splitlines() if not _DRIVERS_WORDS.search(line) and READ_TO not in line]
+    yield from _compare_log(trial, kept, watched)
+
+
+def _compare_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[str]:
+    """The kept log is that of each pod, one after the other; of a pod that is gone we know what was seen last."""
+    parts: dict[str, list[str]] = {}
+    part: list[str] = []
+    for line in kept:
+        if begins := _BEGINS.match(line):
+            if begins[1] in parts:
+                yield f"the log has the beginning of {begins[1]} twice"
+            part = parts.setdefault(begins[1], [])
+        part.append(line)
+    for pod, lines in watched.said.items():
+        there = parts.get(pod, [])
+        is_whole = watched.pods["stage"][pod]["phase"] in ("Succeeded", "Failed")
+        if trial.fault in UNHEARD:  # what the stage says without a driver goes with its pod
+            before = watched.said_before.get(pod, [])
+            is_right = there[: len(before)] == before and (there[: len(lines)] == lines or lines[: len(there)] == there)
+        else:
+            is_right = there == lines if is_whole else there[: len(lines)] == lines
+        if not is_right:
+            more, lost = (sorted(set(one) - set(other)) for one, other in ((there, lines), (lines, there)))
+            yield f"the log of {pod} has {more} more than was seen, and lacks {lost}"
+    trial.steps_repeated, reached = 0, 0
+    for pod, lines in parts.items():
+        resumed = next((int(found[1]) for line in lines if (found := _RESUMES.search(line))), 0)
+        steps = _steps(lines)
+        is_gap = resumed > reached and trial.fault not in UNHEARD
+        if is_gap or steps != list(range(resumed + 1, resumed + 1 + len(steps))):
+            yield f"{pod} went on from {resumed} after {reached}, and its log has the steps {steps}"
+        trial.steps_repeated += max(0, min(reached, resumed + len(steps)) - resumed)
+        reached = max(reached, resumed + len(steps))
+
+
+def _steps(lines: list[str]) -> list[int]:
+    return [int(found[1]) for line in lines if (found := _STEP.match(line))]
+
+
+_RECIPE = """\
+name: {name}
+prepare:
+  base: {{source: tiny-llama}}
+  questions: {{source: python-docstrings}}
+  preferences: {{source: python-docstrings}}
+"""

@@ -1,0 +1,27 @@
+"""A short form of `make chaos-kind`: the API server killed, and the stage's pod evicted, in the midst of runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.on_kind import suffer
+from tests.chart.kind_cluster import KindCluster
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LLAMAREFINE_E2E"), reason="builds images and takes minutes: `make e2e` runs it"
+)
+CASES = (("nothing", "step"), ("evict stage", "checkpoint"), ("kill API server", "step"))
+
+
+def test_neither_an_eviction_nor_a_killed_api_server_changes_what_a_run_makes(
+    kind_cluster: KindCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "")  # what is set below is undone afterwards
+    report = suffer(kind_cluster, tmp_path, 1, CASES, at_once=2)
+    assert [trial for trial in report["trials"] if trial["finding"]] == []
+    assert [trial["fault"] for trial in report["trials"]] == [fault for fault, _ in CASES]
+    evicted = report["trials"][1]
+    assert evicted["stage_pods"] == 2
+    assert len(evicted["content"]) > 5
