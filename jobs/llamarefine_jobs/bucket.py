@@ -273,7 +273,8 @@ class S3Objects:
             return DiskFullError(f"{where}: the bucket is full ({answer}); free some room, then run again")
         if re.fullmatch(r"4\d\d|501", code) and code not in ("408", "429"):  # a status without S3's own word for it
             said = f"{where}: {self.client.meta.endpoint_url} does not answer as S3 ({answer})"
-            if self.patience.has_succeeded:  # what stands before the bucket answers in its place
+            if self.patience.has_succeeded:  # something else has the bucket's address for a while
+                self.client.close()  # and this connection for as long as it stands
                 return StoreError(said)
             return AccessError(f"{said}; is it the endpoint, TLS or not?")
         failed = StoreError(f"{where}: the bucket answered {answer}")

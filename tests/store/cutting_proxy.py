@@ -26,7 +26,7 @@ class CuttingProxy:
         self.refuses = False  # closes what comes at once
         self.stalls = False  # passes nothing on
         self.slow_downs = 0  # so many requests are answered 503 SlowDown
-        self.strangers = 0  # so many are answered 404, not by S3: something else has its address
+        self.strangers = 0  # so many connections lead to something else for good, which answers 404
         self.lost_answers = 0  # so many answers to PUT are thrown away
         self.cut_after_bytes: int | None = None  # of each connection, either way together
         self.cuts = 0
@@ -57,11 +57,12 @@ class CuttingProxy:
         with client, contextlib.suppress(OSError):
             if self.slow_downs:
                 self.slow_downs -= 1
-                _answer(client, b"503 Slow Down\r\nContent-Type: application/xml", _SLOW_DOWN)
+                _answer(client, b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close", _SLOW_DOWN)
                 return
             if self.strangers:
                 self.strangers -= 1
-                _answer(client, b"404 Not Found\r\nContent-Type: text/plain", b"404 page not found\n")
+                while _answer(client, b"404 Not Found\r\nContent-Type: text/plain", b"404 page not found\n"):
+                    pass
                 return
             if not self.refuses:
                 with socket.create_connection(self._behind) as server:
@@ -89,10 +90,13 @@ class CuttingProxy:
                 (server if ready is client else client).sendall(data)
 
 
-def _answer(client: socket.socket, head: bytes, body: bytes) -> None:
-    client.recv(_CHUNK_BYTES)
-    client.sendall(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+def _answer(client: socket.socket, head: bytes, body: bytes) -> bool:
+    """Answer what comes next; whether anything came."""
+    if not client.recv(_CHUNK_BYTES):
+        return False
+    client.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
     time.sleep(0.05)  # what was not read would turn the end into a reset
+    return True
 
 
 @contextlib.contextmanager
