@@ -4,6 +4,7 @@ import functools
 import http.server
 import shutil
 import subprocess
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Seen:
     said: str
 
 
-def look(page: Path, profile: Path) -> Seen:
+def look(page: Path) -> Seen:
     """Open `page`, served from its folder, and let its scripts, if it has any, run for two seconds of its clock."""
     asked: list[str] = []
 
@@ -46,18 +47,15 @@ def look(page: Path, profile: Path) -> Seen:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(page.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        for attempt in range(3):  # on a busy machine headless Chromium sometimes falls by a signal of its own
+        # A profile of its own, in a short path: a socket lies in it, whose name may have 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
             shown = subprocess.run(
                 [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--enable-logging=stderr", f"--user-data-dir={profile / str(attempt)}",
-                 "--virtual-time-budget=2000", "--dump-dom",
+                 "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom",
                  f"http://127.0.0.1:{server.server_port}/{page.name}"],
                 capture_output=True, text=True, timeout=180, check=False,
             )  # fmt: skip
-            if shown.returncode >= 0:
-                break
-            asked.clear()
         assert shown.returncode == 0, shown.stderr[-4000:]
     finally:
         server.shutdown()

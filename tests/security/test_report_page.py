@@ -49,7 +49,7 @@ def test_no_text_of_a_report_is_run_or_fetched(tmp_path: Path) -> None:
     file = tmp_path / "site/report.html"
     file.parent.mkdir()
     file.write_text(poisoned(), encoding="utf-8")
-    seen = look(file, tmp_path / "profile")
+    seen = look(file)
     assert "owned" not in seen.said
     assert set(seen.asked) <= {"/report.html", "/favicon.ico"}
     assert not re.search(r"<(script|img|iframe|object|embed|form|base|link)\b", seen.dom)
@@ -64,7 +64,7 @@ def test_the_browser_of_this_test_would_have_been_owned(tmp_path: Path) -> None:
     file = tmp_path / "site/report.html"
     file.parent.mkdir()
     file.write_text(f"<!doctype html><title>t</title><body>{ATTACKS[0]}{ATTACKS[1]}", encoding="utf-8")
-    seen = look(file, tmp_path / "profile")
+    seen = look(file)
     assert "owned" in seen.said
     assert "/owned" in seen.asked
 
@@ -78,7 +78,7 @@ def test_a_page_that_someone_else_put_into_the_bucket_runs_nothing(
     store = Store(s3_uri)
     evil = f"<!doctype html><title>t</title><body>the report {''.join(ATTACKS)}"
     store.write("runs/small-00000000/report/report.html", evil.encode())
-    seen = look(results.report_page(store, "small-00000000"), tmp_path / "profile")
+    seen = look(results.report_page(store, "small-00000000"))
     assert "the report" in seen.dom
     assert "owned" not in re.sub("srcdoc=.*", "", seen.dom, flags=re.DOTALL)
     assert not [line for line in seen.said.splitlines() if "CONSOLE" in line and ' "owned"' in line]
