@@ -214,12 +214,18 @@ class Cluster:
             except AccessError as refused:
                 now_s = time.monotonic()
                 refused_until_s = refused_until_s or now_s + min(_DOUBT_S, self.patience.limit_s)
-                if not (what in self._allowed and isinstance(refused, _DoubtfulError)) or now_s > refused_until_s:
+                if not self._is_doubtful(refused, what) or now_s > refused_until_s:
                     raise
                 time.sleep(_PAUSES_S[2])
             else:
                 self._allowed.add(what)
                 return found
+
+    def _is_doubtful(self, refused: AccessError, what: str) -> bool:
+        """Whether a refusal is at odds with what the server said before."""
+        if isinstance(refused, _UnknownError):
+            return bool(self._allowed)
+        return isinstance(refused, _ForbiddenError) and what in self._allowed
 
     def _call(
         self, method: str, path: str, body: Object | None = None, query: Query = (), read_timeout_s: float = _READ_S
@@ -307,7 +313,7 @@ class Cluster:
     def _from_status(self, refused: "_RefusedError") -> LlamaRefineError:
         match refused.status:
             case 401:
-                return _DoubtfulError(
+                return _UnknownError(
                     "the API server does not accept these credentials (401): the token may have expired; log in to "
                     "the cluster again"
                 )
@@ -325,7 +331,7 @@ class Cluster:
         if not found:  # a quota, an admission rule: the server says it best
             return AccessError(f"the cluster forbids it: {sentence(message)}")
         what = found["resource"] + (f".{found['group']}" if found["group"] else "")
-        return _DoubtfulError(
+        return _ForbiddenError(
             f"{found['user']} may not {found['verb']} {what} in namespace {self.namespace}; "
             f"{how_to_grant(found['user'], self.namespace)}"
         )
@@ -343,8 +349,12 @@ class _RefusedError(Exception):
         self.status = status
 
 
-class _DoubtfulError(AccessError):
-    """We are not known, or may not: a server that has only just started says so to everybody."""
+class _UnknownError(AccessError):
+    """We are not known; a server that has only just started says so to everybody."""
+
+
+class _ForbiddenError(AccessError):
+    """We may not do this; the same."""
 
 
 class _GoneError(AccessError):
