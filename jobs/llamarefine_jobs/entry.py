@@ -47,7 +47,8 @@ from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.screen import clean
 from llamarefine_jobs.store import Store
 
-_DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
+# The last is torch's, when what it wrote last is not in the file.
+_DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded|unexpected pos \d+ vs \d+")
 _LIBRARIES = (
     "torch",
     "transformers",

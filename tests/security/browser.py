@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import shutil
 import subprocess
 import tempfile
@@ -54,7 +55,7 @@ def look(page: Path) -> Seen:
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
                  "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom",
                  f"http://127.0.0.1:{server.server_port}/{page.name}"],
-                capture_output=True, text=True, timeout=180, check=False,
+                capture_output=True, text=True, timeout=180, check=False, env=os.environ | {"TMPDIR": profile},
             )  # fmt: skip
         assert shown.returncode == 0, shown.stderr[-4000:]
     finally:
