@@ -49,7 +49,7 @@ def look(page: Path) -> Seen:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         # A profile of its own, in a short path: a socket lies in it, whose name may have 107 bytes.
-        with tempfile.TemporaryDirectory(prefix="chromium-") as profile:
+        with tempfile.TemporaryDirectory(prefix="chromium-", dir="/tmp") as profile:  # noqa: S108 a test may have set another TMPDIR
             shown = subprocess.run(
                 [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
