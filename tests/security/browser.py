@@ -48,8 +48,8 @@ def look(page: Path) -> Seen:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(page.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        # A profile of its own, in a short path: a socket lies in it, whose name may have 107 bytes.
-        with tempfile.TemporaryDirectory(prefix="chromium-", dir="/tmp") as profile:  # noqa: S108 a test may have set another TMPDIR
+        # A profile in a short path, whatever TMPDIR a test has set: a socket lies in it, whose name may have 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="chromium-", dir="/tmp") as profile:
             shown = subprocess.run(
                 [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
