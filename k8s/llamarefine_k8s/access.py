@@ -13,6 +13,7 @@ PERMISSIONS: Mapping[str, tuple[str, ...]] = {
     "configmaps": ("create", "get", "list", "patch", "delete"),
     "services": ("create", "get", "list", "patch", "delete"),
     "pods": ("get", "list", "watch", "delete"),
+    "pods/status": ("patch",),  # a pod of a node that is gone is declared failed
     "pods/log": ("get",),
     "events": ("list",),
     "serviceaccounts": ("get",),

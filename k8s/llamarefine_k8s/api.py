@@ -104,6 +104,16 @@ class Cluster:
             options["gracePeriodSeconds"] = grace_s
         self._ask("DELETE", kind, name, options, missing_ok=True)
 
+    def abandon(self, pod: Object) -> None:
+        """Take a pod for failed and remove it, unless it changed since: only then does its Job make another.
+
+        Kubernetes' own garbage collector does the same, but not before its node is gone from the API server, too.
+        """
+        name, version = pod["metadata"]["name"], pod["metadata"]["resourceVersion"]
+        failed = {"metadata": {"resourceVersion": version}, "status": {"phase": "Failed", "reason": "NodeLost"}}
+        if self._ask("PATCH", "Pod", f"{name}/status", failed, missing_ok=True, existing_ok=True):
+            self.delete("Pod", name, grace_s=0)
+
     def log(self, pod: str, container: str, *, since: str | None, follow: bool) -> Iterator[bytes]:
         """The lines of a container's log, each with its time before it and its end of line, which a part of one lacks.
 

@@ -85,6 +85,7 @@ class ClusterExecutor:
             if killed := feed.killed_for_memory:
                 self._remove(feed)
                 raise out_of_memory(task.stage, killed)
+            let_go_of_lost(self._cluster, feed, lambda text: on_line(f"{task.stage}: {text}"))
             if self._cancels > cancelled:
                 cancelled = self._cancels
                 self._stop(task, feed, cancelled)
@@ -217,6 +218,20 @@ def events_of(cluster: Cluster, job: Object, pods: list[Object]) -> list[Object]
     latest = newest(pods)
     uids = [each["metadata"]["uid"] for each in (job, latest) if each]
     return [event for uid in uids for event in cluster.objects("Event", fields=f"involvedObject.uid={uid}")]
+
+
+def let_go_of_lost(cluster: Cluster, feed: JobFeed, say: Callable[[str], None]) -> None:
+    """Give up the pods of nodes that are gone; without that, a Job waits for their end for ever.
+
+    Should such a node come back, its process may still publish: of two writers the first wins, and both wrote the same.
+    """
+    for pod in feed.take_lost():
+        name, node = pod["metadata"]["name"], pod["spec"].get("nodeName")
+        try:
+            cluster.abandon(pod)
+            say(f"the node {node} does not answer; its pod {name} is given up")
+        except AccessError as error:  # a role of an earlier chart; the Job goes on once an admin removes node or pod
+            say(f"the node {node} does not answer, and its pod {name} cannot be given up: {error}")
 
 
 def is_at_work(job: Object) -> bool:

@@ -12,9 +12,18 @@ from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.manifests import JOB_NAME
 from llamarefine_k8s.podlog import PodLog
-from llamarefine_k8s.reasons import condition, has_begun, index_of, is_killed_for_memory, newest, of_node
+from llamarefine_k8s.reasons import (
+    condition,
+    container_state,
+    has_begun,
+    index_of,
+    is_killed_for_memory,
+    newest,
+    of_node,
+)
 
 _LATE_S = 3.0
+_LOST_S = 60.0  # a node that answers has a pod gone soon after its grace period
 _BEGUN = ("Running", "Succeeded")
 
 
@@ -32,6 +41,7 @@ class JobFeed:
         self._cluster = cluster
         self._after = after
         self._known: set[str] = set()
+        self._told_s: dict[str, float] = {}  # when a pod that is there was first seen to be told to stop
         self._reading: set[str] = set()
         self._queue: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
         self._closed = threading.Event()
@@ -100,6 +110,20 @@ class JobFeed:
         killed = (pod for pod in self.pods.values() if is_killed_for_memory(pod))
         return next((pod for pod in killed if pod["metadata"]["uid"] not in self._reading), None)
 
+    def take_lost(self) -> list[Object]:
+        """The pods that were told to stop and are there a minute after their grace period: their node is gone.
+
+        Each is given once in that time, until its end is known.
+        """
+        now_s, lost = time.monotonic(), []
+        for uid, told_s in self._told_s.items():
+            pod = self.pods[uid]
+            grace_s = pod["metadata"].get("deletionGracePeriodSeconds") or 0
+            if "terminated" not in container_state(pod) and now_s - told_s > grace_s + _LOST_S:
+                self._told_s[uid] = now_s
+                lost.append(pod)
+        return lost
+
     @property
     def nodes(self) -> int:
         """How many pods do the work side by side."""
@@ -145,6 +169,10 @@ class JobFeed:
             self.pods.pop(uid, None)
         else:
             self.pods[uid] = pod
+        if change == "DELETED":
+            self._told_s.pop(uid, None)
+        elif "deletionTimestamp" in pod["metadata"]:
+            self._told_s.setdefault(uid, time.monotonic())
         if has_begun(pod) and uid not in self._known:
             self._known.add(uid)
             self._reading.add(uid)

@@ -15,13 +15,15 @@ from llamarefine_k8s.cluster import events_of, is_at_work
 from llamarefine_k8s.manifests import CONTAINER, JOB_NAME, RUN, STAGE, stage_job_name
 from llamarefine_k8s.pipeline import READ_TO
 from llamarefine_k8s.podlog import PodLog
-from llamarefine_k8s.reasons import condition, has_begun, how_it_ended, index_of, of_node, why_waiting
+from llamarefine_k8s.reasons import condition, has_begun, how_it_ended, index_of, of_node, silent_node, why_waiting
 from llamarefine_k8s.runs import RunRecord
 from llamarefine_k8s.settings import DRIVER
 
 _KINDS = ("Job", "ConfigMap", "Service", "Pod")
 _GRACE_S, _PATIENCE_S, _GONE_S = 8, 10.0, 15.0
 _GLANCE_S = 0.3
+# By the toleration that Kubernetes gives each pod; the pod's grace period and the launcher's minute come on top.
+_WHEN_GIVEN_UP = "its pod is replaced some minutes after Kubernetes takes the node for lost (300 s by default)"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def look(cluster: Cluster, run: str) -> list[Live]:
         elif condition(job, "Failed", "FailureTarget"):
             found.append(Live(name, "failed", str(how_it_ended(name, job, its_pods))))
         elif sum(pod["status"].get("phase") == "Running" for pod in its_pods) >= job["spec"].get("parallelism", 1):
-            found.append(Live(name, "runs", None))
+            nodes = sorted({node for pod in its_pods if (node := silent_node(pod))})
+            silent = f"the node {', '.join(nodes)} does not answer; {_WHEN_GIVEN_UP}" if nodes else None
+            found.append(Live(name, "waits" if silent else "runs", silent))
         else:
             reason = why_waiting(name, job, its_pods, events_of(cluster, job, its_pods))
             found.append(Live(name, "waits", str(reason) if reason else None))

@@ -74,6 +74,17 @@ def container_state(pod: Object) -> Object:
     return state
 
 
+def silent_node(pod: Object) -> str | None:
+    """The name of a pod's node that does not answer, so that nobody knows what the pod does.
+
+    Kubernetes then takes the pod for not ready. One that ends is not ready either, but says how it ended.
+    """
+    conditions = pod["status"].get("conditions") or ()
+    unready = any(each["type"] == "Ready" and each["status"] == "False" for each in conditions)
+    is_silent = unready and pod["status"].get("phase") == "Running" and "running" in container_state(pod)
+    return str(pod["spec"].get("nodeName")) if is_silent else None
+
+
 def has_begun(pod: Object) -> bool:
     """Whether its container runs or has run: there is a log."""
     state = container_state(pod)

@@ -14,7 +14,7 @@ from llamarefine_jobs.sources import DOCSTRINGS, IN_IMAGE, Kind
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import live, settings
 from llamarefine_k8s.api import Cluster, Object
-from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, put_run_map, release_of
+from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, let_go_of_lost, put_run_map, release_of
 from llamarefine_k8s.display import Display
 from llamarefine_k8s.feed import JobFeed
 from llamarefine_k8s.manifests import (
@@ -143,6 +143,7 @@ def follow(cluster: Cluster, job: Object, given: Settings, say: Say) -> None:
                     say(line)
             if not feed.is_over:
                 watchdog.check(feed, say)
+                let_go_of_lost(cluster, feed, say)
         if feed.has_failed:
             raise how_it_ended(DRIVER, feed.job, list(feed.pods.values()))
         if not feed.has_succeeded:

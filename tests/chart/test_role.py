@@ -48,7 +48,7 @@ def asked() -> set[tuple[str, str]]:
 
 def test_the_role_is_what_is_asked() -> None:
     needed = {(verb, RESOURCES[kind]) for verb, kind in asked() | INDIRECT}
-    assert granted() == needed | {("get", "pods/log")}
+    assert granted() == needed | {("get", "pods/log"), ("patch", "pods/status")}
 
 
 def test_preflight_asks_about_all_that_is_granted() -> None:

@@ -28,7 +28,7 @@ KINDS = {
     "events": "Event",
     "serviceaccounts": "ServiceAccount",
 }
-_PATH = re.compile(r"/api(?:s/batch)?/v1/namespaces/default/(\w+)(?:/([\w.-]+))?(/log)?")
+_PATH = re.compile(r"/api(?:s/batch)?/v1/namespaces/default/(\w+)(?:/([\w.-]+))?(?:/status)?(/log)?")
 
 
 @dataclass

@@ -143,6 +143,7 @@ readOnlyRootFilesystem: true
 - {apiGroups: [""], resources: [configmaps], verbs: [create, get, list, patch, delete]}
 - {apiGroups: [""], resources: [services], verbs: [create, get, list, patch, delete]}
 - {apiGroups: [""], resources: [pods], verbs: [get, list, watch, delete]}
+- {apiGroups: [""], resources: [pods/status], verbs: [patch]}
 - {apiGroups: [""], resources: [pods/log], verbs: [get]}
 - {apiGroups: [""], resources: [events], verbs: [list]}
 - {apiGroups: [""], resources: [serviceaccounts], verbs: [get]}
