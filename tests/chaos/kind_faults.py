@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from tests.k8s.acting import LESSONS, LESSONS_A_CHECKPOINT
 
-from .kind_world import MINIO, NAMESPACE, World
+from .kind_world import MINIO, NAMESPACE, STAGES_NODE, World
 
 STAGE = "sft"  # the one that is disturbed
 _OUTAGE_S = (15, 25)
+_LONG_OUTAGE_S = 120
 _CUT_EVERY_S = 3.0
 
 
@@ -65,10 +66,30 @@ def _kill_api_server(scene: Scene) -> None:
         time.sleep(0.5)
 
 
+def _api_server_away(scene: Scene) -> None:
+    """The kubelet stops it when its manifest is gone, and starts it when that is back."""
+    manifest, aside = "/etc/kubernetes/manifests/kube-apiserver.yaml", "/etc/kubernetes/kube-apiserver.aside"
+    scene.world.on_node("mv", manifest, aside)
+    time.sleep(_LONG_OUTAGE_S)
+    scene.world.on_node("mv", aside, manifest)
+    while scene.world.kubectl("get", "--raw", "/readyz", check=False).strip() != "ok":
+        time.sleep(0.5)
+
+
 def _stop_minio(scene: Scene) -> None:
+    _minio_away(scene, scene.draw.uniform(*_OUTAGE_S))
+
+
+def _minio_away(scene: Scene, seconds: float = _LONG_OUTAGE_S) -> None:
     scene.world.kubectl("scale", f"deployment/{MINIO}", "--replicas=0")
-    time.sleep(scene.draw.uniform(*_OUTAGE_S))
+    time.sleep(seconds)
     scene.world.kubectl("scale", f"deployment/{MINIO}", "--replicas=1")
+
+
+def _lose_node(scene: Scene) -> None:
+    """The stage's node says nothing from one moment to the next, as where its power is cut; the other one is left."""
+    scene.world.kubectl("label", "node", scene.world.node, STAGES_NODE)
+    scene.world.engine("pause", scene.world.worker)
 
 
 def _cut_connections(scene: Scene) -> None:
@@ -88,10 +109,14 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "cut connections": _cut_connections,
     "kill API server": _kill_api_server,
     "stop MinIO": _stop_minio,
+    "API server away": _api_server_away,
+    "MinIO away": _minio_away,
     "drain node": _drain,
+    "lose node": _lose_node,
 }
-UNHEARD = ("delete both", "drain node")  # the stage speaks on for a while, and no driver runs
-SHARED = ("kill API server", "stop MinIO", "drain node")  # every run of the cluster meets them
+UNHEARD = ("delete both", "drain node", "lose node")  # the stage speaks on for a while, and nobody hears it
+# Every run of the cluster meets these.
+SHARED = ("kill API server", "stop MinIO", "API server away", "MinIO away", "drain node", "lose node")
 
 PHASES = {
     "start": "",  # its container runs and has said nothing
@@ -120,12 +145,32 @@ CASES = (
     ("kill API server", "step"),
     ("kill API server", "manifest"),
     *(("stop MinIO", phase) for phase in ("download", "step", "checkpoint", "upload", "manifest")),
+    ("API server away", "step"),
+    ("MinIO away", "step"),
+    ("drain node", "step"),
+    ("lose node", "step"),
+)
+# Of runs whose stages train: minutes each.
+TRAINED_CASES = (
+    ("nothing", "step"),
+    ("delete stage", "start"),
+    ("delete stage", "step"),
+    ("kill stage", "step"),
+    ("evict stage", "step"),
+    ("delete both", "step"),
+    ("cut connections", "start"),
+    ("kill API server", "step"),
+    ("API server away", "step"),
+    ("MinIO away", "step"),
     ("drain node", "step"),
 )
 
 
 def moment(phase: str, draw: random.Random) -> Callable[[list[str]], bool]:
-    """Whether a stage that runs and said these lines is in `phase`; a step is drawn, none that ends in a checkpoint."""
+    """Whether a stage that runs and said these lines is in `phase`; a step is drawn, none that ends in a checkpoint.
+
+    Stages that train (`kind_trials.TRAINED`) have as many steps and checkpoints; of the phases only start and step.
+    """
     steps = [step for step in range(2, LESSONS) if step % LESSONS_A_CHECKPOINT]
     wanted = PHASES[phase].format(step=draw.choice(steps))
     return lambda lines: any(re.search(wanted, line) for line in lines) if wanted else True

@@ -4,8 +4,8 @@ import contextlib
 import random
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,17 +17,19 @@ from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import runs
 from llamarefine_k8s.pipeline import READ_TO
+from tests.k8s.acting import LESSONS, LESSONS_A_CHECKPOINT
 from tests.store import cutting_proxy
 
 from .kind_faults import FAULTS, STAGE, UNHEARD, Scene, moment
-from .kind_world import NAMESPACE, World
+from .kind_world import NAMESPACE, ON_THE_WORKER, World
 
-_LONGEST_S = 400
+_LONGEST_S = 900
 _GLANCE_S = 0.3
 _BEGINS = re.compile(rf"{STAGE}: begins as (\S+)")
+_TRAINER_BEGINS = re.compile(rf"{STAGE}: makes ")
 _RESUMES = re.compile(r"goes on from the checkpoint at step (\d+)")
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
-_DRIVERS_WORDS = re.compile(rf"^{STAGE}: (waits, |.*another one goes on$)|^llamarefine: ")
+_DRIVERS_WORDS = re.compile(rf"^{STAGE}: (waits, |.*another one goes on$|.*its pod \S+ is given up$)|^llamarefine: ")
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Watched:
                     if job.metadata.name == self._run and condition.status == "True":
                         self.ended = condition.type if condition.type in ("Complete", "Failed") else self.ended
             for pod in self._api.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items:
-                self._look_at(pod)
+                with contextlib.suppress(Exception):  # its node may be away
+                    self._look_at(pod)
 
     def now(self, role: str) -> list[str]:
         """The pods that run and are not told to go."""
@@ -103,6 +106,8 @@ def carry_out(trial: Trial, world: World, api: Any, folder: Path, seed: int) -> 
             proxy = None
             if trial.fault == "cut connections":
                 proxy = stack.enter_context(cutting_proxy.before(world.endpoint, world.gateway()))
+            if trial.fault == "lose node":
+                stack.enter_context(world.lending_worker())
             _carry_out(trial, world, api, folder, draw, proxy)
             trial.cuts = proxy.connections if proxy else 0
     except (Exception, AssertionError) as error:
@@ -113,9 +118,12 @@ def carry_out(trial: Trial, world: World, api: Any, folder: Path, seed: int) -> 
 def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.Random, proxy: Any) -> None:
     folder.mkdir()
     recipe = folder / "recipe.yaml"
-    recipe.write_text(_RECIPE.format(name=f"chaos-{trial.number}"))
+    recipe.write_text((_TRAINED if world.trains else _ACTED).format(name=f"chaos-{trial.number}"))
     launcher = world.launcher(folder, proxy and proxy.endpoint)
-    launcher.act(f'{{"{STAGE}": "learn"}}')
+    if world.trains:
+        launcher.settle()
+    else:
+        launcher.act(f'{{"{STAGE}": "learn"}}', **(ON_THE_WORKER if trial.fault == "lose node" else {}))
     began_s = time.monotonic()
     code, said = launcher.run("submit", str(recipe), "--detach")
     found = re.search(rf"chaos-{trial.number}-[0-9a-f]{{8}}", said)
@@ -153,7 +161,7 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
         struck.result()
     trial.lasted_s = round(time.monotonic() - began_s, 1)
     trial.stage_pods, trial.driver_pods = len(watched.pods["stage"]), len(watched.pods["driver"])
-    trial.finding = "; ".join(_judge(trial, store, run, watched))
+    trial.finding = "; ".join(_judge(trial, store, run, watched, trains=world.trains))
 
 
 def _looks(watched: Watched) -> Iterator[None]:
@@ -175,7 +183,7 @@ def _is_further(store: Store, run: str, step: int) -> bool:
     return False
 
 
-def _judge(trial: Trial, store: Store, run: str, watched: Watched) -> Iterator[str]:
+def _judge(trial: Trial, store: Store, run: str, watched: Watched, *, trains: bool) -> Iterator[str]:
     """What is wrong with a run that is over."""
     record = runs.load(store, run)
     if watched.ended != "Complete" or record is None or record.state != "done":
@@ -189,12 +197,24 @@ def _judge(trial: Trial, store: Store, run: str, watched: Watched) -> Iterator[s
         manifest = store.manifest(stage, key[stage] or "")
         assert manifest, stage
         store.verify(manifest)
-        trial.content |= {f"{stage}/{file.path}": file.sha256 for file in manifest.files}
+        if not (trains and stage == "evaluate"):  # a real report says when it was made
+            trial.content |= {f"{stage}/{file.path}": file.sha256 for file in manifest.files}
     if left := store.checkpoint_steps(STAGE, key[STAGE] or ""):
         yield f"checkpoints are left: {left}"
     data = store.read(run_path(run, "logs", f"{STAGE}.log")) or b""
     kept = [line for line in data.decode().splitlines() if not _DRIVERS_WORDS.search(line) and READ_TO not in line]
-    yield from _compare_log(trial, kept, watched)
+    yield from (_compare_trainers_log if trains else _compare_log)(trial, kept, watched)
+
+
+def _compare_trainers_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[str]:
+    """The kept log has each line that was seen, and the steps of one pod after the other without a gap."""
+    if lost := Counter(line for lines in watched.said.values() for line in lines) - Counter(kept):
+        yield f"the log lacks {sorted(lost)}"
+    begins = [number for number, line in enumerate(kept) if _TRAINER_BEGINS.match(line)]
+    parts = [kept[first:after] for first, after in zip(begins, [*begins[1:], len(kept)], strict=True)]
+    yield from _compare_steps(trial, parts)
+    if (reached := max(_steps(kept), default=0)) != LESSONS:
+        yield f"the log ends at step {reached}"
 
 
 def _compare_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[str]:
@@ -218,13 +238,18 @@ def _compare_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[st
         if not is_right:
             more, lost = (sorted(set(one) - set(other)) for one, other in ((there, lines), (lines, there)))
             yield f"the log of {pod} has {more} more than was seen, and lacks {lost}"
+    yield from _compare_steps(trial, parts.values())
+
+
+def _compare_steps(trial: Trial, parts: Iterable[list[str]]) -> Iterator[str]:
+    """Of a stage's pods, one after the other, each goes on with the step after its checkpoint, and misses none."""
     trial.steps_repeated, reached = 0, 0
-    for pod, lines in parts.items():
+    for lines in parts:
         resumed = next((int(found[1]) for line in lines if (found := _RESUMES.search(line))), 0)
-        steps = _steps(lines)
+        steps = [step for step in _steps(lines) if step != resumed]  # a trainer says that one, too
         is_gap = resumed > reached and trial.fault not in UNHEARD
         if is_gap or steps != list(range(resumed + 1, resumed + 1 + len(steps))):
-            yield f"{pod} went on from {resumed} after {reached}, and its log has the steps {steps}"
+            yield f"a pod went on from {resumed} after {reached}, and its log has the steps {steps}"
         trial.steps_repeated += max(0, min(reached, resumed + len(steps)) - resumed)
         reached = max(reached, resumed + len(steps))
 
@@ -233,10 +258,26 @@ def _steps(lines: list[str]) -> list[int]:
     return [int(found[1]) for line in lines if (found := _STEP.match(line))]
 
 
-_RECIPE = """\
+_ACTED = """\
 name: {name}
 prepare:
   base: {{source: tiny-llama}}
   questions: {{source: python-docstrings}}
   preferences: {{source: python-docstrings}}
+"""
+_TRAINED = f"""\
+name: {{name}}
+seed: 7
+max_length_tokens: 128
+cpu_threads: 1
+prepare:
+  base: {{{{source: tiny-llama, tiny: {{{{steps: 20}}}}}}}}
+  questions: {{{{source: python-docstrings}}}}
+  preferences: {{{{source: python-docstrings}}}}
+  max_rows: 300
+  too_long: truncate
+sft: {{{{max_steps: {LESSONS}, learning_rate: 2.0e-3, batch_rows: 32, micro_batch_rows: 8, log_every_steps: 1,
+  checkpoint_every_steps: {LESSONS_A_CHECKPOINT}}}}}
+dpo: {{{{max_steps: 10, learning_rate: 4.0e-4, batch_rows: 8, micro_batch_rows: 8}}}}
+evaluate: {{{{generated_rows: 2, max_new_tokens: 4, bootstrap_resamples: 100}}}}
 """

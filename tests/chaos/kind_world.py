@@ -1,6 +1,8 @@
 """A namespace of a kind cluster where runs are disturbed: the chart with its MinIO, reached from here and from pods."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,30 @@ from tests.s3_server import KEY, SECRET
 
 NAMESPACE, MINIO = "chaos", "llamarefine-minio"
 _OUTSIDE = "minio-outside"
+STAGES_NODE = "chaos=stages"  # a label of the nodes where the stages of a run may be that loses its node
+ON_THE_WORKER: dict[str, Any] = {
+    "node_selector": dict([STAGES_NODE.split("=")]),
+    "tolerations": [
+        {"key": "may-be-lost", "operator": "Exists"},
+        # Kubernetes' own are 300 s, and a pod's grace period 120 s.
+        *(
+            {"key": f"node.kubernetes.io/{what}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
+            for what in ("unreachable", "not-ready")
+        ),
+    ],
+    "grace_s": 20,
+}
 
 
 class World:
-    """Where it all happens. `bucket` is the environment by which this process reaches its MinIO."""
+    """Where it all happens. `bucket` is the environment by which this process reaches its MinIO.
 
-    def __init__(self, made: KindCluster) -> None:
-        self.made = made
-        self.node = f"{kind.CLUSTER}-control-plane"
+    Stages act, in the launcher's image; they train where `trains`, in their own ones.
+    """
+
+    def __init__(self, made: KindCluster, *, trains: bool = False) -> None:
+        self.made, self.trains = made, trains
+        self.node, self.worker = f"{kind.CLUSTER}-control-plane", f"{kind.CLUSTER}-worker"  # one may be lost
         made.make_namespace(NAMESPACE)
         made.apply(program_map() | {"metadata": program_map()["metadata"] | {"namespace": NAMESPACE}})
         values = {
@@ -47,11 +65,26 @@ class World:
 
     def on_node(self, *command: str) -> str:
         """Run a program on the node, as root."""
-        return self.made.run(str(kind.engine(self.made.environment)), "exec", self.node, *command)
+        return self.engine("exec", self.node, *command)
+
+    @contextmanager
+    def lending_worker(self) -> Iterator[None]:
+        """While the second node, and no other, takes stages settled as ON_THE_WORKER; it is back afterwards."""
+        self.kubectl("label", "node", self.worker, STAGES_NODE)
+        try:
+            yield
+        finally:
+            self.made.run(str(kind.engine(self.made.environment)), "unpause", self.worker, check=False)
+            for node in (self.node, self.worker):
+                self.kubectl("label", "node", node, STAGES_NODE.split("=")[0] + "-")
+
+    def engine(self, *arguments: str) -> str:
+        """What docker, or podman, does with the nodes, which are its containers."""
+        return self.made.run(str(kind.engine(self.made.environment)), *arguments)
 
     def gateway(self) -> str:
         """This machine's address as pods see it."""
-        network = self.made.run(str(kind.engine(self.made.environment)), "network", "inspect", "kind")
+        network = self.engine("network", "inspect", "kind")
         found = re.search(r'"[Gg]ateway": "(\d+\.\d+\.\d+\.\d+)"', network)
         assert found, network
         return found[1]

@@ -20,10 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.chart.kind_cluster import KindCluster, cluster
+from tests.e2e import kind
 
-from .kind_faults import CASES, SHARED
+from .kind_faults import CASES, SHARED, TRAINED_CASES
 from .kind_trials import Trial, carry_out
 from .kind_world import World
+
+_NODES = Path(__file__).with_name("two-nodes.yaml")
 
 
 def main() -> int:
@@ -32,11 +35,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=3, help="runs side by side, where a fault meets only its own")
     parser.add_argument("--only", default="", metavar="REGEX", help="the trials whose `fault, phase` it finds")
+    parser.add_argument("--train", action="store_true", help="stages that train, in their own images of 7 GB")
     parser.add_argument("--json", type=Path, help="write every trial there")
     options = parser.parse_args()
-    cases = [case for case in CASES if case[0] == "nothing" or re.search(options.only, ", ".join(case))]
-    with tempfile.TemporaryDirectory(prefix="llamarefine-chaos-") as folder, cluster(Path(folder)) as made:
-        report = suffer(made, Path(folder), options.seed, cases, at_once=options.at_once)
+    every = TRAINED_CASES if options.train else CASES
+    cases = [case for case in every if case[0] == "nothing" or re.search(options.only, ", ".join(case))]
+    nodes = None if options.train else _NODES
+    with tempfile.TemporaryDirectory(prefix="llamarefine-chaos-") as folder, cluster(Path(folder), nodes) as made:
+        if options.train:
+            kind.make(made.environment, "kind-up")  # every image: gigabytes
+        report = suffer(made, Path(folder), options.seed, cases, at_once=options.at_once, trains=options.train)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["trials"]))
@@ -48,10 +56,16 @@ def main() -> int:
 
 
 def suffer(
-    made: KindCluster, folder: Path, seed: int, cases: Sequence[tuple[str, str]], at_once: int = 1
+    made: KindCluster,
+    folder: Path,
+    seed: int,
+    cases: Sequence[tuple[str, str]],
+    at_once: int = 1,
+    *,
+    trains: bool = False,
 ) -> dict[str, Any]:
     """One trial for each of `cases`, `("nothing", "step")` among them; what each did, as plain values."""
-    world = World(made)
+    world = World(made, trains=trains)
     os.environ |= world.bucket
     api = connect(made)
     began_s = time.monotonic()

@@ -59,14 +59,17 @@ class KindCluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[KindCluster]:
+def cluster(folder: Path, config: Path | None = None) -> Iterator[KindCluster]:
     """A cluster with MinIO and the chart, and of the images only those that the chart itself runs; gone afterwards.
 
-    Skips where none can be made. `make kind-up` in its environment brings the stages' images, too.
+    Skips where none can be made. `make kind-up` in its environment brings the stages' images, too. Its nodes are those
+    of `config`, kind's own file; one without.
     """
     environment = kind.environment(folder)
     if lacking := kind.missing(environment):
         pytest.skip(f"no cluster can be made here: {', '.join(lacking)} not found")
+    if config:
+        environment["KIND_CONFIG"] = str(config)
     kind.make(environment, "kind-down")
     try:
         yield KindCluster(environment, kind.make(environment, "kind-up", IMAGES="launcher minio"))

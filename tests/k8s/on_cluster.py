@@ -40,8 +40,11 @@ class OnCluster:
 
     def act(self, acting: str, **settings: Any) -> None:
         """Tell the stages what to do; write the settings."""
-        text = yaml.safe_dump(self.settings | {"patches": patches(IMAGE, acting)} | settings)
-        (self.folder / "llamarefine.yaml").write_text(text)
+        self.settle(**{"patches": patches(IMAGE, acting)} | settings)
+
+    def settle(self, **settings: Any) -> None:
+        """Write the settings; stages train unless they are told to act."""
+        (self.folder / "llamarefine.yaml").write_text(yaml.safe_dump(self.settings | settings))
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """A command that goes on by itself."""
