@@ -17,19 +17,20 @@ _SUFFICES = {  # exit codes that a run may end with when this befell it; 0: it w
     "SIGKILL": (0, -signal.SIGKILL),
     "SIGTERM": (0, -signal.SIGTERM, PreemptedError.exit_code),  # by the signal itself: before it listens
     "disk full": (0, DiskFullError.exit_code),
-    "flipped byte": (0, IntegrityError.exit_code),
-    "vanished file": (0, IntegrityError.exit_code, DataError.exit_code),  # without a manifest there is no artifact
+    "flipped byte": (0, IntegrityError.exit_code, DataError.exit_code),
+    "vanished file": (0, IntegrityError.exit_code, DataError.exit_code),
 }
 
 
 @dataclass
 class Fault:
-    """One fault, drawn beforehand; `hit` says what it hit once it happened, as a path in the store."""
+    """One fault, drawn beforehand; `hit` says what it hit once it happened: the process, or a path in the store."""
 
     kind: str
     draw: random.Random
     world: Path
     hit: str | None = None
+    is_removed: bool = False  # what was damaged was removed, as the error said
 
     def happen(self, pid: int) -> None:
         """Befall the process `pid` (0: it is over), or the store."""
@@ -41,6 +42,7 @@ class Fault:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))  # it cannot write one byte more
             elif pid:
                 os.kill(pid, signal.Signals[self.kind])
+            self.hit = "the process" if pid else None
 
     def _damage(self) -> None:
         """Flip one bit of a file in the store, or remove one."""
@@ -71,7 +73,9 @@ class Fault:
             return False
         if exit_code == IntegrityError.exit_code:
             return self.names_damage(said)
-        return exit_code != DataError.exit_code or bool(self.hit and self.hit.endswith("/manifest.json"))
+        if exit_code == DataError.exit_code:  # no such artifact: it was removed, or its manifest vanished
+            return self.is_removed or (self.kind == "vanished file" and str(self.hit).endswith("/manifest.json"))
+        return True
 
     def names_damage(self, said: str) -> bool:
         """Whether an error names the very file that was damaged."""

@@ -16,6 +16,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.store import Store
 
 LIMIT_S = 900  # a run that takes longer hangs
+Watch = Callable[[int, list[str]], bool]
 # Each start looks after every other process, and two threads that ask for one exit code get 255 for it.
 _ONE_AT_A_TIME = threading.Lock()
 _FORKS = multiprocessing.get_context("forkserver")
@@ -45,16 +46,11 @@ class Ended:
         return self.lines[-1] if self.lines else "it said nothing"
 
 
-def run(
-    subject: str,
-    world: Path,
-    *,
-    at_s: float | None = None,
-    fault: Callable[[int, list[str]], None] | None = None,
-) -> Ended:
-    """Run a stage, or a writer of the store, in `world`; `fault(pid, lines so far)` happens `at_s` after its start.
+def run(subject: str, world: Path, watch: Watch | None = None) -> Ended:
+    """Run a stage, or a writer of the store, in `world`, which holds recipe.yaml and store/.
 
-    Where it ended before, the fault happens all the same: to what it left. `world` holds recipe.yaml and store/.
+    `watch(pid, lines so far)` is called all the while, until it says that it let a fault happen; where it never
+    does, once more with pid 0 when the run is over.
     """
     reader, writer = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=_work, args=(subject, str(world), writer))
@@ -66,11 +62,9 @@ def run(
     ended = Ended(None, 0.0)
     said, open_ = b"", True
     while open_:
-        now_s = time.monotonic() - began_s
-        if fault and at_s is not None and ended.fault_s is None and now_s >= at_s:
-            ended.fault_s = now_s
-            fault(process.pid, ended.lines)
-        if now_s > LIMIT_S:
+        if watch and watch(process.pid, ended.lines):
+            watch, ended.fault_s = None, time.monotonic() - began_s
+        if time.monotonic() - began_s > LIMIT_S:
             process.kill()
         if select.select([reader], [], [], 0.002)[0]:
             chunk = os.read(reader.fileno(), 1 << 16)
@@ -82,9 +76,8 @@ def run(
         ended.exit_code = process.exitcode
     reader.close()
     ended.seconds = time.monotonic() - began_s
-    if fault and ended.fault_s is None:
+    if watch and watch(0, ended.lines):
         ended.fault_s = ended.seconds
-        fault(0, ended.lines)
     return ended
 
 

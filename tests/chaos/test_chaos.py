@@ -11,7 +11,7 @@ SEED = int(os.environ.get("LLAMAREFINE_CHAOS_SEED", "1"))
 
 def test_killed_full_or_damaged_everything_ends_with_the_same_bytes_or_the_right_error(tmp_path: Path) -> None:
     report = suffer(tmp_path, SEED, 20)
-    assert len(report["trials"]) == 20
+    assert sum(bool(trial["hit"]) for trial in report["trials"]) == 20
     assert {trial["subject"] for trial in report["trials"]} == set(SUBJECTS)
     assert {trial["fault"] for trial in report["trials"]} == set(FAULTS)
     assert [trial for trial in report["trials"] if trial["finding"]] == []

@@ -10,12 +10,12 @@ from typing import Any
 from llamarefine_jobs.contract.stages import SEQUENCE
 
 from . import processes, worlds
-from .faults import Fault, remedy
+from .faults import DAMAGES, Fault, remedy
+from .moments import STEP, Mark, Marks, Moment, phase
 from .processes import Ended
 
 _MOST_RUNS = 12
 _RESUMABLE = ("sft", "dpo", "store")  # the others start again, which takes them seconds
-_STEP = re.compile(r"^progress .*\bstep=(\d+)")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Trial:
     subject: str
     fault: str
     phase: str = ""
-    hit: str | None = None
+    hit: str | None = None  # the process, or the path in the store; None: the fault met nothing and shows nothing
     ended: list[int | None] = field(default_factory=list)
     recovered_s: float | None = None  # from the fault to the end of the run that succeeded; None: it was not disturbed
     steps_repeated: int | None = None
@@ -38,12 +38,12 @@ class Trial:
 
 
 def attempt(
-    trial: Trial, undisturbed: Path, folder: Path, draw: random.Random, lasts_s: float, expected: dict[str, str]
+    trial: Trial, undisturbed: Path, folder: Path, draw: random.Random, marks: list[Mark], expected: dict[str, str]
 ) -> Trial:
     """Carry `trial` out in a copy of the undisturbed world, which is gone afterwards."""
     world = worlds.copy(undisturbed, folder, trial.subject)
     try:
-        _carry_out(trial, world, draw, lasts_s, expected)
+        _carry_out(trial, world, draw, marks, expected)
     except Exception as error:
         trial.finding = f"{type(error).__name__}: {error}"
     finally:
@@ -51,14 +51,14 @@ def attempt(
     return trial
 
 
-def _carry_out(trial: Trial, world: Path, draw: random.Random, lasts_s: float, expected: dict[str, str]) -> None:
+def _carry_out(trial: Trial, world: Path, draw: random.Random, marks: list[Mark], expected: dict[str, str]) -> None:
     fault = Fault(trial.fault, draw, world)
 
     def strike(pid: int, lines: list[str]) -> None:
         trial.phase = phase(world, trial.subject, pid, lines)
         fault.happen(pid)
 
-    first = processes.run(trial.subject, world, at_s=draw.random() * lasts_s, fault=strike)
+    first = processes.run(trial.subject, world, Moment(marks, draw, Marks(world, trial.subject), strike))
     trial.hit, trial.ended = fault.hit, [first.exit_code]
     if not fault.explains(first.exit_code, first.last_line):
         trial.finding = _told(trial.subject, first)
@@ -76,7 +76,7 @@ def _carry_out(trial: Trial, world: Path, draw: random.Random, lasts_s: float, e
 
 def _recover(trial: Trial, world: Path, fault: Fault, first: Ended) -> float:
     """Run again until the subject ends well; how long that took."""
-    _heal(world, first.last_line)
+    _heal(fault, first.last_line)
     again, seconds = _drive(trial, trial.subject, world, fault)
     reached, resumed = _steps(first.lines), _resumed_at(again.lines) if again else 0
     if reached and again and trial.subject in _RESUMABLE:
@@ -93,11 +93,11 @@ def _drive(trial: Trial, subject: str, world: Path, fault: Fault) -> tuple[Ended
         seconds += ended.seconds
         if ended.exit_code == 0:
             return ended, seconds
-        if fault.hit is None or not fault.explains(ended.exit_code, ended.last_line):
+        if fault.kind not in DAMAGES or not fault.explains(ended.exit_code, ended.last_line):
             break
         if missing := re.search(r"run (\w+) first", ended.last_line):
             seconds += _drive(trial, missing[1], world, fault)[1]
-        elif not _heal(world, ended.last_line):
+        elif not _heal(fault, ended.last_line):
             break
     trial.finding = trial.finding or _told(subject, ended)
     return None, seconds
@@ -111,7 +111,7 @@ def _make_damage_good(trial: Trial, world: Path, fault: Fault) -> float:
             wrong = worlds.verify(world, trial.subject)
             if wrong is None:
                 return seconds
-            if not fault.names_damage(str(wrong)) or not _heal(world, str(wrong)):
+            if not fault.names_damage(str(wrong)) or not _heal(fault, str(wrong)):
                 trial.finding = f"damaged {fault.hit}, found: {wrong}"
                 return seconds
         except KeyError:
@@ -122,43 +122,18 @@ def _make_damage_good(trial: Trial, world: Path, fault: Fault) -> float:
     return seconds
 
 
-def _heal(world: Path, said: str) -> bool:
+def _heal(fault: Fault, said: str) -> bool:
     """Do what the error says: remove the folder it names."""
     folder = remedy(said)
-    if folder is None or not folder.is_relative_to(world / "store"):
+    if folder is None or not folder.is_relative_to(fault.world / "store"):
         return False
     shutil.rmtree(folder)
+    fault.is_removed = True
     return True
 
 
-def phase(world: Path, subject: str, pid: int, lines: list[str]) -> str:
-    """Where a run stood, by what it said and by what lay half-finished in the store."""
-    own = "sft" if subject == "store" else subject
-    if not pid:
-        return "over"
-    if _is_half_written(world / "store/checkpoints" / own):
-        return "checkpoint"
-    if _is_half_written(world / "store/artifacts" / own):
-        return "publish"
-    if not any(" makes " in line or " from the checkpoint" in line for line in lines):
-        return "start, download"
-    if any("kept the adapter" in line for line in lines):
-        return "closing"
-    return "steps" if _steps(lines) else "set-up"
-
-
-def _is_half_written(below: Path) -> bool:
-    """Whether some folder of files has no manifest beside it yet."""
-    return any(
-        child.is_dir() and not (child.parent / "manifest.json").exists()
-        for depth in ("*/*/*", "*/*")
-        for child in below.glob(depth)
-        if re.fullmatch(r"[0-9a-f]{16}", child.name)
-    )
-
-
 def _steps(lines: list[str]) -> list[int]:
-    return [int(found[1]) for line in lines if (found := _STEP.match(line))]
+    return [int(found[1]) for line in lines if (found := STEP.match(line))]
 
 
 def _resumed_at(lines: list[str]) -> int:
