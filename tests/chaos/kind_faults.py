@@ -90,6 +90,7 @@ def _lose_node(scene: Scene) -> None:
     """The stage's node says nothing from one moment to the next, as where its power is cut; the other one is left."""
     scene.world.kubectl("label", "node", scene.world.node, STAGES_NODE)
     scene.world.engine("pause", scene.world.worker)
+    time.sleep(5)  # what was heard of it comes into the run's record
 
 
 def _cut_connections(scene: Scene) -> None:

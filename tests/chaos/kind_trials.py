@@ -1,6 +1,7 @@
 """One trial on a cluster: a run from `submit` to its end, with one fault on the way, and what must hold afterwards."""
 
 import contextlib
+import math
 import random
 import re
 import time
@@ -139,7 +140,7 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
     is_there = moment(trial.phase, draw)
     with ThreadPoolExecutor(1) as pool:
         struck: Future[None] | None = None
-        reached: int | None = None  # the newest step when the fault was over
+        reached: float | None = None  # the newest step when the fault was over
         for _ in _looks(watched):
             pods = watched.now("stage")
             if struck is None and pods and is_there(watched.said.get(pods[-1], [])):
@@ -154,8 +155,9 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
                 watched.said_before = dict(watched.said)
                 struck_s, struck = time.monotonic(), pool.submit(FAULTS[trial.fault], scene)
             if reached is None and struck and struck.done():
-                reached = max((step for lines in watched.said.values() for step in _steps(lines)), default=0)
-            if trial.recovered_s is None and reached is not None and _is_further(store, run, reached):
+                said = [step for lines in watched.said.values() for step in _steps(lines)]
+                reached = max([*said, _recorded_step(store, run)])
+            if trial.recovered_s is None and reached is not None and _recorded_step(store, run) > reached:
                 trial.recovered_s = round(time.monotonic() - struck_s, 1)
         assert struck, f"never in the phase {trial.phase}: {watched.said}"
         struck.result()
@@ -175,12 +177,15 @@ def _looks(watched: Watched) -> Iterator[None]:
     watched.look()
 
 
-def _is_further(store: Store, run: str, step: int) -> bool:
+def _recorded_step(store: Store, run: str) -> float:
+    """How far the run's record says that the stage is; beyond every step once it is done."""
     with contextlib.suppress(LlamaRefineError):  # the bucket may be away
         record = runs.load(store, run)
         stage = record.stages[STAGE] if record else runs.StageRecord()
-        return stage.state in ("done", "reused") or (stage.progress is not None and stage.progress.step > step)
-    return False
+        if stage.state in ("done", "reused"):
+            return math.inf
+        return stage.progress.step if stage.progress else 0
+    return 0
 
 
 def _judge(trial: Trial, store: Store, run: str, watched: Watched, *, trains: bool) -> Iterator[str]:
