@@ -7,8 +7,11 @@ A Job that is there already is followed from where the last driver left it, so a
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, OutOfMemoryError, PreemptedError
+from llamarefine_jobs.contract.recipe import Dpo, Sft
+from llamarefine_jobs.out_of_memory import fewer_rows
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.feed import JobFeed
 from llamarefine_k8s.manifests import (
@@ -50,9 +53,14 @@ class ClusterExecutor:
         """Run a stage; see `pipeline.Executor`."""
         self._running = True
         try:
-            job = self._bring_job(task)
-            with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
-                self._follow(task, feed, on_line)
+            while True:
+                try:
+                    job = self._bring_job(task)
+                    with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
+                        self._follow(task, feed, on_line)
+                    return
+                except _KilledForMemoryError as killed:
+                    task = with_fewer_rows(task, killed, on_line)
         finally:
             self._running = False
 
@@ -84,7 +92,7 @@ class ClusterExecutor:
             pods = len(feed.pods)
             if killed := feed.killed_for_memory:
                 self._remove(feed)
-                raise out_of_memory(task.stage, killed)
+                raise _KilledForMemoryError(out_of_memory(task.stage, killed))
             let_go_of_lost(self._cluster, feed, lambda text: on_line(f"{task.stage}: {text}"))
             if self._cancels > cancelled:
                 cancelled = self._cancels
@@ -174,6 +182,25 @@ class ClusterExecutor:
             recipe = put_run_map(self._cluster, run_map(task.run, task.recipe, self._settings, above))
             self._owner = driver or owner_reference("ConfigMap", task.run, recipe["metadata"]["uid"])
         return self._owner
+
+
+class _KilledForMemoryError(OutOfMemoryError):
+    """The kernel ended a stage's container for its memory limit: the stage itself could not answer."""
+
+
+def with_fewer_rows(task: Task, killed: OutOfMemoryError, on_line: Callable[[str], None]) -> Task:
+    """`task` with half the micro-batch, where its recipe says so; raises `killed` where not, or where none is left."""
+    section = task.recipe.section(task.stage)
+    if not isinstance(section, Sft | Dpo) or section.on_out_of_memory == "fail" or section.micro_batch_rows == 1:
+        raise killed
+    rows = fewer_rows(section)
+    on_line(
+        f"{task.stage}: {killed}; starts anew with micro-batches of {rows} rows instead of {section.micro_batch_rows}, "
+        f"from the newest checkpoint; the {section.batch_rows} rows of a step stay"
+    )
+    smaller = section.model_copy(update={"micro_batch_rows": rows})
+    recipe = task.recipe.model_copy(update={task.stage: smaller})
+    return replace(task, recipe=recipe, overrides=(f"{task.stage}.micro_batch_rows={rows}",))
 
 
 class Start:

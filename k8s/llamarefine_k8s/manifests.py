@@ -250,7 +250,10 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         "name": CONTAINER,
         "image": settings.image(task.stage),
         "imagePullPolicy": settings.image_pull_policy,
-        "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
+        "args": [
+            *("--recipe", RECIPE_FILE, "--store", task.store_uri),
+            *(word for override in task.overrides for word in ("--set", override)),
+        ],
         "env": [
             *_environment(settings),
             *([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),

@@ -49,6 +49,7 @@ class Task:
     key: str
     recipe: Recipe
     store_uri: str
+    overrides: tuple[str, ...] = ()  # `KEY=VALUE` on top of the recipe; none that changes the key
 
 
 class Executor(Protocol):

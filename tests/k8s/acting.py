@@ -137,6 +137,9 @@ def work(context: entry.Context) -> None:
             print(len(b"x" * (1 << 30)))
         case "kill itself":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "hoard memory for each row":
+            rows = context.recipe.sft.micro_batch_rows
+            print(f"hoards for {rows} rows", len(b"x" * (rows * 64 << 20)), flush=True)
         case "say much":
             print("\x1b[31mred\x1b[0m noise of a library\rredrawn noise", flush=True)
             sys.stdout.write("no newline at the end")

@@ -147,6 +147,21 @@ def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named
     assert "another one goes on" not in said
 
 
+def test_a_stage_over_its_memory_limit_goes_on_with_half_the_micro_batch_where_the_recipe_says_so(
+    on: OnCluster, recipe_file: Path
+) -> None:
+    """64 MiB a row: 8 and 4 rows are too many for 300 MiB."""
+    small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
+    on.act('{"sft": "hoard memory for each row"}', resources=dict.fromkeys(SEQUENCE, small))
+    leave = ("--set", "sft.on_out_of_memory=halve_micro_batch", "--set", "sft.micro_batch_rows=8")
+    code, said = on.run("submit", str(recipe_file), *leave)
+    assert code == 0, said
+    assert re.findall(r"starts anew with micro-batches of (\d) rows instead of (\d)", said) == [("4", "8"), ("2", "4")]
+    run = re.search(r"small-[0-9a-f]{8}", said)
+    assert run
+    assert "hoards for 2 rows" in on.run("logs", run[0], "sft")[1]
+
+
 def test_a_stage_that_is_killed_is_tried_again(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
