@@ -60,6 +60,9 @@ class Objects(Protocol):
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens where there is none."""
 
+    def clock(self) -> datetime | None:
+        """What the clock says by which objects are dated; None where it does not say."""
+
 
 def open_objects(uri: str, patience: Patience | None = None) -> Objects:
     """The objects under ``file:///folder`` (or a plain path) or ``s3://bucket/prefix``, with patience for a bucket."""
@@ -175,6 +178,9 @@ class FileObjects:
                     folder.rmdir()
                 except OSError:
                     break
+
+    def clock(self) -> datetime | None:
+        return datetime.now(UTC)
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[tuple[BinaryIO, Path, Path]]:
