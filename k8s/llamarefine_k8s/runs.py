@@ -205,7 +205,7 @@ class Journal:
             updated_at=now,
             driver=Driver.this_process(),
             # What an earlier driver left stays in sight: this one may be killed before it comes so far.
-            stages={name: self._left(name) or StageRecord() for name in SEQUENCE},
+            stages={name: self._left(name) or StageRecord(key=self._key_before(name)) for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
         self._on_change = on_change
@@ -263,6 +263,11 @@ class Journal:
         if there is None or there.state not in ("running", "interrupted"):
             return None
         return there.model_copy(update={"state": "interrupted"})
+
+    def _key_before(self, stage: str) -> str | None:
+        """What an earlier driver made or found: gc shall not miss it before this one has found it again."""
+        there = self._before.stages.get(stage) if self._before else None
+        return there.key if there else None
 
     def _earlier(self, run: str) -> RunRecord | None:
         """What an earlier driver wrote; LlamaRefineError where it still drives."""

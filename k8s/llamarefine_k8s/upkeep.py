@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -91,7 +91,7 @@ def gc(older_than: timedelta | None, keep: int | None, delete: bool, store: str 
     from llamarefine_k8s import garbage, summary
 
     opened = open_store(store)
-    found = garbage.find(opened, garbage.Keep(keep, older_than), datetime.now(UTC))
+    found = garbage.find(opened, garbage.Keep(keep, older_than), opened.now())
     if delete:
         garbage.remove(opened, found)
     if as_json:
