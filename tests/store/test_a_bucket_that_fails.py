@@ -117,7 +117,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: int(len(body) * self.server.share)] if breaks else body)
         self.close_connection = True
 
-    do_PUT = do_GET
+    do_PUT = do_GET  # noqa: N815
 
     def log_message(self, *arguments: Any) -> None:
         pass
