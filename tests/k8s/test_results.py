@@ -193,9 +193,7 @@ def test_a_byte_that_changed_after_a_pull_is_named(record: RunRecord, store: Sto
     page = tmp_path / "report" / "report.html"
     data = page.read_bytes()
     page.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(
-        IntegrityError, match=r"report\.html changed since it was brought there, or was damaged; .*--force"
-    ):
+    with pytest.raises(IntegrityError, match=r"report\.html changed since it was brought there, or was damaged"):
         pull(store, manifest, "report", tmp_path / "report")
     pull(store, manifest, "report", tmp_path / "report", force=True)
     assert page.read_bytes() == data
