@@ -120,6 +120,8 @@ class S3Objects:
                     for whole_chunk in response["Body"].iter_chunks(CHUNK_BYTES):
                         chunk = whole_chunk[again_bytes:]
                         again_bytes = max(0, again_bytes - len(whole_chunk))
+                        if not chunk:  # what is here already is no progress
+                            continue
                         into.write(chunk)
                         on_chunk(chunk)
                         done_bytes += len(chunk)

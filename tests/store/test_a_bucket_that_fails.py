@@ -185,6 +185,16 @@ def test_a_download_goes_on_though_the_server_knows_no_ranges(
     assert flaky.breaks_left == 0
 
 
+def test_a_download_that_breaks_at_the_same_place_for_ever_is_given_up(
+    flaky: FlakyServer, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Store(s3_uri).publish(samples.make_folder(tmp_path / "large", size_bytes=5_000_000), samples.draft())
+    store = behind(flaky, s3_uri, monkeypatch, Patience(0.5))
+    flaky.breaks_left, flaky.knows_no_ranges = 1000, True
+    with pytest.raises(StoreError, match="gave up after"):
+        store.fetch(published, tmp_path / "fetched", "adapter/adapter_model.safetensors")
+
+
 def test_a_small_object_that_comes_by_half_is_asked_for_again(
     flaky: FlakyServer, s3_uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
