@@ -34,16 +34,18 @@ if TYPE_CHECKING:
 
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
 _REQUEST_ATTEMPTS = 4  # boto3's own, within about a second, for a part of a large file most of all
-_REFUSED = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "403")
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
 _FULL = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
 _BUSY = (
+    "BadDigest",  # a byte was changed on its way
     "ConditionalRequestConflict",  # another conditional write is under way; who wins is known when it ends
     "IncompleteBody",
     "NoSuchUpload",
     "OperationAborted",
     "RequestTimeout",
     "SlowDown",
+    "XAmzContentSHA256Mismatch",
 )
 
 Rest = ParamSpec("Rest")
@@ -101,7 +103,7 @@ class S3Objects:
             response = self._get(path)
             if response is None:
                 return None
-            return refuse_too_large(f"{self.uri}/{path}", response["Body"].read(READ_LIMIT_BYTES + 1))
+            return refuse_too_large(f"{self.uri}/{path}", _whole(response["Body"], READ_LIMIT_BYTES + 1))
 
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """As `Objects.download`; a connection that breaks is taken up again where it broke."""
@@ -114,7 +116,12 @@ class S3Objects:
                     response = self._get(path, **more)
                     if response is None:
                         return False
-                    for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
+                    again_bytes = 0 if "ContentRange" in response else done_bytes  # it knows no ranges: all comes again
+                    for whole_chunk in response["Body"].iter_chunks(CHUNK_BYTES):
+                        chunk = whole_chunk[again_bytes:]
+                        again_bytes = max(0, again_bytes - len(whole_chunk))
+                        if not chunk:  # what is here already is no progress
+                            continue
                         into.write(chunk)
                         on_chunk(chunk)
                         done_bytes += len(chunk)
@@ -148,9 +155,9 @@ class S3Objects:
             except ClientError as error:
                 if _code(error) not in ("PreconditionFailed", "412"):
                     raise
-                # A try whose answer was lost may be what stands there now.
-                response = self._get(path)
-                return response is not None and response["Body"].read(len(data) + 1) == data
+            # A try whose answer was lost may be what stands there now.
+            response = self._get(path)
+            return response is not None and _whole(response["Body"], len(data) + 1) == data
 
     @_patiently
     def upload(self, path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
@@ -170,7 +177,6 @@ class S3Objects:
 
     @_patiently
     def clock(self) -> datetime | None:
-        """What the bucket's clock says, to the second; None where it does not say."""
         with self._errors(""):
             answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
             date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -229,7 +235,7 @@ class S3Objects:
             said = _sentence(error).partition(": Bucket name must match")[0]
             raise RecipeError(f"{where}: {said}; correct the store's URI") from None
         except SSLError as error:
-            raise AccessError(f"{where}: {self._tls_trouble(str(error))}") from None
+            raise self._from_tls_error(where, str(error)) from None
         except ClientError as error:
             raise self._from_client_error(where, error) from None
         except (BotoCoreError, Boto3Error) as error:
@@ -244,14 +250,18 @@ class S3Objects:
                 raise StoreError(f"{where}: the connection broke: {_sentence(error)}") from None
             raise
 
-    def _tls_trouble(self, error: str) -> str:
+    def _from_tls_error(self, where: str, error: str) -> LlamaRefineError:
         endpoint = self.client.meta.endpoint_url
         if "CERTIFICATE_VERIFY_FAILED" in error:
             reason = _sentence(error.rpartition("certificate verify failed: ")[2]).partition(" (_ssl")[0]
-            return f"the certificate of {endpoint} is not trusted ({reason}); name its authority by AWS_CA_BUNDLE"
-        if "WRONG_VERSION_NUMBER" in error or "record layer failure" in error:
-            return f"{endpoint} does not speak TLS; give it a certificate, or write http:// where that is meant"
-        return f"no TLS connection to {endpoint}: {_sentence(error)}; is the endpoint right?"
+            said = f"the certificate of {endpoint} is not trusted ({reason}); name its authority by AWS_CA_BUNDLE"
+        elif "WRONG_VERSION_NUMBER" in error or "record layer failure" in error:
+            said = f"{endpoint} does not speak TLS; give it a certificate, or write http:// where that is meant"
+        else:
+            said = f"no TLS connection to {endpoint}: {_sentence(error)}; is the endpoint right?"
+        # Cut off, or something else has the bucket's address for a while, as an ingress that starts again.
+        passes = self.patience.has_succeeded or "EOF" in error
+        return StoreError(f"{where}: {said}") if passes else AccessError(f"{where}: {said}")
 
     def _from_client_error(self, where: str, error: Any) -> LlamaRefineError:
         code = _code(error)
@@ -261,6 +271,8 @@ class S3Objects:
             return AccessError(f"{where}: there is no bucket `{self.bucket}`; create it or correct the store's URI")
         if code in _REFUSED:
             return AccessError(f"{where}: the bucket refuses these credentials ({code}); check key, secret and policy")
+        if code == "ExpiredToken":
+            return AccessError(f"{where}: the session's credentials have expired; renew them, then run again")
         if code in _ELSEWHERE:
             return AccessError(f"{where}: the bucket lies in another region ({answer}); set AWS_REGION")
         if code == "InvalidBucketName":
@@ -278,7 +290,10 @@ class S3Objects:
                 return StoreError(said)
             return AccessError(f"{said}; is it the endpoint, TLS or not?")
         failed = StoreError(f"{where}: the bucket answered {answer}")
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
+        about = error.response.get("ResponseMetadata", {})
+        asked_s = str(about.get("HTTPHeaders", {}).get("retry-after", ""))
+        failed.retry_after_s = float(asked_s) if asked_s.isdecimal() else 0.0
+        if about.get("HTTPStatusCode", 500) < 429 and code not in _BUSY:
             failed.retry_after_s = None
         return failed
 
@@ -293,6 +308,16 @@ def _is_broken_connection(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno not in _LOCAL
     return isinstance(error, HTTPClientError | IncompleteReadError) or type(error).__module__.startswith("urllib3")
+
+
+def _whole(body: Any, limit_bytes: int) -> bytes:
+    """The bytes of an answer, or the first `limit_bytes` and some: `read(limit_bytes)` takes a cut one for whole."""
+    data = bytearray()
+    for chunk in body.iter_chunks(CHUNK_BYTES):
+        data += chunk
+        if len(data) >= limit_bytes:
+            break
+    return bytes(data)
 
 
 def _code(error: Any) -> str:

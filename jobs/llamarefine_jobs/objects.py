@@ -5,6 +5,8 @@ none, `create` has exactly one winner, a failed write leaves nothing that a list
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from llamarefine_jobs.contract.patience import Patience
 CHUNK_BYTES = 1 << 20
 READ_LIMIT_BYTES = 64 << 20
 _TEMPORARY = ".writing-"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network and FUSE file systems
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Objects(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens where there is none."""
+
+    def clock(self) -> datetime | None:
+        """What the clock says by which objects are dated; None where it does not say."""
 
 
 def open_objects(uri: str, patience: Patience | None = None) -> Objects:
@@ -136,6 +142,10 @@ class FileObjects:
                 os.link(temporary, target)  # unlike a rename, a link never replaces what is there
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _rename_new(temporary, target)
             return True
 
     def upload(self, path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
@@ -176,6 +186,9 @@ class FileObjects:
                 except OSError:
                     break
 
+    def clock(self) -> datetime | None:
+        return datetime.now(UTC)
+
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[tuple[BinaryIO, Path, Path]]:
         """An open file beside the object, its path, and the object's own: gone afterwards, whatever happens."""
@@ -209,6 +222,20 @@ def _open_new(path: Path) -> BinaryIO:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("wb")
     return path.open("wb")
+
+
+def _rename_new(temporary: Path, target: Path) -> bool:
+    """Rename unless something is there, one process at a time where the file system has locks; whether it was done."""
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if target.exists():
+            return False
+        os.replace(temporary, target)
+        return True
+    finally:
+        os.close(folder)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, on_chunk: Callable[[bytes], None]) -> None:

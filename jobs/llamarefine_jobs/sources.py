@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.artifact import safe_relative_path
 from llamarefine_jobs.contract.errors import DataError, from_os_error
+from llamarefine_jobs.contract.patience import Patience, of_a_stage
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.objects import Entry, Objects, open_objects
 
@@ -70,7 +71,8 @@ def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
         if where is Kind.PATH:
             changes["source"] = str(local_path(source.source))
         if not source.fingerprint or (check and not is_known_elsewhere(where, source.fingerprint)):
-            found = fingerprint(source.source, where, f"prepare.{name}.source")
+            patience = of_a_stage("prepare") if source.fingerprint else None  # only a stage is given pinned ones
+            found = fingerprint(source.source, where, f"prepare.{name}.source", patience)
             if source.fingerprint and found and source.fingerprint != found:
                 raise DataError(
                     f"prepare.{name}.source: {source.source} changed since the run was planned; submit again"
@@ -89,7 +91,7 @@ def is_known_elsewhere(where: Kind, fingerprint: str) -> bool:
     return (where is Kind.S3 and "sha256:" in fingerprint) or fingerprint.startswith(IN_IMAGE)
 
 
-def fingerprint(source: str, where: Kind, key: str) -> str | None:
+def fingerprint(source: str, where: Kind, key: str, patience: Patience | None = None) -> str | None:
     """What lies behind `source`; None where only the stage that reads it can tell (https, the Hub)."""
     match where:
         case Kind.BUILT_IN:
@@ -101,7 +103,7 @@ def fingerprint(source: str, where: Kind, key: str) -> str | None:
                 raise DataError(f"{key}: there is no {path}")
             return content_sha256(path)
         case Kind.S3:
-            _, prefix, entries = _listed(source)
+            _, prefix, entries = _listed(source, patience)
             if not entries:
                 raise DataError(f"{key}: there is nothing at {source}")
             listing = [(entry.path[len(prefix) :], entry.size_bytes, entry.etag) for entry in entries]
@@ -115,7 +117,7 @@ def download_s3(source: str, into: Path, pinned: str | None = None) -> Path:
 
     Raises DataError where `pinned` is the sha256 of other bytes.
     """
-    objects, prefix, entries = _listed(source)
+    objects, prefix, entries = _listed(source, of_a_stage("prepare"))
     single = into / Path(prefix).name
     for entry in entries:
         target = single if entry.path == prefix else into / _local_name(source, entry.path[len(prefix) + 1 :])
@@ -148,10 +150,10 @@ class _EnoughError(Exception):
     """As much was read as was wanted."""
 
 
-def _listed(source: str) -> tuple[Objects, str, list[Entry]]:
+def _listed(source: str, patience: Patience | None = None) -> tuple[Objects, str, list[Entry]]:
     """The bucket, the prefix, and the objects that are the source itself or lie below it."""
     parts = urlsplit(source)
-    objects, prefix = open_objects(f"s3://{parts.netloc}"), unquote(parts.path).strip("/")
+    objects, prefix = open_objects(f"s3://{parts.netloc}", patience), unquote(parts.path).strip("/")
     return (
         objects,
         prefix,

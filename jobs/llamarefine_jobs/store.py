@@ -8,6 +8,7 @@ What it promises, on ``file://`` and ``s3://`` alike (tests/store holds the same
   its folder all at once or not at all; a wrong byte is an IntegrityError that names the file.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,14 @@ from llamarefine_jobs.contract.artifact import (
     checkpoint_path,
     safe_relative_path,
 )
-from llamarefine_jobs.contract.errors import AccessError, DataError, DiskFullError, IntegrityError, from_os_error
+from llamarefine_jobs.contract.errors import (
+    AccessError,
+    DataError,
+    DiskFullError,
+    IntegrityError,
+    LlamaRefineError,
+    from_os_error,
+)
 from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.objects import Entry, FileObjects, open_objects
 
@@ -127,6 +136,10 @@ class Store:
         """All objects below `prefix`."""
         return self.objects.entries(prefix)
 
+    def now(self) -> datetime:
+        """What the store's own clock says: the one of this machine may be off."""
+        return self.objects.clock() or datetime.now(UTC)
+
     def remove(self, paths: Iterable[str]) -> None:
         """Remove objects, a few at a time, in no order."""
         _in_parallel(self.objects.delete, paths)
@@ -162,8 +175,11 @@ class Store:
         try:
             won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
         except (AccessError, DiskFullError):
-            self._remove_quietly(f"{where}/{attempt}")
-            raise  # after any other error the manifest may stand all the same, so its files stay
+            # An earlier try of this very write, whose answer was lost, may have made it all the same.
+            with contextlib.suppress(LlamaRefineError):
+                if self.objects.read(f"{where}/{MANIFEST}") is None:
+                    self._remove_quietly(f"{where}/{attempt}")
+            raise  # after any other error the manifest may come to stand yet, so its files stay
         if won:
             return mine
         self._remove_quietly(f"{where}/{attempt}")

@@ -2,8 +2,9 @@
 
 Kept are the runs that `Keep` names, every run that is driven or changed within GRACE, all that these runs recorded or
 would find again when they are submitted again, and the parents of all that, back to the first. Whatever is younger
-than GRACE stays too, with its parents: someone may be writing it, or about to read it. What is not of this layout is
-never touched.
+than GRACE stays too, with its parents: someone may be writing it, or about to read it; an uploaded file stays for
+INPUT_GRACE, for its run may wait in a queue and has no record before it begins. What is not of this layout is never
+touched.
 
 Removal can be cut off anywhere: records and manifests go first, children before their parents, so nothing is ever
 there by half; the files that are then in nobody's manifest go with the next removal.
@@ -12,7 +13,7 @@ there by half; the files that are then in nobody's manifest go with the next rem
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from pydantic import ValidationError
@@ -27,8 +28,10 @@ from llamarefine_k8s import runs
 from llamarefine_k8s.runs import RECORD, RunRecord
 
 GRACE = timedelta(days=1)  # as long as a stage may take, by the settings' default
+INPUT_GRACE = timedelta(days=7)
 
 Ref = tuple[str, str]  # a stage and a key
+_NEVER = datetime.min.replace(tzinfo=UTC)
 _CHILDREN_FIRST = [*STAGES][::-1]
 
 
@@ -77,7 +80,7 @@ class Garbage:
 
 
 def find(store: Store, keep: Keep, now: datetime) -> Garbage:
-    """What may go. Reads records and manifests only, and changes nothing.
+    """What may go, `now` by the store's clock. Reads records and manifests only, and changes nothing.
 
     Raises IntegrityError where what a kept thing refers to cannot be known.
     """
@@ -183,9 +186,9 @@ class _Inventory:
 
     def inputs(self, kept: Iterable[RunRecord]) -> Iterator[Item]:
         """Uploaded files that no kept recipe names."""
-        named = [str(source) for record in kept for source in _sources(record.recipe)]
+        named = [text for record in kept for text in _texts(record.recipe)]
         for folder, entries in self._inputs.items():
-            if self._is_old(entries) and not any(f"/{folder}/" in f"{source}/" for source in named):
+            if self._is_old(entries, INPUT_GRACE) and not any(f"/{folder}/" in f"{text}/" for text in named):
                 name = entries[0].path.split("/")[2]
                 yield _item("input", name, "no kept recipe names it", entries)
 
@@ -233,8 +236,8 @@ class _Inventory:
     def _is_published(self, ref: Ref) -> bool:
         return _has_manifest(artifact_path(*ref), self._artifacts.get(artifact_path(*ref), []))
 
-    def _is_old(self, entries: Iterable[Entry]) -> bool:
-        return all(entry.modified_at is not None and self._now - entry.modified_at > GRACE for entry in entries)
+    def _is_old(self, entries: Iterable[Entry], grace: timedelta = GRACE) -> bool:
+        return all(entry.modified_at is not None and self._now - entry.modified_at > grace for entry in entries)
 
     def _grouped(self, top: str, depth: int) -> dict[str, list[Entry]]:
         """The objects below `top`, by the folder of `depth` parts that they lie in; what lies elsewhere is not ours."""
@@ -256,20 +259,21 @@ def _records(store: Store) -> Iterator[RunRecord]:
                     f"nothing was removed, for what is kept cannot be known: {error}; remove that record, or use the "
                     "version that wrote it"
                 ) from None
-            if record:
-                yield record
+            if record:  # its own time is that of its driver's clock
+                yield record.model_copy(update={"updated_at": max(record.updated_at, entry.modified_at or _NEVER)})
 
 
 def _recorded(record: RunRecord) -> Iterator[Ref]:
     return ((stage, about.key) for stage, about in record.stages.items() if about.key)
 
 
-def _sources(recipe: dict[str, object]) -> Iterator[object]:
-    """The sources of a recipe of any version."""
-    prepare = recipe.get("prepare")
-    for section in prepare.values() if isinstance(prepare, dict) else ():
-        if isinstance(section, dict) and "source" in section:
-            yield section["source"]
+def _texts(value: object) -> Iterator[str]:
+    """All texts of a recipe: where one of another version names its sources is not known."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _by_folder(entries: Iterable[Entry], depth: int) -> dict[str, list[Entry]]:

@@ -8,7 +8,7 @@ import contextlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from llamarefine_jobs.contract.errors import (
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.objects import FileObjects
+from llamarefine_jobs.sources import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import provenance, signing
 from llamarefine_k8s.plan import newest_checkpoint
@@ -165,9 +166,7 @@ class Pipeline:
     def _execute(self, stage: str, key: str) -> None:
         """Run a stage, again after trouble that may pass by itself."""
         task = self._task(stage, key)
-        with StageLog(self.store, task.run, stage) as log:
-            self.journal.stage(stage, log=log.path)
-            self.executor.read_to = log.read_to
+        with self._log(stage) as log:
 
             def on_line(line: str) -> None:
                 log.write(line, self.executor.read_to)
@@ -187,10 +186,20 @@ class Pipeline:
     def _finish(self, stage: str, key: str) -> None:
         """Take along what a driver that was killed left unread."""
         task = self._task(stage, key)
-        with StageLog(self.store, task.run, stage) as log:
-            self.journal.stage(stage, log=log.path)
-            self.executor.read_to = log.read_to
+        with self._log(stage) as log:
             self.executor.finish(task, lambda line: log.write(line, self.executor.read_to))
+
+    @contextlib.contextmanager
+    def _log(self, stage: str) -> Iterator["StageLog"]:
+        """The log of a stage, to be gone on with; the record says where it lies and, when it ends, what it is."""
+        log = StageLog(self.store, self.journal.record.run, stage)
+        try:
+            with log:
+                self.journal.stage(stage, log=log.path, log_sha256=None)
+                self.executor.read_to = log.read_to
+                yield log
+        finally:
+            self.journal.log_ends(stage, log.sha256)
 
     def _task(self, stage: str, key: str) -> Task:
         return Task(self.journal.record.run, stage, key, self.recipe, self.store.uri)
@@ -239,6 +248,7 @@ class StageLog:
     def __init__(self, store: Store, run: str, stage: str) -> None:
         self.path = run_path(run, "logs", f"{stage}.log")
         self.read_to: str | None = None
+        self.sha256: str | None = None  # once it is closed and kept
         self._store = store
         self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
 
@@ -262,12 +272,14 @@ class StageLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(self._store.objects, FileObjects):
             self._lines.close()
+            self.sha256 = file_sha256(self.file)
         else:
             self._lines.write(f"{READ_TO}{self.read_to}\n" if self.read_to else "")
             self._lines.close()
             # What ended the stage is to be told, not that its log could not be kept.
             with contextlib.suppress(*((StoreError,) if kind else ())):
                 self._store.objects.upload(self.path, self.file, lambda chunk: None)
+                self.sha256 = file_sha256(self.file)
         self._folder.cleanup()
 
     def _cut_mark(self) -> None:

@@ -1,9 +1,12 @@
 """What a run leaves: its report read, its model and adapters brought to a folder of this machine."""
 
 import contextlib
+import errno
+import fcntl
 import html
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ PARTS = {
     "dpo": ("dpo", "adapter/"),
     "report": ("evaluate", ""),
 }
+_OLD = "old"
 REPORTS = STAGES["evaluate"].writes
 
 Model = Literal["base", "sft", "merged"]
@@ -174,19 +178,55 @@ def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool
     """Bring `what` of an artifact to the folder `into`, each byte verified, all at once or not at all.
 
     A folder that is there is replaced only where nothing is lost: it is empty, or holds exactly an artifact of
-    this store, or `force` says so. DataError otherwise, and nothing is changed.
+    this store, or `force` says so. DataError otherwise, IntegrityError where it is one but for some bytes; then
+    nothing is changed. A pull that was killed is made good by the next one: what it had moved away is put back.
     """
     into = into.absolute()
-    here = check_replaceable(store, what, into, force=force)
-    if here is not None and here == _listing(manifest, what):
-        return
-    with _os_errors():
-        into.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{into.name}-", dir=into.parent) as folder:
-            fetched = store.fetch(manifest, Path(folder, "new"), *([PARTS[what][1]] if PARTS[what][1] else []))
-            if into.exists():
-                into.rename(Path(folder, "old"))
-            (fetched / PARTS[what][1]).rename(into)
+    with _os_errors(), _work_folder(into) as folder:
+        here = check_replaceable(store, what, into, force=force)
+        if here is not None and here == _listing(manifest, what):
+            return
+        fetched = store.fetch(manifest, folder / "new", *([PARTS[what][1]] if PARTS[what][1] else []))
+        if into.exists():
+            into.rename(folder / _OLD)
+        (fetched / PARTS[what][1]).rename(into)
+
+
+@contextlib.contextmanager
+def _work_folder(into: Path) -> Iterator[Path]:
+    """A folder beside `into` that one pull has at a time, always of the same name: what a killed one left is found."""
+    folder = into.with_name(f".{into.name}.pulling")
+    lock = _locked(folder, into)
+    try:
+        _tidy(folder, into)
+        yield folder
+    finally:
+        _tidy(folder, into)
+        folder.rmdir()
+        os.close(lock)
+
+
+def _locked(folder: Path, into: Path) -> int:
+    """The folder, made where it is missing, opened and locked until it is closed or this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return lock  # of a file system that has no locks
+        os.close(lock)
+        raise DataError(f"{into}: another pull is bringing something there; wait until it is done") from None
+    return lock
+
+
+def _tidy(folder: Path, into: Path) -> None:
+    """Put back what was moved away and not replaced, and remove the rest."""
+    old = folder / _OLD
+    if old.exists() and not into.exists():
+        old.rename(into)
+    for left in folder.iterdir():
+        shutil.rmtree(left)
 
 
 def pull_report(store: Store, manifest: Manifest, into: Path) -> None:
@@ -209,8 +249,21 @@ def check_replaceable(store: Store, what: str, into: Path, *, force: bool = Fals
         holds = {
             path.relative_to(into).as_posix(): file_sha256(path) for path in sorted(into.rglob("*")) if path.is_file()
         }
-    if force or not holds or any(holds == _listing(each, what) for each in _artifacts(store, PARTS[what][0])):
+    if force or not holds:
         return holds
+    others = []
+    for manifest in _artifacts(store, PARTS[what][0]):
+        listing = _listing(manifest, what)
+        if holds == listing:
+            return holds
+        if holds.keys() == listing.keys():
+            others.append([path for path in holds if holds[path] != listing[path]])
+    changed = min(others, key=len, default=[])
+    if 0 < len(changed) < len(holds):
+        raise IntegrityError(
+            f"{into}: {', '.join(changed[:3])} changed since it was brought there, or was damaged; choose another "
+            "folder, or replace it by --force"
+        )
     raise DataError(
         f"{into}: holds files that are not from this store; choose another folder, or replace it by --force"
     )
@@ -220,9 +273,9 @@ def _artifacts(store: Store, stage: str) -> Iterator[Manifest]:
     for entry in store.entries(f"artifacts/{stage}/"):
         _, _, key, *rest = entry.path.split("/")
         if rest == [MANIFEST]:
-            manifest = store.manifest(stage, key)
-            if manifest:
-                yield manifest
+            with contextlib.suppress(IntegrityError):  # of one that nobody asked for
+                if manifest := store.manifest(stage, key):
+                    yield manifest
 
 
 def _listing(manifest: Manifest, what: str) -> dict[str, str]:

@@ -25,11 +25,13 @@ from llamarefine_jobs.contract.artifact import Sha256, run_path
 from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.seal import seal, unseal
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.objects import FileObjects
 from llamarefine_jobs.store import Store
 
 RECORD = "run.json"
+_SEAL = "record_sha256"
 PROGRESS_S = 2.0  # progress is written so often at most
 HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
 STALE_S = 90.0
@@ -49,6 +51,7 @@ class StageRecord(BaseModel):
     progress: Progress | None = None
     error: str | None = None
     log: str | None = None
+    log_sha256: Sha256 | None = None  # once the stage is over
 
 
 class Driver(BaseModel):
@@ -85,6 +88,10 @@ class RunRecord(BaseModel):
         if self.state != "running" or (datetime.now(UTC) - self.updated_at).total_seconds() > STALE_S:
             return False
         return self.driver.host != platform.node() or _is_alive(self.driver.pid)
+
+    def to_bytes(self) -> bytes:
+        """The record as it lies in the store, its own digest as the last key."""
+        return seal(self.model_dump_json(indent=2), _SEAL)
 
     def own_recipe(self) -> Recipe:
         """The recipe as it was pinned; IntegrityError where it is none of this version's."""
@@ -123,7 +130,7 @@ def find(store: Store, name: str | None) -> RunRecord:
     if name and len(found) > 1:
         raise RecipeError(f"`{name}` begins {len(found)} runs: {', '.join(found[:5])}; give more of the name")
     for run in found:
-        with contextlib.suppress(IntegrityError):
+        with contextlib.suppress(*([] if name else [IntegrityError])):  # of one that is asked for it is to be told
             if record := load(store, run):
                 return record
     raise RecipeError(f"{store.uri} holds no run{f' `{name}`' if name else ''}; its newest are {', '.join(names[:5])}")
@@ -163,17 +170,27 @@ def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> 
 
 
 def load(store: Store, run: str) -> RunRecord | None:
-    """The record of a run as it stands now, or None."""
+    """The record of a run as it stands now, or None; IntegrityError where it cannot be read, or a byte was changed."""
     data = store.read(run_path(run, RECORD))
     if data is None:
         return None
+    place = where(store, run_path(run, RECORD))
     try:
-        record = RunRecord.model_validate_json(data)
+        record = RunRecord.model_validate_json(unseal(data, _SEAL) or data)
     except ValidationError:
-        raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is no run record of this version") from None
+        raise IntegrityError(f"{place}: is no run record of this version") from None
+    except ValueError as error:
+        raise IntegrityError(f"{place}: {error}; run the recipe again: the record is written anew") from None
     if record.run != run:
-        raise IntegrityError(f"{where(store, run_path(run, RECORD))}: is the record of another run, {record.run}")
+        raise IntegrityError(f"{place}: is the record of another run, {record.run}")
     return record.settled()
+
+
+def is_sealed(store: Store, run: str) -> bool:
+    """Whether the record says by itself that no byte of it was changed."""
+    with contextlib.suppress(ValueError):
+        return unseal(store.read(run_path(run, RECORD)) or b"", _SEAL) is not None
+    return False
 
 
 def where(store: Store, path: str) -> str:
@@ -205,7 +222,7 @@ class Journal:
             updated_at=now,
             driver=Driver.this_process(),
             # What an earlier driver left stays in sight: this one may be killed before it comes so far.
-            stages={name: self._left(name) or StageRecord() for name in SEQUENCE},
+            stages={name: self._left(name) or self._known(name) for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
         self._on_change = on_change
@@ -246,6 +263,12 @@ class Journal:
         self._write(patient=patient)
         self._on_change(self.record)
 
+    def log_ends(self, name: str, sha256: str | None) -> None:
+        """Take note of the log of a stage that is over; it is written with how the stage ended."""
+        with self._changing:
+            self._update(name, {"log_sha256": sha256})
+            self._unwritten = True
+
     def progress(self, name: str, progress: Progress) -> None:
         """Take note of a stage's progress; it is written soon."""
         with self._changing:
@@ -263,6 +286,11 @@ class Journal:
         if there is None or there.state not in ("running", "interrupted"):
             return None
         return there.model_copy(update={"state": "interrupted"})
+
+    def _known(self, stage: str) -> StageRecord:
+        """What an earlier driver made or found: gc shall not miss it before this one has found it again."""
+        there = self._before.stages.get(stage) if self._before else None
+        return StageRecord(key=there.key, log=there.log, log_sha256=there.log_sha256) if there else StageRecord()
 
     def _earlier(self, run: str) -> RunRecord | None:
         """What an earlier driver wrote; LlamaRefineError where it still drives."""
@@ -285,7 +313,7 @@ class Journal:
         with self._changing:
             self._unwritten = False
             self.record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
-            return f"{self.record.model_dump_json(indent=2)}\n".encode()
+            return self.record.to_bytes()
 
     def _write(self, *, patient: bool) -> None:
         with self._writing:

@@ -17,6 +17,7 @@ from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.cluster import ClusterExecutor, Start, is_at_work, let_go_of_lost, put_run_map, release_of
 from llamarefine_k8s.display import Display
 from llamarefine_k8s.feed import JobFeed
+from llamarefine_k8s.garbage import INPUT_GRACE
 from llamarefine_k8s.manifests import (
     SETTINGS_MAP,
     driver_job,
@@ -92,8 +93,16 @@ def bring_sources(recipe: Recipe, given: Settings, say: Say, *, upload: bool = T
 
 
 def _upload(store: Store, path: Path, place: str, say: Say) -> None:
-    """Bring a file, or a folder's files, into the bucket, unless it is there: its name is its content."""
-    there = {entry.path: entry.size_bytes for entry in store.entries(place)}
+    """Bring a file, or a folder's files, into the bucket, unless it is there: its name is its content.
+
+    What will soon be old enough for gc, which cannot know of a run that has not begun, is brought again.
+    """
+    kept_since = store.now() - INPUT_GRACE / 2
+    there = {
+        entry.path: entry.size_bytes
+        for entry in store.entries(place)
+        if entry.modified_at is None or entry.modified_at > kept_since
+    }
     for file in sorted(sources.files_below(path)) if path.is_dir() else [path]:
         target = place if file == path else f"{place}/{file.relative_to(path).as_posix()}"
         size_bytes = file.stat().st_size

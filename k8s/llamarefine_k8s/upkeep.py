@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -86,12 +86,12 @@ def gc(older_than: timedelta | None, keep: int | None, delete: bool, store: str 
 
     Without --older-than and --keep every run stays; with both, a run that either would keep. What goes takes its
     artifacts, checkpoints and uploaded files along, unless a run that stays was made from them. A run that is being
-    driven stays, and so does all that changed within a day.
+    driven stays, and so does all that changed within a day, an uploaded file within a week.
     """
     from llamarefine_k8s import garbage, summary
 
     opened = open_store(store)
-    found = garbage.find(opened, garbage.Keep(keep, older_than), datetime.now(UTC))
+    found = garbage.find(opened, garbage.Keep(keep, older_than), opened.now())
     if delete:
         garbage.remove(opened, found)
     if as_json:

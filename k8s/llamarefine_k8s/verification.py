@@ -1,6 +1,7 @@
 """What a run left in the store, read again: every byte against its digest, every digest against what names it."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,14 @@ from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import provenance
+from llamarefine_k8s import provenance, runs
 from llamarefine_k8s.checks import Check, fail, ok, warning
 from llamarefine_k8s.runs import RunRecord
 
 if TYPE_CHECKING:
     from llamarefine_k8s.signing import PublicKey
+
+_AGAIN = "run the recipe again: nothing is trained anew, and it is written anew"
 
 
 def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> Iterator[Check]:
@@ -26,6 +29,8 @@ def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> I
     With a `key`, a run without a statement that it signed is wrong.
     """
     made: dict[str, Manifest] = {}
+    if not runs.is_sealed(store, record.run):
+        yield fail("record", "was changed after it was written, or another version wrote it", _AGAIN)
     for stage in SEQUENCE:
         yield from _artifact(store, record, stage, made)
     for stage in SEQUENCE:
@@ -33,6 +38,7 @@ def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> I
             yield from _lineage(store, record, made[stage], made)
         if STAGES[stage].has_checkpoints:
             yield from _checkpoints(store, record, stage)
+    yield from _logs(store, record)
     yield from _report(store, record, made.get("evaluate"))
     yield from provenance.check(store, record, made, key)
 
@@ -40,7 +46,11 @@ def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> I
 def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manifest]) -> Iterator[Check]:
     """The manifest's own digest, and every file's size and sha256; a good manifest is added to `made`."""
     about = record.stages.get(stage)
-    if about is None or about.key is None or (about.state not in ("done", "reused") and record.state != "done"):
+    is_made = record.state == "done" or (about is not None and about.state in ("done", "reused"))
+    if is_made and (about is None or about.key is None):
+        yield fail(stage, "the record does not name its artifact", _AGAIN)
+        return
+    if about is None or about.key is None or not is_made:
         yield warning(stage, f"not made yet: the run is {record.state}")
         return
     try:
@@ -54,6 +64,12 @@ def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manif
     made[stage] = manifest
     faults = store.faults(manifest)
     yield from (fail(stage, fault) for fault in faults)
+    listed = {f"{manifest.folder}/{file.path}" for file in manifest.files}
+    added = [entry.path for entry in store.entries(f"{manifest.folder}/") if entry.path not in listed]
+    if added:
+        yield warning(
+            f"{stage} folder", f"{len(added)} files that its manifest does not list, as {added[0]}: nothing reads them"
+        )
     if not faults:
         size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
         yield ok(stage, f"{short(manifest.key)}: {len(manifest.files)} files, {size_mb:.1f} MB, as its manifest says")
@@ -110,6 +126,24 @@ def _checkpoints(store: Store, record: RunRecord, stage: str) -> Iterator[Check]
             yield ok(name, f"{len(manifest.files)} files, as its manifest says")
 
 
+def _logs(store: Store, record: RunRecord) -> Iterator[Check]:
+    """The logs of stages that are over are as they were when each ended."""
+    told = {name: about for name, about in record.stages.items() if about.log and about.state != "running"}
+    wrong = []
+    for name, about in told.items():
+        digest = hashlib.sha256()
+        with open(os.devnull, "wb") as nowhere:
+            is_there = store.objects.download(str(about.log), nowhere, digest.update)
+        if not is_there:
+            wrong.append(f"{about.log} is missing")
+        elif about.log_sha256 and digest.hexdigest() != about.log_sha256:
+            wrong.append(f"{about.log} is not as {name} left it")
+    if wrong:
+        yield fail("logs", "; ".join(wrong), "nothing is made of them; what a stage said is lost")
+    elif told:
+        yield ok("logs", f"of {', '.join(told)}, as they were when each ended")
+
+
 def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Iterator[Check]:
     """The run's copy of the report is evaluate's."""
     if evaluate is None:
@@ -124,6 +158,6 @@ def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Itera
         if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
             wrong.append(f"{file.path} {'is missing' if data is None else 'is not that of evaluate'}")
     if wrong:
-        yield fail("report", "; ".join(wrong), "run the recipe again: the report is copied anew")
+        yield fail("report", "; ".join(wrong), _AGAIN)
     else:
         yield ok("report", "the run's report is that of evaluate")

@@ -22,7 +22,7 @@ from llamarefine_k8s import garbage
 from llamarefine_k8s.garbage import GRACE, Keep
 from llamarefine_k8s.pipeline import Pipeline
 from llamarefine_k8s.plan import plan
-from llamarefine_k8s.runs import StageRecord, all_runs
+from llamarefine_k8s.runs import Journal, StageRecord, all_runs
 from tests.store.samples import draft, key_of
 from tests.store.test_crashes import crashed_at
 
@@ -114,6 +114,7 @@ class Built:
             at = NOW if driven else NOW - timedelta(days=days, seconds=number)
             more: dict[str, Any] = {} if driven else {"driver": NOBODY, "state": "done"}
             record(store, f"run-{number}", stages=stages, updated_at=at, **more)
+            self._date(f"runs/run-{number}/run.json", at)
             self._object(f"runs/run-{number}/logs/sft.log", b"a line", young=days == 0)
 
     def kept_runs(self, keep: Keep) -> set[int]:
@@ -167,8 +168,10 @@ class Built:
 
     def _object(self, path: str, data: bytes, young: bool) -> None:
         self.store.write(path, data)
-        at_s = (NOW - (timedelta(hours=1) if young else OLD)).timestamp()
-        os.utime(self.store.objects.path_of(path), (at_s, at_s))  # type: ignore[attr-defined]
+        self._date(path, NOW - (timedelta(hours=1) if young else OLD))
+
+    def _date(self, path: str, at: datetime) -> None:
+        os.utime(self.store.objects.path_of(path), (at.timestamp(), at.timestamp()))  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -272,11 +275,53 @@ def test_checkpoints_that_are_over_go_and_the_newest_of_an_unfinished_training_s
 
 
 def test_uploaded_files_go_with_the_last_recipe_that_names_them(either: Store) -> None:
-    for name in ("aa", "bb"):
+    for name in ("aa", "bb", "cc"):
         either.write(f"inputs/{name}/rows.csv", b"question,answer\n")
     source = {"source": f"{either.uri}/inputs/aa/rows.csv"}
+    later = {"sources": [f"{either.uri}/inputs/cc"]}  # as a later version may write it down
     record(either, "one-11111111", recipe={"prepare": {"questions": source}}, driver=NOBODY, state="done")
-    assert [item.files for item in garbage.find(either, Keep(), LATER).items] == [("inputs/bb/rows.csv",)]
+    record(either, "two-22222222", recipe={"compare": later}, driver=NOBODY, state="done", package_version="99")
+    assert garbage.find(either, Keep(), LATER).items == (), "its run may wait in a queue"
+    found = garbage.find(either, Keep(), NOW + timedelta(days=8))
+    assert [item.files for item in found.items] == [("inputs/bb/rows.csv",)]
+
+
+def test_a_run_whose_driver_has_a_clock_that_is_behind_is_as_young_as_its_record(either: Store) -> None:
+    begun = {"sft": StageRecord(key=key_of("sft"), state="running")}
+    record(either, "one-11111111", updated_at=NOW - OLD, driver=NOBODY, state="running", stages=begun)
+    record(either, "two-22222222")
+    assert garbage.find(either, Keep(newest=1), datetime.now(UTC)).kept_runs == 2
+    assert garbage.find(either, Keep(newest=1), LATER).kept_runs == 1
+
+
+def test_the_clock_that_counts_is_the_buckets(
+    recipe: Callable[..., Recipe], s3_uri: str, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A laptop that is days ahead would take for old what a stage is writing now."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + OLD
+
+    store = Store(s3_uri)
+    drive(recipe(), store)
+    for entry in list(store.entries("runs/")):
+        store.objects.delete(entry.path)
+    monkeypatch.setattr("llamarefine_jobs.store.datetime", Ahead)
+    monkeypatch.setattr("llamarefine_k8s.upkeep.datetime", Ahead, raising=False)
+    assert launcher.run("gc", "--store", s3_uri, "--delete")[0] == 0
+    assert len(_manifests(store)) == len(SEQUENCE)
+
+
+def test_a_run_that_is_driven_again_names_what_it_has_from_the_first_moment(
+    recipe: Callable[..., Recipe], store: Store
+) -> None:
+    """Another version's gc cannot work out what it will find."""
+    drive(recipe(), store)
+    before = _keys(store)
+    with Journal(store, recipe(), lambda record: None):
+        assert _keys(store) == before
 
 
 def test_what_killed_writers_left_goes_and_what_is_not_ours_stays(store: Store) -> None:

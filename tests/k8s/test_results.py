@@ -1,7 +1,12 @@
 """Bringing a model, an adapter or a report to a folder."""
 
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +15,14 @@ from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityErro
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.pipeline import Pipeline
-from llamarefine_k8s.results import PARTS, check_gates, part_of, pull, pull_report, read_report
+from llamarefine_k8s.results import PARTS, _work_folder, check_gates, part_of, pull, pull_report, read_report
 from llamarefine_k8s.runs import RunRecord
 
 from .acting import Acting
 from .test_pipeline import Seen
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["llamarefine_k8s.results", __name__])
 
 
 @pytest.fixture
@@ -113,3 +121,89 @@ def test_a_failed_gate_says_metric_bound_and_value(recipe: Callable[..., Recipe]
     with pytest.raises(GateError) as caught:
         check_gates(read_report(store, record.run))
     assert str(caught.value) == "quality gate: loss of merged is 2, not at most 1.0; model and report are kept"
+
+
+def pull_and_die(uri: str, manifest: Manifest, place: Path, steps: int) -> None:
+    """A pull that is killed before it changes a folder for the `steps`th time."""
+
+    def step(event: str, arguments: Any) -> None:
+        nonlocal steps
+        if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"):
+            steps -= 1
+            if steps < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(step)
+    pull(Store(uri), manifest, "model", place)
+
+
+def test_a_pull_killed_before_any_of_its_steps_loses_nothing_and_the_next_one_ends_the_work(
+    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    place = tmp_path / "here" / "model"
+    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
+    pull(store, newer, "model", place)
+    new = (place / "content.txt").read_bytes()
+    pull(store, model, "model", place)
+    old = (place / "content.txt").read_bytes()
+    moved_away = 0
+    for steps in range(100):
+        process = PROCESSES.Process(target=pull_and_die, args=(store.uri, newer, place, steps))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        if not place.exists():
+            moved_away += 1
+            with pytest.raises(IntegrityError):  # though the next one fails, too
+                pull(store, newer.model_copy(update={"attempt": "nowhere"}), "model", place)
+            assert (place / "content.txt").read_bytes() == old
+        assert (place / "content.txt").read_bytes() in (old, new)
+        for manifest, content in ((newer, new), (model, old)):
+            pull(store, manifest, "model", place)
+            assert (place / "content.txt").read_bytes() == content
+        assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert moved_away
+    assert steps < 99
+
+
+def test_of_two_pulls_to_one_place_the_second_is_told(model: Manifest, store: Store, tmp_path: Path) -> None:
+    with _work_folder(tmp_path / "model"), pytest.raises(DataError, match="another pull is bringing something there"):
+        pull(store, model, "model", tmp_path / "model")
+    pull(store, model, "model", tmp_path / "model")
+
+
+def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(
+    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """What was fetched is gone, as when somebody tidies up beside it."""
+    pull(store, model, "model", tmp_path / "model")
+    before = (tmp_path / "model" / "content.txt").read_bytes()
+    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
+    without_files = newer.model_copy(update={"files": ()})
+    with pytest.raises(DataError, match="cannot read"):
+        pull(store, without_files, "model", tmp_path / "model")
+    assert (tmp_path / "model" / "content.txt").read_bytes() == before
+
+
+def test_a_byte_that_changed_after_a_pull_is_named(record: RunRecord, store: Store, tmp_path: Path) -> None:
+    manifest = part_of(store, record, "report")
+    pull(store, manifest, "report", tmp_path / "report")
+    page = tmp_path / "report" / "report.html"
+    data = page.read_bytes()
+    page.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(IntegrityError, match=r"report\.html changed since it was brought there, or was damaged"):
+        pull(store, manifest, "report", tmp_path / "report")
+    pull(store, manifest, "report", tmp_path / "report", force=True)
+    assert page.read_bytes() == data
+
+
+def test_a_damaged_manifest_of_another_model_does_not_keep_this_one(
+    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
+    first, second = sorted((model, newer), key=lambda manifest: manifest.key)  # as they are looked through
+    pull(store, second, "model", tmp_path / "model")
+    store.write(f"{first.folder.rpartition('/')[0]}/manifest.json", b"{}")
+    pull(store, second, "model", tmp_path / "model")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from llamarefine_jobs.contract.errors import LlamaRefineError, RecipeError
+from llamarefine_jobs.contract.errors import IntegrityError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import (
@@ -109,6 +109,9 @@ def test_an_unreadable_record_hides_nothing_and_stops_nothing(store: Store, reci
     record(store, "run-11111111")
     store.write("runs/broken-22222222/run.json", b"{")
     assert [each.run for each in all_runs(store)] == ["run-11111111"]
+    assert find(store, None).run == "run-11111111"
+    with pytest.raises(IntegrityError, match="is no run record of this version"):
+        find(store, "broken")
     store.write(f"runs/{run_id(recipe())}/run.json", b"[]")
     with Journal(store, recipe(), lambda record: None):
         assert load(store, run_id(recipe())) is not None

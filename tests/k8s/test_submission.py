@@ -1,6 +1,7 @@
 """What of a recipe comes to a cluster: files in the bucket, keys as on one machine."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_a_file_is_uploaded_once(own_files: Path, s3_uri: str) -> None:
     assert run_id(bring(own_files, s3_uri, first)) == run_id(bring(own_files, s3_uri, second))
     assert len(first) == 2
     assert second == []
+
+
+def test_a_file_that_gc_may_soon_take_for_left_is_uploaded_again(
+    own_files: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run has no record before it begins, and may wait in a queue for days."""
+    bring(own_files, s3_uri)
+    monkeypatch.setattr(Store, "now", lambda store: datetime.now(UTC) + timedelta(days=4))
+    said: list[str] = []
+    bring(own_files, s3_uri, said)
+    assert said
 
 
 def test_nothing_is_uploaded_for_a_dry_run(own_files: Path, s3_uri: str) -> None:

@@ -1,17 +1,19 @@
 """`verify`: a whole run is right, or what is wrong with it is named."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llamarefine_jobs.contract.artifact import Manifest, checkpoint_path
+from llamarefine_jobs.contract.errors import IntegrityError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.pipeline import Pipeline
-from llamarefine_k8s.runs import all_runs
+from llamarefine_k8s.runs import all_runs, find
 from llamarefine_k8s.verification import verify
 from tests.store.samples import draft, make_folder
 
@@ -51,6 +53,7 @@ def test_a_run_as_it_was_made_is_right(store: Store, done: Recipe) -> None:
     assert set(told(store)) == {
         *SEQUENCE,
         *(f"{stage} parents" for stage in SEQUENCE[1:]),
+        "logs",
         "report",
         "statement",
         "statement signature",
@@ -119,6 +122,53 @@ def test_a_report_that_is_not_evaluates_is_named(store: Store, done: Recipe) -> 
     assert "report.html is missing" in found["report"]
 
 
+def is_sealed_no_more(store: Store, run: str) -> bool:
+    """Whether the record itself is refused, by its name."""
+    try:
+        find(store, run)
+    except IntegrityError as error:
+        return "run.json" in str(error)
+    return False
+
+
+def test_a_flipped_bit_anywhere_in_what_a_run_has_of_its_own_is_found(store: Store, done: Recipe) -> None:
+    run, chance, files = all_runs(store)[0], random.Random(2), set()
+    for entry in list(store.entries(f"runs/{run.run}/")):
+        files.add(entry.path.split("/", 2)[2])
+        whole = store.read(entry.path) or b""
+        for place in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(6))]:
+            flipped = whole[place] ^ 1 << chance.randrange(8)
+            store.write(entry.path, whole[:place] + bytes([flipped]) + whole[place + 1 :])
+            if entry.path.endswith("run.json") and is_sealed_no_more(store, run.run):
+                continue
+            named = [check for check in verify(store, find(store, run.run)) if check.state != "ok"]
+            assert named, (entry.path, place, flipped)
+        store.write(entry.path, whole)
+    assert files >= {"run.json", "model.intoto.jsonl", "logs/sft.log", "report/report.md"}
+    assert wrong(store) == {}
+
+
+def test_a_log_that_is_gone_is_named_and_one_that_is_gone_on_with_is_right(store: Store, done: Recipe) -> None:
+    run = all_runs(store)[0].run
+    store.objects.delete(f"artifacts/sft/{manifest_of(store, 'sft').key}/manifest.json")
+    Pipeline(done, store, Acting(), Seen(), retry_after_s=()).drive()
+    assert told(store)["logs"].startswith("ok")
+    store.objects.delete(f"runs/{run}/logs/merge.log")
+    assert "logs/merge.log is missing" in wrong(store)["logs"]
+
+
+def test_a_finished_run_whose_record_names_no_artifact_is_wrong(store: Store, done: Recipe) -> None:
+    run = all_runs(store)[0]
+    stages = {name: about for name, about in run.stages.items() if name != "merge"}
+    store.write(f"runs/{run.run}/run.json", run.model_copy(update={"stages": stages}).to_bytes())
+    assert wrong(store)["merge"].startswith("FAIL the record does not name its artifact")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_told(store: Store, done: Recipe) -> None:
+    store.write(f"{manifest_of(store, 'dpo').folder}/added.bin", b"?")
+    assert "added.bin: nothing reads them" in wrong(store)["dpo folder"]
+
+
 def test_checkpoints_are_read_too(store: Store, done: Recipe, tmp_path: Path) -> None:
     key = manifest_of(store, "sft").key
     for step in (10, 20):
@@ -145,6 +195,6 @@ def test_the_command_says_it_line_by_line_and_ends_with_the_code(
     store.write(f"{merge.folder}/{merge.files[0].path}", b"!")
     code, out, err = launcher.run("verify", "--store", file_uri, "--json")
     assert code == 16
-    assert err.strip().endswith("1 of 12 checks failed")
+    assert err.strip().endswith("1 of 13 checks failed")
     checks = json.loads(out)["checks"]
     assert [check["name"] for check in checks if check["state"] == "FAIL"] == ["merge"]

@@ -3,6 +3,7 @@
 import contextlib
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -18,15 +19,19 @@ _CHUNK_BYTES = 1 << 14
 class CuttingProxy:
     """Passes bytes on to `endpoint`, unless told otherwise. What is set here holds for connections at work, too."""
 
-    def __init__(self, endpoint: str, host: str = "127.0.0.1") -> None:
+    def __init__(self, endpoint: str, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(endpoint)
         self._behind = (parts.hostname or "", parts.port or 80)
         self._listener = socket.create_server((host, 0), backlog=64)
-        self.endpoint = f"http://{host}:{self._listener.getsockname()[1]}"
+        self.endpoint = f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
+        self.tls = tls
+        self.impostors: list[ssl.SSLContext | None] = []  # what answers the next connections instead; None: no TLS
         self.refuses = False  # closes what comes at once
         self.stalls = False  # passes nothing on
         self.slow_downs = 0  # so many requests are answered 503 SlowDown
-        self.strangers = 0  # so many connections lead to something else for good, which answers 404
+        self.retry_after_s = 0  # and told when to come again
+        self.strangers = 0  # so many connections lead to something else for good, which answers this:
+        self.stranger_says = b"404 Not Found"
         self.lost_answers = 0  # so many answers to PUT are thrown away
         self.cut_after_bytes: int | None = None  # of each connection, either way together
         self.cuts = 0
@@ -55,13 +60,20 @@ class CuttingProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):
+            if self.impostors:
+                _greet(client, self.impostors.pop(0))
+                return
+            if self.tls and not self.refuses:
+                client = self.tls.wrap_socket(client, server_side=True)
             if self.slow_downs:
                 self.slow_downs -= 1
-                _answer(client, b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close", _SLOW_DOWN)
+                asked = b"\r\nRetry-After: %d" % self.retry_after_s if self.retry_after_s else b""
+                head = b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close" + asked
+                _answer(client, head, _SLOW_DOWN)
                 return
             if self.strangers:
                 self.strangers -= 1
-                while _answer(client, b"404 Not Found\r\nContent-Type: text/plain", b"404 page not found\n"):
+                while _answer(client, self.stranger_says + b"\r\nContent-Type: text/plain", b"nothing here\n"):
                     pass
                 return
             if not self.refuses:
@@ -90,6 +102,14 @@ class CuttingProxy:
                 (server if ready is client else client).sendall(data)
 
 
+def _greet(client: socket.socket, tls: ssl.SSLContext | None) -> None:
+    """Begin as the server that has this certificate, or that speaks no TLS."""
+    if tls:
+        tls.wrap_socket(client, server_side=True).close()
+    else:
+        _answer(client, b"400 Bad Request\r\nConnection: close", b"")
+
+
 def _answer(client: socket.socket, head: bytes, body: bytes) -> bool:
     """Answer what comes next; whether anything came."""
     if not client.recv(_CHUNK_BYTES):
@@ -100,9 +120,9 @@ def _answer(client: socket.socket, head: bytes, body: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def before(endpoint: str, host: str = "127.0.0.1") -> Iterator[CuttingProxy]:
+def before(endpoint: str, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[CuttingProxy]:
     """A proxy before a server, on an address of this machine, for as long as the context lasts."""
-    proxy = CuttingProxy(endpoint, host)
+    proxy = CuttingProxy(endpoint, host, tls)
     try:
         yield proxy
     finally:

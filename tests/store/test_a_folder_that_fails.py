@@ -1,10 +1,13 @@
 """A full disk, a folder that may not be written: one line, the right kind, nothing left behind."""
 
+import errno
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,28 @@ def test_fetching_over_a_folder_that_holds_something_keeps_it(store: Store, fold
         store.fetch(published, tmp_path / "mine")
     assert samples.content(tmp_path / "mine") == {"precious.txt": b"kept"}
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT: no file system that a test can make is without hard links."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", source)
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_a_file_system_without_hard_links_has_one_winner_too(no_links: None, file_uri: str, folder: Path) -> None:
+    samples.assert_only(Store(file_uri), Store(file_uri).publish(folder, samples.draft()))
+    for round_ in range(8):
+        together = threading.Barrier(6)
+
+        def create(writer: int, path: str = f"runs/{round_}", together: threading.Barrier = together) -> bool:
+            together.wait()
+            return Store(file_uri).objects.create(path, f"written by {writer}".encode())
+
+        with ThreadPoolExecutor(6) as pool:
+            won = list(pool.map(create, range(6)))
+        assert won.count(True) == 1
+        assert Store(file_uri).read(f"runs/{round_}") == f"written by {won.index(True)}".encode()

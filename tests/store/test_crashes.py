@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamarefine_jobs.contract.errors import DiskFullError, StoreError
+from llamarefine_jobs.contract.errors import AccessError, DiskFullError, LlamaRefineError, StoreError
 from llamarefine_jobs.objects import Objects
 from llamarefine_jobs.store import Store
 
@@ -123,6 +123,25 @@ def test_a_manifest_whose_answer_was_lost_keeps_its_files(
     assert standing is not None
     samples.assert_only(store, standing)
     assert store.publish(folder, samples.draft()) == standing
+
+
+@pytest.mark.parametrize("error", [DiskFullError("the bucket is full"), AccessError("the credentials have expired")])
+def test_a_manifest_whose_answer_was_lost_keeps_its_files_though_the_next_try_is_refused(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, error: LlamaRefineError
+) -> None:
+    create = store.objects.create
+
+    def be_refused_at_the_second_try(path: str, data: bytes) -> bool:
+        create(path, data)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.objects, "create", be_refused_at_the_second_try)
+        with pytest.raises(type(error)):
+            store.publish(folder, samples.draft())
+    standing = store.manifest(STAGE, KEY)
+    assert standing is not None
+    samples.assert_only(store, standing)
 
 
 def test_a_refused_manifest_leaves_nothing(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from llamarefine_jobs import sources
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.errors import AccessError, StoreError
 from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.store import Store
 
 from .. import s3_server
-from . import cutting_proxy, samples
+from . import cutting_proxy, samples, tls
 from .cutting_proxy import CuttingProxy
 from .samples import KEY, STAGE
 
@@ -118,15 +119,16 @@ def test_a_storm_of_503_is_waited_out(
     assert proxy.slow_downs < 12
 
 
+@pytest.mark.parametrize("says", [b"404 Not Found", b"403 Forbidden"])
 @pytest.mark.parametrize("work", WORK)
 def test_a_stranger_at_the_buckets_address_is_waited_out(
-    store: Store, proxy: CuttingProxy, folder: Path, work: Callable[[Store, Path], None]
+    store: Store, proxy: CuttingProxy, folder: Path, work: Callable[[Store, Path], None], says: bytes
 ) -> None:
     """A pod's address that another one has now, or a proxy whose backend is gone."""
     prepare(work, store, folder)
     store.read("something")  # it answered as S3 before: the endpoint is right
     store.objects.client.close()  # type: ignore[union-attr]
-    proxy.strangers = 4
+    proxy.strangers, proxy.stranger_says = 4, says
     work(store, folder)
     assert proxy.strangers < 4
 
@@ -203,3 +205,57 @@ def test_a_refused_precondition_is_not_waited_out(store: Store) -> None:
     with pytest.raises(StoreError, match="the same again"):
         store.objects.patience.call(fail)  # type: ignore[union-attr]
     assert len(tries) == 1
+
+
+@pytest.fixture
+def by_tls(s3: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CuttingProxy]:
+    """A proxy that speaks TLS, with a certificate that the store is told to trust."""
+    file, context = tls.certificate(tmp_path, "bucket")
+    with cutting_proxy.before(s3.endpoint, tls=context) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.endpoint)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(file))
+        yield made
+
+
+def test_a_bucket_behind_tls_that_is_away_is_waited_out(by_tls: CuttingProxy, s3_uri: str, folder: Path) -> None:
+    """A connection that ends in the middle of the greeting says nothing of certificates."""
+    store = Store(s3_uri, Patience(30))
+    with by_tls.away(4):
+        publish(store, folder)
+    assert by_tls.connections > 4
+
+
+@pytest.mark.parametrize("greeting", ["another certificate", "no TLS"])
+def test_who_has_the_address_of_a_bucket_behind_tls_for_a_while_is_waited_out(
+    by_tls: CuttingProxy, s3_uri: str, tmp_path: Path, greeting: str
+) -> None:
+    """An ingress that starts again shows a certificate of its own, or none, until it has read its settings."""
+    store = Store(s3_uri, Patience(30))
+    store.write("runs/one/run.json", b"{}")
+    store.objects.client.close()  # type: ignore[union-attr]
+    stranger = tls.certificate(tmp_path, "stranger")[1] if greeting == "another certificate" else None
+    by_tls.impostors = [stranger] * 6
+    assert store.read("runs/one/run.json") == b"{}"
+    assert by_tls.impostors == []
+
+
+def test_a_certificate_that_nobody_trusts_is_told_at_once(by_tls: CuttingProxy, s3_uri: str, tmp_path: Path) -> None:
+    by_tls.impostors = [tls.certificate(tmp_path, "stranger")[1]] * 4
+    with pytest.raises(AccessError, match=r"is not trusted .* name its authority by AWS_CA_BUNDLE"):
+        Store(s3_uri, Patience(30)).read("something")
+
+
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(store: Store, proxy: CuttingProxy) -> None:
+    proxy.slow_downs, proxy.retry_after_s = 4, 3
+    with pytest.raises(StoreError, match="SlowDown") as caught:
+        store.write("runs/one/run.json", b"{}", patient=False)
+    assert caught.value.retry_after_s == 3
+
+
+def test_a_source_in_a_bucket_that_is_away_is_waited_out_by_the_stage_that_reads_it(
+    store: Store, proxy: CuttingProxy, s3_uri: str, tmp_path: Path
+) -> None:
+    """For longer than a person at a terminal waits."""
+    store.write("inputs/one/rows.csv", b"q,a")
+    with proxy.away(12):
+        assert sources.download_s3(f"{s3_uri}/inputs/one/rows.csv", tmp_path).read_bytes() == b"q,a"

@@ -21,11 +21,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.seal import seal, unseal
 from llamarefine_jobs.contract.stages import STAGES
 
 MANIFEST = "manifest.json"
 _MOST_FILES = 10_000  # an artifact has a hundred
-_SEAL = re.compile(rb',\n  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
+_SEAL = "manifest_sha256"
 
 
 def safe_relative_path(path: str) -> str:
@@ -100,20 +101,16 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """The manifest as it lies in the store, its own digest as the last key."""
-        body = self.model_dump_json(indent=2)
-        digest = hashlib.sha256(body.encode()).hexdigest()
-        return f'{body[:-2]},\n  "manifest_sha256": "{digest}"\n}}\n'.encode()
+        return seal(self.model_dump_json(indent=2), _SEAL)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """The manifest that `data` holds; ValueError where a byte of it was changed.
-
-        The digest is taken over the bytes as they lie there, so a manifest of another version of
-        this package, or of pydantic, is as good as one of ours.
-        """
-        seal = _SEAL.search(data)
-        body = data[: seal.start()] + b"\n}" if seal else b""
-        if not seal or hashlib.sha256(body).hexdigest() != seal[1].decode():
+        """The manifest that `data` holds; ValueError where a byte of it was changed."""
+        try:
+            body = unseal(data, _SEAL)
+        except ValueError:
+            body = None
+        if body is None:
             raise ValueError("is no manifest, or was changed after it was written")
         try:
             return cls.model_validate_json(body)

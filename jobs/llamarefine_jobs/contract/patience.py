@@ -1,5 +1,6 @@
 """How long trouble that may pass by itself is waited out: the same for a bucket and for the API server."""
 
+import os
 import random
 import threading
 import time
@@ -82,6 +83,12 @@ class Patience:
     def limit_s(self) -> float:
         """How long an outage may last now."""
         return self._limit_s
+
+
+def of_a_stage(name: str) -> Patience:
+    """That of a stage, as its executor set it; it says what it waits for in the stage's log."""
+    lasting_s = float(os.environ.get(GIVE_UP_VARIABLE, GIVE_UP_AFTER_S))
+    return Patience(lasting_s, lambda text: print(f"{name}: {text}", flush=True))
 
 
 class Outage:
