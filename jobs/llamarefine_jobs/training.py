@@ -85,6 +85,7 @@ class Watch(TrainerCallback):
         self.checkpoints.newest_step = state.global_step or None
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
+        self.context.stop.hold()  # what the next step changes is worth a checkpoint
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -229,7 +230,6 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     if checkpoint:
         refuse_pickled_code(checkpoint)
         watch.resume(checkpoint)
-    context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
     _settle_order(trainer, watch.section)
     _settle_device(trainer)
