@@ -1,3 +1,11 @@
 """What runs inside the containers: the contract, the store, and one module per stage."""
 
+import sys
+
 __version__ = "0.1.0"
+
+# So it stands only while `python -m llamarefine_jobs.<stage>` looks for its module, in which the slow imports are.
+if sys.argv[:1] == ["-m"]:
+    from llamarefine_jobs import stopping
+
+    stopping.listen()

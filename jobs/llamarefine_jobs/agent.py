@@ -29,8 +29,9 @@ from llamarefine_jobs.contract.errors import (
     by_exit_code,
 )
 from llamarefine_jobs.contract.recipe import Recipe, Training
-from llamarefine_jobs.distributed import MEET_TIMEOUT_S, SHARED_FOLDER
+from llamarefine_jobs.distributed import MEET_TIMEOUT_S
 from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_jobs.stopping import SHARED_FOLDER
 from llamarefine_jobs.store import Store
 
 OUTCOME = "outcome.json"
@@ -217,7 +218,7 @@ class Agent:
 
     def _how_it_ended(self, codes: dict[int, int], *, told: bool) -> LlamaRefineError:
         """The error that is the cause; the others only lost it."""
-        rank = min(codes, key=lambda rank: _order(codes[rank]))
+        rank = min(codes, key=lambda rank: _order(codes[rank], told=told))
         code = codes[rank]
         if code < 0 and told:
             return PreemptedError(f"{self._stage} was ended before it had saved")
@@ -242,15 +243,15 @@ def _hold_to_one_gpu(environment: MutableMapping[str, str]) -> None:
     environment["CUDA_VISIBLE_DEVICES"] = first
 
 
-def _order(code: int) -> int:
-    """What ends a training, before what follows from it: a reason, a death, a bug, a saved stop, a lost peer."""
+def _order(code: int, *, told: bool) -> int:
+    """What ends a training, before what follows from it: a reason, a death, a bug, a stop, a lost peer."""
     if code == -signal.SIGTERM:
-        return 5  # by torch, as soon as the first one leaves: this one was leaving, too
+        return 6  # by torch, as soon as the first one leaves: this one was leaving, too
     if code < 0:
         return 1
     kind = by_exit_code(code)
-    if kind is PeerLostError:
-        return 4
     if kind is PreemptedError:
-        return 3
+        return 4
+    if kind is PeerLostError:  # where nobody told this node to stop, torch told the rest when the first one had left
+        return 5 if told else 3
     return 2 if kind is LlamaRefineError else 0

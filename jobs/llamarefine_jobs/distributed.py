@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError
 from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
+from llamarefine_jobs.stopping import SHARED_FOLDER
 
-# Where the node's agent says all this to its processes; agent.py sets them as torchrun would.
-SHARED_FOLDER = "LLAMAREFINE_GROUP"
 MEET_TIMEOUT_S = 1800  # the other nodes may still pull their image; the launcher's start watchdog ends it earlier
 # A process that waits longer than this for another takes it for lost. Rank 0 may be publishing a checkpoint meanwhile,
 # into a bucket whose outage it waits out.
@@ -65,6 +64,18 @@ class World:
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether some process raises it: all get the same answer at the same time."""
         return [value > 0 for value in self._reduced([float(flag) for flag in flags], "MAX")]
+
+    def total_of(self, work: Callable[[], Sequence[float]]) -> list[float]:
+        """The sums over all processes of what `work` makes in each; PreemptedError in all where it ends so in one."""
+        values: Sequence[float] = ()
+        preempted = None
+        try:
+            values = work()
+        except PreemptedError as error:
+            preempted = error
+        if self.any(preempted is not None)[0]:
+            raise preempted or PreemptedError("another process was told to stop")
+        return self.total(values)
 
     def wait(self) -> None:
         """Go on when all processes are here."""
@@ -113,15 +124,10 @@ class World:
         return reduced
 
 
-def is_member(environment: Mapping[str, str]) -> bool:
-    """Whether an agent started this process as one of several."""
-    return SHARED_FOLDER in environment
-
-
-def join(stop: threading.Event) -> World:
+def join() -> World:
     """Meet the other processes, as the environment says, and end with the agent that started this one.
 
-    PeerLostError where they do not all come, PreemptedError where `stop` is set meanwhile.
+    PeerLostError where they do not all come.
     """
     import torch
     import torch.distributed as dist
@@ -138,7 +144,7 @@ def join(stop: threading.Event) -> World:
         torch.cuda.set_device(world.local_rank)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", _meet(world, stop)),
+        store=dist.PrefixStore("group", _meet(world)),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=_SILENCE_TIMEOUT_S),
@@ -146,8 +152,8 @@ def join(stop: threading.Event) -> World:
     return world
 
 
-def _meet(world: World, stop: threading.Event) -> Any:
-    """The store of the first node's agent, once every process has been there. A wait in it hears no signal."""
+def _meet(world: World) -> Any:
+    """The store of the first node's agent, once every process has been there. A wait hears no signal: it is short."""
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -158,8 +164,6 @@ def _meet(world: World, stop: threading.Event) -> Any:
             store.set(f"here/{world.rank}", "1")
             store.wait([f"here/{rank}" for rank in range(world.size)])
         except (RuntimeError, OSError) as error:
-            if stop.is_set():
-                raise PreemptedError("told to stop while it waited for the other nodes") from None
             if time.monotonic() > until_s:
                 raise PeerLostError(
                     f"the {world.size} processes did not all meet at {address}:{port} within {MEET_TIMEOUT_S} s: "

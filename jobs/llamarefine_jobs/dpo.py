@@ -139,20 +139,28 @@ class HeldOut:
         self._reference: list[Score] = []
 
     def measure(self, model: Any) -> dict[str, float]:
-        """The DPO loss, reward accuracy (a tie counts one half) and margin: means over all pairs."""
-        batch_rows = self._context.recipe.dpo.micro_batch_rows
-        if not self._reference:
-            with model.disable_adapter():
-                self._reference = score(model, self._pad_id, self._answers, batch_rows)
-        policy = score(model, self._pad_id, self._answers, batch_rows)
-        margins = reward_margins(policy, self._reference, self._context.recipe.dpo.beta)
-        sums = [np.logaddexp(0, -margins).sum(), _wins(margins).sum(), margins.sum(), len(margins)]
-        loss, wins, margin, pairs = self._context.world.total(sums)
+        """The DPO loss, reward accuracy (a tie counts one half) and margin: means over all pairs.
+
+        PreemptedError as soon as SIGTERM comes.
+        """
+
+        def own_part() -> list[float]:
+            if not self._reference:
+                with model.disable_adapter():
+                    self._reference = self._scores(model)
+            margins = reward_margins(self._scores(model), self._reference, self._context.recipe.dpo.beta)
+            return [np.logaddexp(0, -margins).sum(), _wins(margins).sum(), margins.sum(), len(margins)]
+
+        loss, wins, margin, pairs = self._context.world.total_of(own_part)
         return {
             "eval_loss": loss / pairs,
             "eval_reward_accuracy": wins / pairs,
             "eval_reward_margin": margin / pairs,
         }
+
+    def _scores(self, model: Any) -> list[Score]:
+        batch_rows = self._context.recipe.dpo.micro_batch_rows
+        return score(model, self._pad_id, self._answers, batch_rows, lambda done, of: self._context.check_stop())
 
 
 def reward_margins(policy: list[Score], reference: list[Score], beta: float) -> Any:

@@ -6,25 +6,21 @@ A stage needs a recipe and a store, nothing else: it finds its parents by their 
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from llamarefine_jobs import __version__, distributed, sources
+from llamarefine_jobs import __version__, distributed, sources, stopping
 from llamarefine_jobs.agent import find_agent
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key, short
 from llamarefine_jobs.contract.errors import (
@@ -45,6 +41,7 @@ from llamarefine_jobs.distributed import World
 from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.screen import clean
+from llamarefine_jobs.stopping import Stop
 from llamarefine_jobs.store import Store
 
 # The last is torch's, when what it wrote last is not in the file.
@@ -75,7 +72,7 @@ class Context:
     output: Path  # what is left here becomes the artifact
     work: Path  # for everything else; gone afterwards
     started_at: datetime
-    stop: threading.Event  # set by SIGTERM: finish the step, save, raise PreemptedError
+    stop: Stop  # once held, set by SIGTERM: finish the step, save, raise PreemptedError
     world: World = field(default_factory=World)  # the processes that train together, and which of them this one is
     backend: str | None = None
     accelerator: str | None = None
@@ -92,9 +89,9 @@ class Context:
             print(Progress(self.stage.name, step, steps, **figures).line(), flush=True)
 
     def check_stop(self) -> None:
-        """Raise PreemptedError once SIGTERM has come; for stages without checkpoints."""
+        """Raise PreemptedError once SIGTERM has come; for what takes long and would keep a checkpoint waiting."""
         if self.stop.is_set():
-            raise PreemptedError(f"{self.stage.name} was told to stop; run the same command again to go on")
+            raise PreemptedError(f"{self.stage.name} was told to stop")
 
     def fetch_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of this very training, as a local folder that the node's processes share."""
@@ -109,7 +106,8 @@ class Context:
         return folder
 
     def publish(self) -> Manifest:
-        """Publish `output` as the artifact; its checkpoints are not needed any more."""
+        """Publish `output` as the artifact, whatever signal comes; its checkpoints are not needed any more."""
+        self.stop.hold()
         missing = [name for name in self.stage.writes if not (self.output / name).exists()]
         if missing:
             raise AssertionError(f"{self.stage.name} did not write {', '.join(missing)}")
@@ -157,7 +155,7 @@ def main(stage_name: str, work: Work) -> None:
     )
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
-    with exit_code(stage_name):
+    with stopping.closed_at_the_end(), exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
         with halving_micro_batches(stage_name, recipe):
             run(stage_name, work, recipe, open_store(stage_name, options.store))
@@ -172,7 +170,9 @@ def open_store(stage_name: str, uri: str) -> Store:
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     """Do the work of one stage and publish it; what is there already is returned as it is."""
     stage = STAGES[stage_name]
-    stop = stop_on_sigterm()
+    stop = stopping.listen()
+    stop.stage = stage_name
+    stopping.stop_with_launcher()
     parents = find_parents(stage_name, recipe, store)
     key = artifact_key(stage_name, recipe, parents)
     standing = store.manifest(stage_name, key)
@@ -182,7 +182,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     with tempfile.TemporaryDirectory(
         prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")
     ) as folder:
-        work_folder = Path(folder)
+        stop.litter = work_folder = Path(folder)
         output = work_folder / "output"
         output.mkdir()
         context = Context(
@@ -198,12 +198,12 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
             stop=stop,
         )
         context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
-        context.check_stop()
         agent = find_agent(stage_name, recipe, work_folder)
         if agent is None:
             with settled_threads(recipe):
                 work(context)
         else:
+            stop.hold()  # its processes may have something to save: what they answer is the answer
             outcome = agent.work(recipe, store.uri, stop)
             if not agent.node.is_first:
                 return agent.await_publication(store, key, stop)
@@ -284,7 +284,7 @@ def exit_code(stage_name: str) -> Iterator[None]:
                 stage_name,
                 DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, run again"),
             )
-        if distributed.is_member(os.environ) and distributed.means_lost_peer(error):
+        if stopping.is_member(os.environ) and distributed.means_lost_peer(error):
             _end(stage_name, PeerLostError(f"{stage_name} lost another process; it goes on from the last checkpoint"))
         traceback.print_exc()
         _end(
@@ -295,36 +295,11 @@ def exit_code(stage_name: str) -> Iterator[None]:
 
 def _end(stage_name: str, error: LlamaRefineError) -> None:
     """Say why, where a person and where Kubernetes looks, and leave."""
-    if not distributed.is_member(os.environ):  # the agent says it, once for all
+    if not stopping.is_member(os.environ):  # the agent says it, once for all
         print(clean(f"{stage_name}: error: {error}"), file=sys.stderr, flush=True)
-    message = {"stage": stage_name, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
-    target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
-    with contextlib.suppress(OSError):
-        if target.exists():  # Kubernetes makes the file and reads 4,096 bytes of it; elsewhere nobody asked for it
-            target.write_text(json.dumps(message, ensure_ascii=False), encoding="utf-8")
+    stopping.leave_word(stage_name, error)
     logging.shutdown()
     sys.exit(error.exit_code)
-
-
-def stop_on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, and the launcher's death too where it asked for that."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_signal)
-    if os.environ.get("LLAMAREFINE_STOP_AT_EOF") == "1":
-        # The local executor holds the other end of our standard input: at its end the executor is gone.
-        def watch() -> None:
-            with contextlib.suppress(OSError):
-                while os.read(0, 1024):
-                    pass
-            stop.set()
-
-        threading.Thread(target=watch, daemon=True).start()
-    return stop
 
 
 def _versions() -> dict[str, str]:

@@ -131,7 +131,6 @@ class Examinee:
         before = self.done
 
         def tick(done: int, of: int) -> None:
-            self.context.check_stop()
             self.done = before + done
             now_s = time.monotonic()
             if done == of or now_s - self.told_s >= 1:

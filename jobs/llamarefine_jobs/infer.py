@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs import entry, sources
+from llamarefine_jobs import entry, sources, stopping
 from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.errors import DataError, RecipeError, from_os_error
@@ -100,6 +100,7 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
     backend = models.choose_backend()
     _say(models.describe(backend))
     with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
+        stopping.STOP.litter = Path(folder)
         inputs = entry.fetch_inputs(_STAGE, parents, store, Path(folder))
         _say(f"{name}, from " + ", ".join(f"{stage} {short(parent.key)}" for stage, parent in parents.items()))
         base = inputs["merge"] / "model" if name == "merged" else inputs["prepare"] / "base"

@@ -13,12 +13,12 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llamarefine_jobs import distributed, sources
+from llamarefine_jobs import distributed, sources, stopping
 from llamarefine_jobs.agent import OUTCOME
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.entry import Context, exit_code, find_parents, open_store, settled_threads, stop_on_sigterm
+from llamarefine_jobs.entry import Context, exit_code, find_parents, open_store, settled_threads
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
 
@@ -31,16 +31,16 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with exit_code(options.stage):
+    with stopping.closed_at_the_end(), exit_code(options.stage):
         work(options.stage, sources.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     """Meet the others, train, leave the outcome for the agent."""
-    stop = stop_on_sigterm()
-    world = distributed.join(stop)
+    stop = stopping.listen()
+    world = distributed.join()
     parents = find_parents(stage_name, recipe, store)
-    shared = Path(os.environ[distributed.SHARED_FOLDER])
+    shared = Path(os.environ[stopping.SHARED_FOLDER])
     own = shared / f"process-{world.rank}"
     own.mkdir()
     context = Context(

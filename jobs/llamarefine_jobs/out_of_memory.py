@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+from llamarefine_jobs import stopping
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Dpo, Recipe, Sft
 from llamarefine_jobs.contract.stages import STAGES
@@ -84,6 +85,7 @@ def _start_anew(stage_name: str, section: Sft | Dpo) -> None:
     sys.stderr.flush()
     os.environ[_RAN_OUT_AT] = json.dumps([*ran_out_at(), section.micro_batch_rows])
     again = ["-m", STAGES[stage_name].module, *sys.argv[1:], "--set", f"{stage_name}.micro_batch_rows={rows}"]
+    stopping.carry_over()
     os.execv(sys.executable, [sys.executable, *again])  # noqa: S606 - this very program
 
 

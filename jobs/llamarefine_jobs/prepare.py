@@ -45,7 +45,6 @@ def work(context: Context) -> None:
     pair_table = _read_pairs(context)
     questions = _checked(context, "questions", question_table, question_row)
     preferences = _checked(context, "preferences", pair_table, pair_row)
-    context.check_stop()
 
     # Group, drop duplicates, split: both sets together
     _group(questions, preferences, section.near_duplicate_similarity)
@@ -63,14 +62,12 @@ def work(context: Context) -> None:
         folder, commit = bring_base(section.base, context.work)
         check_unchanged(section.base, "prepare.base")
         tokenizer = install_base(folder, base)
-    context.check_stop()
     for rows in (questions, preferences):
         fit_lengths(rows, tokenizer, recipe.max_length_tokens, section.too_long)
     if not is_tiny:  # where it is, its tokenizer has read the training split, which must stay as it is
         _split(context, questions, preferences)
     for rows in (questions, preferences):
         rows.require_splits()
-    context.check_stop()
     if is_tiny:
         context.metrics["pretraining"] = _pretrain(context, tokenizer, _training_texts(questions, preferences), base)
 
@@ -148,7 +145,6 @@ def _pretrain(context: Context, tokenizer: Any, texts: Sequence[str], into: Path
 
     def tick(step: int, steps: int, **figures: float) -> None:
         context.progress(step, steps, phase="pretrain", **figures)
-        context.check_stop()
 
     losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, tick)
     write_around(into, tokenizer, {})

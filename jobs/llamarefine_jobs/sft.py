@@ -97,9 +97,17 @@ def build_trainer(
 
 
 def measure(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
-    """The loss on held-out rows, the mean over their answers' tokens in nats; each process scores its part of them."""
-    scores = score(model, pad_id, context.world.share(rows), context.recipe.sft.micro_batch_rows)
-    nats, tokens = context.world.total([-sum(one.logprob for one in scores), sum(one.tokens for one in scores)])
+    """The loss on held-out rows, the mean over their answers' tokens in nats; each process scores its part of them.
+
+    PreemptedError as soon as SIGTERM comes.
+    """
+
+    def own_part() -> list[float]:
+        own, batch_rows = context.world.share(rows), context.recipe.sft.micro_batch_rows
+        scores = score(model, pad_id, own, batch_rows, lambda done, of: context.check_stop())
+        return [-sum(one.logprob for one in scores), sum(one.tokens for one in scores)]
+
+    nats, tokens = context.world.total_of(own_part)
     return {"eval_loss": nats / tokens}
 
 

@@ -1,5 +1,6 @@
 """What SFT and DPO share around their trainer: settings, progress, checkpoints, the best adapter, stopping."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ _EVALUATIONS_A_RUN = 4
 _BEST = "best"
 _HOPELESS = 4.0  # nats over where it began: 55 times less likely, token by token; batches differ by tenths
 
-# The figures of the validation split for a model, `eval_loss` among them, the same in every process.
+# The figures of the validation split for a model, `eval_loss` among them, the same in every process; or PreemptedError.
 Validate = Callable[[Any], dict[str, float]]
 
 
@@ -59,6 +60,10 @@ def arguments(section: Sft | Dpo, context: Context, backend: models.Backend) -> 
     }
 
 
+class _NoStepLeftError(Exception):
+    """The checkpoint is that of the last step; the trainer would take one more."""
+
+
 class Watch(TrainerCallback):
     """Follows a training: reports, evaluates, keeps the best adapter, publishes checkpoints, stops on request.
 
@@ -80,26 +85,37 @@ class Watch(TrainerCallback):
         self.checkpoints = Checkpoints(context.store, context.note)
         self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         self.first_step = state.global_step
         self.checkpoints.newest_step = state.global_step or None
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if losses:  # of the pods before this one
+            self.first_loss, self.last_loss = losses[0], losses[-1]
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
+        if self._is_judgement_due(state):  # SIGTERM came before the validation of this step was over
+            self._judge(model, state)
+        self.context.stop.hold()  # what the next step changes is worth a checkpoint
+        if state.global_step >= state.max_steps:
+            raise _NoStepLeftError
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
         control.should_log = last or step % self.section.log_every_steps == 0
         # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
         is_due = self.context.world.is_first and self._is_checkpoint_due(step)
-        stopped, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
-        self.preempted = stopped and not last
+        self.preempted, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
+        if self._is_judgement_due(state) and not self.preempted:
+            try:
+                self._judge(model, state)
+            except PreemptedError:  # it may take minutes, and the grace period is for the checkpoint
+                self.preempted = True
         control.should_training_stop = control.should_training_stop or self.preempted
-        control.should_save = not last and (self.preempted or is_due)
-        if last or step % every == 0:
-            self._judge(model, state)
+        control.should_save = self.preempted or (is_due and not last)
 
     def on_log(
         self,
@@ -128,8 +144,14 @@ class Watch(TrainerCallback):
             eta_s=round((state.max_steps - state.global_step) * seconds / steps, 1),
         )
 
+    def _is_judgement_due(self, state: TrainerState) -> bool:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
+        is_done = any(entry["step"] == step for entry in state.log_history if "eval_loss" in entry)
+        return step > 0 and (last or step % every == 0) and not is_done
+
     def _judge(self, model: Any, state: TrainerState) -> None:
-        """Measure the validation split, and keep the adapter where it is the best so far."""
+        """Measure the validation split, and keep the adapter where it is the best so far; PreemptedError on SIGTERM."""
         figures = self.validate(model)
         loss = figures["eval_loss"]
         state.log_history.append({"step": state.global_step, **figures})
@@ -229,13 +251,13 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     if checkpoint:
         refuse_pickled_code(checkpoint)
         watch.resume(checkpoint)
-    context.check_stop()
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
     _settle_order(trainer, watch.section)
     _settle_device(trainer)
     began_s = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with contextlib.suppress(_NoStepLeftError):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if not isinstance(error, DivergedError):
             traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and memory may be short

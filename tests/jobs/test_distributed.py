@@ -251,6 +251,8 @@ def test_parts_of_the_rows_hold_each_row_once() -> None:
         ({0: 30, 1: 30}, True, (PreemptedError, "words of 0")),
         ({0: -15, 1: 30}, True, (PreemptedError, "words of 1")),  # it was leaving, too
         ({0: -15, 1: 30}, False, (PreemptedError, "words of 1")),  # another node was told
+        ({0: 21, 1: 30}, True, (PreemptedError, "words of 1")),
+        ({0: 21, 1: 30}, False, (PeerLostError, "words of 0")),  # torch ended the other one, which had nothing to save
         ({0: -15, 1: -15}, True, (PreemptedError, "ended before it had saved")),
         ({0: 1, 1: 21}, False, (LlamaRefineError, "words of 0")),
     ],

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from llamarefine_jobs.contract.progress import parse
 from llamarefine_jobs.contract.prompt import answer, question
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.encoding import Encoded, encode, load_tokenizer
+from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.results import Report
 
-from . import tiny
+from . import processes, tiny
 
 SETTINGS = (
     "evaluate.generated_rows=8",
@@ -288,18 +290,15 @@ def test_a_model_without_finite_answers_is_named(broken: Run) -> None:
     assert not list(broken.store.entries("artifacts/evaluate/"))
 
 
-def test_sigterm_ends_it_between_batches_and_publishes_nothing(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    check_stop = entry.Context.check_stop
-
-    def stop_at_the_fifth(context: entry.Context) -> None:
-        told.append(1)
-        if len(told) == 5:
-            context.stop.set()
-        check_stop(context)
-
-    monkeypatch.setattr(entry.Context, "check_stop", stop_at_the_fifth)
+def test_told_to_stop_it_ends_at_once_and_leaves_nothing(trained: Run, tmp_path: Path) -> None:
+    recipe = tiny.recipe(*SETTINGS, "evaluate.confidence=0.9", "evaluate.max_new_tokens=64", "evaluate.batch_rows=1")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    (tmp_path / "work").mkdir()
     before = {item.path for item in trained.store.entries("artifacts/evaluate/")}
-    with pytest.raises(PreemptedError):
-        trained.evaluate("evaluate.confidence=0.9")
+    work = {"LLAMAREFINE_WORK": str(tmp_path / "work")}
+    process = processes.start("evaluate", tmp_path / "recipe.yaml", trained.store.uri, environment=work)
+    lines = processes.signal_when(process, signal.SIGTERM, lambda line: "phase=base" in line)
+    assert process.returncode == PreemptedError.exit_code, "\n".join(lines)
+    assert lines[-1] == "evaluate: error: evaluate was told to stop; run the same command again to go on"
     assert {item.path for item in trained.store.entries("artifacts/evaluate/")} == before
+    assert list((tmp_path / "work").iterdir()) == []

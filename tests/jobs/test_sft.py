@@ -1,7 +1,6 @@
 """SFT: what carries a loss, what is trained, what is refused. Real trainers on a tiny model."""
 
 import re
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from llamarefine_jobs.contract.errors import DataError, DivergedError, ProofErro
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.encoding import encode, encode_questions, load_tokenizer, read_rows, settle_tokenizer
 from llamarefine_jobs.entry import Context
+from llamarefine_jobs.stopping import Stop
 from llamarefine_jobs.store import Store
 
 from . import tiny
@@ -59,7 +59,7 @@ def make_context(stage: str, prepared: Path, folder: Path, *overrides: str, **in
         output=folder / "output",
         work=folder,
         started_at=datetime.now(UTC),
-        stop=threading.Event(),
+        stop=Stop(),
     )
 
 

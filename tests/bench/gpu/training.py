@@ -7,7 +7,6 @@ through frozen weights 2·N more. So SFT costs 4·N, DPO with its reference 6·N
 
 import json
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,6 +146,7 @@ def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
     """A context without a store: the trainers' settings need its folder and its recipe."""
     from llamarefine_jobs.contract.stages import STAGES
     from llamarefine_jobs.entry import Context
+    from llamarefine_jobs.stopping import Stop
     from llamarefine_jobs.store import Store
 
     return Context(
@@ -159,7 +159,7 @@ def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
         output=folder,
         work=folder,
         started_at=datetime.now(UTC),
-        stop=threading.Event(),
+        stop=Stop(),
     )
 
 
