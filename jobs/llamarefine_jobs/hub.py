@@ -10,6 +10,7 @@ from typing import Any
 
 from llamarefine_jobs.contract.artifact import folded, safe_relative_path
 from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError
+from llamarefine_jobs.discretion import be_discreet, hide
 
 _MOST_FILES = 10_000
 _MOST_ENTRIES = 100_000  # of a listing, wanted or not
@@ -30,6 +31,7 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
     import httpx
     from huggingface_hub import errors
 
+    be_discreet()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes addresses, and a file's is signed
     name = repository if revision is None else f"{repository} at {revision}"
     try:
@@ -117,4 +119,5 @@ def _trouble(names: Iterable[str], size_bytes: int) -> str | None:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Its first line, without what an address in it may be signed by."""
+    return hide((str(error).strip() or type(error).__name__).splitlines()[0])[:300]

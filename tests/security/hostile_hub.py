@@ -34,6 +34,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
+        self.authorizations: set[str] = set()
         self.sent_bytes = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -58,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
         hub.asked.append(f"{self.command} {self.path}")
+        hub.authorizations.add(self.headers.get("Authorization", ""))
         with contextlib.suppress(ConnectionError):
             self._serve(hub)
 
