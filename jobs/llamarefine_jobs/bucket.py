@@ -27,6 +27,7 @@ from llamarefine_jobs.contract.errors import (
     from_os_error,
 )
 from llamarefine_jobs.contract.patience import Patience
+from llamarefine_jobs.discretion import be_discreet
 from llamarefine_jobs.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refuse_too_large
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class S3Objects:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
+        be_discreet()
         # At DEBUG it writes each request's headers: a session's token is one of them.
         logging.getLogger("botocore").setLevel(logging.INFO)
         settings = Config(

@@ -1,18 +1,32 @@
-"""A file from the web, to a local folder: http and https only, wherever it redirects."""
+"""A file from the web, to a local folder: http and https only, and on the web, wherever it redirects."""
 
 import contextlib
 import shutil
 from collections.abc import Iterator
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
+from llamarefine_jobs.addresses import leads_inward
 from llamarefine_jobs.contract.errors import AccessError, DataError, StoreError
 
 _TIMEOUT_S = 60
 _LIMIT_BYTES = 8 << 30
+_INWARD = "leads to an address of this machine or network"
+
+
+class _Redirects(request.HTTPRedirectHandler):
+    """Follows none that leads inside."""
+
+    def redirect_request(
+        self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> request.Request | None:
+        if leads_inward(newurl, req.full_url):
+            raise URLError(_INWARD)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _Capped:
@@ -70,6 +84,8 @@ def _errors(url: str, key: str, limit_bytes: int = _LIMIT_BYTES) -> Iterator[Non
     except URLError as error:
         if "unknown url type" in str(error.reason):
             raise DataError(f"{key}: {url} leads to an address that is neither http nor https") from None
+        if error.reason == _INWARD:
+            raise DataError(f"{key}: {url} {_INWARD}; give that address itself where it is meant") from None
         raise StoreError(f"{key}: {url} cannot be reached: {error.reason}") from None
     except (TimeoutError, ConnectionError, HTTPException) as error:
         raise StoreError(f"{key}: {url} broke off: {type(error).__name__}") from None
@@ -85,7 +101,7 @@ def _opener() -> request.OpenerDirector:
         request.HTTPSHandler,
         request.HTTPDefaultErrorHandler,
         request.HTTPErrorProcessor,
-        request.HTTPRedirectHandler,
+        _Redirects,
     ):
         opener.add_handler(handler())
     return opener

@@ -37,6 +37,7 @@ from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES, Stage
+from llamarefine_jobs.discretion import be_discreet
 from llamarefine_jobs.distributed import World
 from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
 from llamarefine_jobs.recipe_file import load_recipe
@@ -268,6 +269,7 @@ def settled_threads(recipe: Recipe) -> Iterator[None]:
 @contextlib.contextmanager
 def exit_code(stage_name: str) -> Iterator[None]:
     """End the process as errors.py says: one line for a reason, a traceback only for our own mistakes."""
+    be_discreet()
     try:
         yield
     except LlamaRefineError as error:

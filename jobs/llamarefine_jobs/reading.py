@@ -15,6 +15,7 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Rows, Source
 from llamarefine_jobs.dataset_folder import load_split
 from llamarefine_jobs.download import download
+from llamarefine_jobs.parquet_file import batches, column_names
 
 Cells = tuple[Any, ...]
 Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, and the wanted cells of each row
@@ -23,7 +24,7 @@ Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, 
 _ENCODINGS = ["utf_16", "utf_32", "cp1252", "cp1250", "cp1251", "shift_jis", "euc_jp", "euc_kr", "gb18030", "big5"]
 _LONGEST_CELL = 2**31 - 1  # what fits the csv module on every platform
 _LIMIT_BYTES = 8 << 30  # of a file as text, of a Parquet file's columns as they lie unpacked
-_LIMIT_ROWS = 50_000_000
+_LIMIT_ROWS = 10_000_000
 _DATA_FILES = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.gz", "*.zst", "README.md")
 
 
@@ -94,6 +95,14 @@ class _Wanted:
         twice = [column for column in self.columns if list(there).count(column) > 1]
         if twice:
             raise self.error(f"has the column `{twice[0]}` twice; rename one")
+
+    def check_size(self, rows: int, size_bytes: int = 0) -> None:
+        """Refuse more than is read at once."""
+        if rows > _LIMIT_ROWS or size_bytes > _LIMIT_BYTES:
+            raise self.error(
+                f"holds {rows:,} rows and {size_bytes / 2**30:.1f} GiB, or more; expected at most {_LIMIT_ROWS:,} rows "
+                f"and {_LIMIT_BYTES >> 30} GiB: give a part of it"
+            )
 
 
 def _bring(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
@@ -172,6 +181,7 @@ def _csv_rows(path: Path, wanted: _Wanted) -> Found:
             else:
                 padded = [*cells, *[None] * (len(header) + 1 - len(cells))]
                 found.append(tuple(padded[place] for place in places))
+            wanted.check_size(len(found))
     except csv.Error as error:
         raise wanted.error(
             f"is not well-formed CSV from line {line} on ({error}): a cell with a quote, a comma or a line's end in it "
@@ -200,38 +210,26 @@ def _jsonl_rows(path: Path, wanted: _Wanted) -> Found:
             raise wanted.error(f"line {number} is not one JSON object: {reason}")
         there |= dict.fromkeys(row)
         found.append(tuple(row.get(column) for column in wanted.columns))
+        wanted.check_size(number)
     wanted.check(list(there))
     return list(there), found
 
 
 def _parquet_rows(path: Path, wanted: _Wanted) -> Found:
     import pyarrow
-    from pyarrow import parquet
 
+    rows: list[Cells | None] = []
     try:
-        file = parquet.ParquetFile(path)
-        there = file.schema_arrow.names
+        there = column_names(path)
         wanted.check(there)
-        _check_size(file.metadata, wanted)
-        rows = file.read(columns=[column for column in wanted.columns if column in there]).to_pylist()
+        for batch in batches(path, [column for column in wanted.columns if column in there], wanted.check_size):
+            absent = [None] * len(next(iter(batch.values()), ()))
+            rows.extend(zip(*(batch.get(column, absent) for column in wanted.columns), strict=True))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise wanted.error(f"is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
-    return there, [tuple(row.get(column) for column in wanted.columns) for row in rows]
-
-
-def _check_size(metadata: Any, wanted: _Wanted) -> None:
-    """Refuse a Parquet file that says it holds more than a machine can: a kilobyte of it may unpack to terabytes."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    size_bytes = sum(
-        group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)
-    )
-    if size_bytes > _LIMIT_BYTES or metadata.num_rows > _LIMIT_ROWS:
-        raise wanted.error(
-            f"holds {metadata.num_rows:,} rows of {size_bytes / 2**30:.1f} GiB; expected at most {_LIMIT_ROWS:,} and "
-            f"{_LIMIT_BYTES >> 30} GiB: give a part of it"
-        )
+    return there, rows
 
 
 def _hub_rows(folder: Path, wanted: _Wanted, split: str, work: Path) -> Found:
@@ -244,5 +242,6 @@ def _hub_rows(folder: Path, wanted: _Wanted, split: str, work: Path) -> Found:
     if table is None:
         raise wanted.error(f"has no split `{split}`; it has {', '.join(there)}; choose one with {wanted.key}.split")
     wanted.check(table.column_names)
+    wanted.check_size(len(table), table.data.nbytes)
     columns = [table[column][:] if column in table.column_names else [None] * len(table) for column in wanted.columns]
     return table.column_names, list(zip(*columns, strict=True))

@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, StoreError
 from llamarefine_jobs.contract.patience import Patience
+from llamarefine_jobs.discretion import be_discreet
 from llamarefine_k8s.wording import cause_of, how_to_grant, kubeconfig_trouble, sentence
 
 Object = dict[str, Any]
@@ -276,6 +277,7 @@ class Cluster:
         """A client for the kubeconfig's context, or for the pod that this runs in."""
         from kubernetes import client, config
 
+        be_discreet()
         settings = client.Configuration()
         try:
             if self._context is None and "KUBERNETES_SERVICE_HOST" in os.environ:

@@ -10,10 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llamarefine_jobs.contract.artifact import File, Manifest, Parent, safe_relative_path
+from llamarefine_jobs.contract.artifact import File, Manifest, Parent, folded, safe_relative_path
 
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
-NAMES = st.text(st.characters(exclude_characters="/\\:.", exclude_categories=("Cc", "Cs")), min_size=1, max_size=8)
+
+
+def is_plain(name: str) -> bool:
+    try:
+        return bool(safe_relative_path(name))
+    except ValueError:
+        return False
+
+
+NAMES = st.text(
+    st.characters(exclude_characters="/\\:.", exclude_categories=("Cc", "Cs")), min_size=1, max_size=8
+).filter(is_plain)
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 VALUES = st.recursive(
     st.none()
@@ -33,7 +44,7 @@ MANIFESTS = st.builds(
     files=st.lists(
         st.builds(File, path=PATHS, size_bytes=st.integers(0, 2**50), sha256=SHA256),
         max_size=4,
-        unique_by=lambda file: file.path.split("/")[0].casefold(),
+        unique_by=lambda file: folded(file.path.split("/")[0]),
     ).map(tuple),
     parents=st.dictionaries(NAMES, st.builds(Parent, key=SHA256, manifest_sha256=SHA256), max_size=2),
     recipe=st.dictionaries(st.text(max_size=4), VALUES, max_size=3),

@@ -1,12 +1,15 @@
 """Files from the web: a real server on this machine, well-behaved and not."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llamarefine_jobs.addresses import leads_inward
 from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.download import download
@@ -24,6 +27,8 @@ class Server(BaseHTTPRequestHandler):
                 self.answer(200, BODY, {"Content-Length": "4000"})
             case "/moved":
                 self.answer(302, b"", {"Location": "/rows.csv"})
+            case "/metadata":
+                self.answer(302, b"", {"Location": "http://169.254.169.254/latest/meta-data/"})
             case "/leak":
                 self.answer(302, b"", {"Location": "file:///etc/passwd"})
             case path:
@@ -62,6 +67,42 @@ def test_a_redirect_to_a_file_of_this_machine_is_not(tmp_path: Path, url: str) -
     with pytest.raises(LlamaRefineError, match=r"HTTP 302|neither http nor https"):
         download(f"{url}/leak", tmp_path, "key")
     assert not any(file.stat().st_size for file in tmp_path.iterdir())
+
+
+def test_a_redirect_to_where_clouds_keep_credentials_is_not(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DataError, match="leads to an address of this machine or network"):
+        download(f"{url}/metadata", tmp_path, "key")
+
+
+PLACES = {"web.example": "93.184.215.14", "more.example": "2606:2800::1", "inside.example": "10.0.0.7"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "target", "inward"),
+    [
+        ("https://web.example/a", "https://web.example/b", False),
+        ("https://web.example/a", "https://more.example/b", False),
+        ("https://web.example/a", "http://inside.example/b", True),
+        ("https://web.example/a", "http://127.0.0.1:9000/b", True),
+        ("https://web.example/a", "http://[::1]/b", True),
+        ("https://web.example/a", "http://[::ffff:10.0.0.7]/b", True),
+        ("https://web.example/a", "http://2130706433/b", True),
+        ("https://inside.example/a", "http://127.0.0.1/b", False),
+        ("https://inside.example/a", "http://[fe80::1]/b", True),
+        ("https://unknown.example/a", "http://inside.example/b", False),
+        ("https://unknown.example/a", "http://169.254.169.254/b", True),
+    ],
+)
+def test_where_a_redirect_leads_inside(origin: str, target: str, inward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.getaddrinfo
+
+    def resolve(host: str, port: None) -> Any:
+        if host.endswith(".example") and host not in PLACES:
+            raise socket.gaierror
+        return real(PLACES.get(host, host), port)
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    assert leads_inward(target, origin) == inward
 
 
 @pytest.mark.parametrize(

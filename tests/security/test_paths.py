@@ -19,7 +19,8 @@ from ..store import samples
 
 OUTSIDE = [
     "../a", "a/../../b", "/etc/passwd", "a//b", "./a", "a/.", "a/", "", "..", ".", "a\\..\\..\\b", "C:a",
-    "a\x00b", "a\nb", "a\x1bb", "\x9ba", "\ud800",
+    "a\x00b", "a\nb", "a\x1bb", "\x9ba", "\ud800", "a\u202efig.json", "a\u2028b", "\ufeffa", "a.", "a /b", "a./b",
+    "CON", "nul.json", "a/Aux .txt", "lpt1", "COM¹.json", "a" * 256, "ä" * 128, "a/" + "🦙" * 64,
 ]  # fmt: skip
 
 
@@ -29,12 +30,22 @@ def test_no_manifest_holds_a_path_that_leads_out(path: str) -> None:
         safe_relative_path(path)
 
 
-@pytest.mark.parametrize("paths", [("a", "a"), ("A", "a"), ("a", "a/b"), ("Model/x", "model"), ("ﬁ", "fi")])
+@pytest.mark.parametrize(
+    "paths",
+    [("a", "a"), ("A", "a"), ("a", "a/b"), ("Model/x", "model"), ("ﬁ", "fi"), ("ä", "a\u0308"), ("Å", "\u212b")],
+)
 def test_no_two_files_of_a_manifest_fall_together(paths: tuple[str, str]) -> None:
-    """Not on a file system that ignores case either."""
+    """Not on a file system that ignores case, or the way an accent is written, either."""
     files = tuple(File(path=path, size_bytes=0, sha256="0" * 64) for path in paths)
     with pytest.raises(ValueError, match="a file is listed"):
         Manifest.model_validate(samples.draft().model_dump() | {"files": [file.model_dump() for file in files]})
+
+
+@pytest.mark.parametrize(
+    "path", ["größer/更好 🦙.json", "a" * 255, "console.json", "a.b..c", ".hidden", "nullable/com10"]
+)
+def test_an_ordinary_path_is_taken(path: str) -> None:
+    assert safe_relative_path(path) == path
 
 
 def test_a_manifest_of_a_million_files_is_refused() -> None:

@@ -11,6 +11,7 @@ check/…                                         what preflight writes and remo
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -26,21 +27,30 @@ from llamarefine_jobs.contract.stages import STAGES
 
 MANIFEST = "manifest.json"
 _MOST_FILES = 10_000  # an artifact has a hundred
+# Control characters, those that turn the direction of what follows, a surrogate, and what separates elsewhere.
+_STRANGE = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# Windows' own, whatever follows.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 _SEAL = "manifest_sha256"
 
 
 def safe_relative_path(path: str) -> str:
-    """`path` if it stays inside the folder it is joined to; ValueError otherwise."""
+    """`path` if it stays inside the folder it is joined to, anywhere, and is what it looks like; else ValueError."""
     parts = PurePosixPath(path).parts
     if (
         not parts
         or path != str(PurePosixPath(path))
         or path.startswith("/")
-        or any(part in ("..", ".") for part in parts)
-        or re.search(r"[\x00-\x1f\x7f-\x9f\\:\ud800-\udfff]", path)
+        or _STRANGE.search(path)
+        or any(part.endswith((".", " ")) or _DEVICE.match(part) or len(part.encode()) > 255 for part in parts)
     ):
-        raise ValueError(f"{path!r} is no plain relative path")
+        raise ValueError(f"{path!r:.120} is no plain relative path")
     return path
+
+
+def folded(path: str) -> str:
+    """`path` as a file system knows it where neither case nor the way an accent is written counts."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
 
 RelativePath = Annotated[str, AfterValidator(safe_relative_path)]
@@ -90,8 +100,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _one_entry_a_file(self) -> Self:
-        """One entry a file, also where case does not count, and none where another needs a folder."""
-        paths = {file.path.casefold() for file in self.files}
+        """One entry a file, also where case and accents do not count, and none where another needs a folder."""
+        paths = {folded(file.path) for file in self.files}
         if len(paths) != len(self.files):
             raise ValueError("a file is listed twice")
         for path in paths:

@@ -1,0 +1,38 @@
+"""What prepare does with a Hub repository, by its own code, for several repositories in one process.
+
+    python hub_visitor.py FOLDER model:owner/name dataset:owner/name …
+
+Prints a line for each: how it ended, with which exit code, in which words.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from llamarefine_jobs.base import bring_base, install_base
+from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_jobs.contract.recipe import Base, Rows
+from llamarefine_jobs.reading import read_table
+
+
+def visit(kind: str, name: str, work: Path) -> dict[str, object]:
+    try:
+        if kind == "model":
+            folder, _ = bring_base(Base(source=name), work)
+            install_base(folder, work / "base")
+        else:
+            read_table(Rows(source=f"hf://datasets/{name}"), "prepare.questions", work, ("question", "answer"))
+    except LlamaRefineError as error:
+        return {"exit_code": error.exit_code, "said": str(error)}
+    except BaseException:
+        return {"exit_code": 1, "said": traceback.format_exc()}
+    return {"exit_code": 0, "said": ""}
+
+
+if __name__ == "__main__":
+    for number, each in enumerate(sys.argv[2:]):
+        kind, _, name = each.partition(":")
+        work = Path(sys.argv[1], str(number))
+        work.mkdir(parents=True)
+        print(json.dumps({"of": each} | visit(kind, name, work)), flush=True)

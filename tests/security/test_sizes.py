@@ -1,0 +1,65 @@
+"""A small file that stands for more than a machine holds is refused before it is unfolded."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from llamarefine_jobs import reading
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.recipe import Rows
+from llamarefine_jobs.reading import read_table
+
+
+def read(path: Path) -> list[Any]:
+    return list(
+        read_table(Rows(source=str(path)), "prepare.questions", path.parent / "work", ("question", "answer")).rows
+    )
+
+
+def one_text_many_times(path: Path, times: int = 2000, length: int = 16 << 20) -> None:
+    """32 GiB of question in less than a megabyte: the text is there once, and each row points at it."""
+    indices = pyarrow.array([0] * times, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * length]))
+    parquet.write_table(pyarrow.table({"question": texts, "answer": pyarrow.array(["a"] * times)}), path)
+    assert path.stat().st_size < 1 << 20
+
+
+@pytest.mark.parametrize("place", ["rows.parquet", "dataset/train.parquet"])
+def test_a_parquet_file_of_one_text_meant_many_times(place: str, tmp_path: Path) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    one_text_many_times(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"8 GiB") as caught:
+        read(path if path.parent == tmp_path else path.parent)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "less than 2 GiB more, in KiB"
+
+
+def test_a_text_meant_a_few_times_is_read_as_often(tmp_path: Path) -> None:
+    one_text_many_times(tmp_path / "rows.parquet", times=3, length=5)
+    assert read(tmp_path / "rows.parquet") == [("xxxxx", "a")] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rows.csv", b"question,answer\n" + b"a,b\n" * 30),
+        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n' * 30),
+        ("rows.parquet", b""),
+    ],
+)
+def test_more_rows_than_are_read_at_once(
+    name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_LIMIT_ROWS", 20)
+    (tmp_path / name).write_bytes(data)
+    if not data:
+        cells = pyarrow.array(["a"] * 30)
+        parquet.write_table(pyarrow.table({"question": cells, "answer": cells}), tmp_path / name)
+    with pytest.raises(DataError, match="expected at most 20 rows"):
+        read(tmp_path / name)
