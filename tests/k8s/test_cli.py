@@ -172,7 +172,7 @@ def test_json_is_all_that_is_on_standard_output(launcher: Launcher, recipe_file:
     assert ended["state"] == "done"
     assert set(ended["stages"]) == set(SEQUENCE)
     assert set(ended["stages"]["sft"]) == {
-        *("state", "key", "attempts", "started_at", "finished_at", "progress", "error", "log")
+        *("state", "key", "attempts", "started_at", "finished_at", "progress", "error", "log", "log_sha256")
     }
 
 
