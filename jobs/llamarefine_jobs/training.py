@@ -19,7 +19,7 @@ from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
-from llamarefine_jobs.out_of_memory import ran_out_at
+from llamarefine_jobs.out_of_memory import RAN_OUT, ran_out_at
 from llamarefine_jobs.own_code import refuse_pickled_code
 from llamarefine_jobs.sampling import WholeBatches
 
@@ -247,6 +247,7 @@ class Watch(TrainerCallback):
 
 def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     """Train to the end, from the newest checkpoint where there is one, and leave the best adapter in the output."""
+    context.metrics[RAN_OUT] = ran_out_at()  # for the checkpoints' manifests, too
     checkpoint = context.fetch_checkpoint()
     if checkpoint:
         refuse_pickled_code(checkpoint)
@@ -286,7 +287,6 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
         "resumed_at_step": watch.first_step or None,
         "micro_batch_rows": watch.section.micro_batch_rows,
-        "ran_out_of_memory_at_micro_batch_rows": ran_out_at(),
         "processes": context.world.size,
         "history": list(_history(state.log_history)),
     }
