@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from llamarefine_jobs import model as models
 from llamarefine_jobs import sources
+from llamarefine_jobs.best import check_best, read_best
 from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
@@ -93,6 +94,8 @@ class Watch(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if losses:  # of the pods before this one
             self.first_loss, self.last_loss = losses[0], losses[-1]
+        if self.context.world.is_first_on_node and any("eval_loss" in entry for entry in state.log_history):
+            check_best(self.best, models.adapter_state(model), self._where())
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
         if self._is_judgement_due(state):  # SIGTERM came before the validation of this step was over
@@ -193,8 +196,7 @@ class Watch(TrainerCallback):
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
         there = (checkpoint / _BEST).exists()
         if there:
-            best = json.loads((checkpoint / _BEST / "best.json").read_text())
-            self.best_loss, self.best_step = best["loss"], best["step"]
+            self.best_loss, self.best_step = read_best(checkpoint / _BEST, self._where())
         self.context.world.wait()
         if there and self.context.world.is_first_on_node:
             shutil.move(checkpoint / _BEST, self.best)
@@ -237,6 +239,9 @@ class Watch(TrainerCallback):
             where = f"{self.context.store.uri}/{checkpoint_path(stage, self.context.key, step)}"
             good = f"the last good checkpoint is that of step {step}, {where}"
         return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
+
+    def _where(self) -> str:
+        return f"{self.context.store.uri}/{checkpoint_path(self.context.stage.name, self.context.key)}"
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
