@@ -13,11 +13,11 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llamarefine_jobs import model as models
-from llamarefine_jobs import sources
+from llamarefine_jobs import sources, stopping
 from llamarefine_jobs.best import check_best, read_best
 from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.contract.artifact import checkpoint_path
-from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
+from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.out_of_memory import RAN_OUT, ran_out_at
@@ -83,7 +83,9 @@ class Watch(TrainerCallback):
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.preempted = False
+        self.farewell: PreemptedError | None = None  # what the first process ends with where it was preempted
         self.checkpoints = Checkpoints(context.store, context.note)
+        self.proved = False  # some loss of this process was good
         self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
     def on_train_begin(
@@ -134,7 +136,7 @@ class Watch(TrainerCallback):
         self.first_loss = loss if self.first_loss is None else self.first_loss
         if not loss < self.first_loss + _HOPELESS:  # nor is NaN
             raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
-        self.last_loss = loss
+        self.last_loss, self.proved = loss, True
         if self.unproved and state.global_step > self.unproved.step:
             self.hand_over()
         seconds = time.monotonic() - self.began_s
@@ -209,11 +211,30 @@ class Watch(TrainerCallback):
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
         checkpoint = Checkpoint(step, folder, self.context.draft())
         if self.preempted:
-            self.checkpoints.publish(checkpoint)
+            self._save_on_request(checkpoint)
             return
         if self.unproved:
             shutil.rmtree(self.unproved.folder)
         self.unproved = checkpoint
+
+    def _save_on_request(self, checkpoint: Checkpoint) -> None:
+        """Have the checkpoint in the store, or say why it is not: the training was told to stop either way."""
+        saved = f"its checkpoint at step {checkpoint.step}"
+        self.context.note(f"told to stop: {saved} goes to the store")
+        # The last word where the grace period ends before the upload: the store is away, or slow.
+        stopping.leave_word(self.context.stage.name, self.preemption(f"{saved} did not reach the store in time"))
+        try:
+            self.checkpoints.publish(checkpoint)
+        except LlamaRefineError as error:
+            self.farewell = self.preemption(f"{saved} is not in the store ({error})")
+        else:
+            self.farewell = self.preemption(f"{saved} is in the store")
+
+    def preemption(self, what: str) -> PreemptedError:
+        """The error that says where the next pod goes on."""
+        step = self.checkpoints.newest_step
+        rest = f"goes on from step {step}" if step else "begins again"
+        return PreemptedError(f"{self.context.stage.name} was told to stop; {what}, and the same command {rest}")
 
     def hand_over(self) -> None:
         """Let the newest checkpoint go to the store, beside the training."""
@@ -238,6 +259,7 @@ class Watch(TrainerCallback):
         if step is not None:
             where = f"{self.context.store.uri}/{checkpoint_path(stage, self.context.key, step)}"
             good = f"the last good checkpoint is that of step {step}, {where}"
+            good += "" if self.proved else " (its weights are finite, but no loss with them was seen yet)"
         return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
 
     def _where(self) -> str:
@@ -273,10 +295,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     state = trainer.state
     if watch.preempted:
         context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
-        raise PreemptedError(
-            f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
-            "is in the store, and the same command goes on from there"
-        )
+        raise watch.farewell or PreemptedError(f"{context.stage.name} was told to stop")
     if not math.isfinite(watch.best_loss):
         raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     if context.world.is_first:
