@@ -85,6 +85,7 @@ class Watch(TrainerCallback):
         self.preempted = False
         self.farewell: PreemptedError | None = None  # what the first process ends with where it was preempted
         self.checkpoints = Checkpoints(context.store, context.note)
+        self.saved_step: int | None = None
         self.proved = False  # some loss of this process was good
         self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
@@ -110,7 +111,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_log = last or step % self.section.log_every_steps == 0
+        # The loss right after a checkpoint proves it, or it would wait for the next one that is logged.
+        control.should_log = last or step % self.section.log_every_steps == 0 or step - 1 == self.saved_step
         # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
         is_due = self.context.world.is_first and self._is_checkpoint_due(step)
         self.preempted, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
@@ -192,7 +194,7 @@ class Watch(TrainerCallback):
             self._keep(state.global_step, folder)
         else:
             shutil.rmtree(folder)
-        self.saved_s = time.monotonic()
+        self.saved_s, self.saved_step = time.monotonic(), state.global_step
 
     def resume(self, checkpoint: Path) -> None:
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""

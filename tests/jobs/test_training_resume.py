@@ -235,6 +235,16 @@ def test_micro_batches_that_were_too_large_are_remembered_by_the_next_pod(undist
     assert manifest.parent.name == other.parent.name, "it has another key"
 
 
+def test_a_checkpoint_is_proved_by_the_next_step_however_seldom_a_loss_is_logged(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    store = copy_up_to(undisturbed, tmp_path, "sft")
+    options = ("--set", "sft.checkpoint_every_steps=6", "--set", "sft.log_every_steps=100")
+    exit_code, lines = processes.run("sft", undisturbed / "recipe.yaml", str(store), *options)
+    assert exit_code == 0, "\n".join(lines)
+    assert [step for line in lines if (step := processes.step(line)) is not None] == [0, 7, 13, 16]
+
+
 def test_the_same_recipe_in_another_folder_gives_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     store = copy_up_to(undisturbed, tmp_path, "sft")
     for stage in ("sft", "dpo"):
