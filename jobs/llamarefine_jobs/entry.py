@@ -39,7 +39,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES, Stage
 from llamarefine_jobs.discretion import be_discreet
 from llamarefine_jobs.distributed import World
-from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory
+from llamarefine_jobs.out_of_memory import described, halving_micro_batches, is_out_of_memory, recall
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.screen import clean
 from llamarefine_jobs.stopping import Stop
@@ -158,8 +158,7 @@ def main(stage_name: str, work: Work) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
     with stopping.closed_at_the_end(), exit_code(stage_name):
         recipe = sources.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
-        with halving_micro_batches(stage_name, recipe):
-            run(stage_name, work, recipe, open_store(stage_name, options.store))
+        run(stage_name, work, recipe, open_store(stage_name, options.store))
 
 
 def open_store(stage_name: str, uri: str) -> Store:
@@ -180,9 +179,13 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     if standing is not None:
         print(f"{stage_name}: {short(key)} is in the store already; nothing to do", flush=True)
         return standing
-    with tempfile.TemporaryDirectory(
-        prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")
-    ) as folder:
+    recipe = recall(stage_name, recipe, store, key)
+    with (
+        halving_micro_batches(stage_name, recipe),
+        tempfile.TemporaryDirectory(
+            prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")
+        ) as folder,
+    ):
         stop.litter = work_folder = Path(folder)
         output = work_folder / "output"
         output.mkdir()

@@ -12,10 +12,15 @@ from llamarefine_jobs import stopping
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Dpo, Recipe, Sft
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.store import Store
 
 # What torch raises as a RuntimeError: for the GPU outside its own allocator, and for a CPU.
-_GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_GPU = re.compile(
+    r"CUDA out of memory|CUDA (driver )?error: out of memory|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+    r"|cudaErrorMemoryAllocation|Cuda failure.*out of memory"  # the last is NCCL's
+)
 _CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory")
+RAN_OUT = "ran_out_of_memory_at_micro_batch_rows"  # in the metrics of checkpoints and artifact
 _RAN_OUT_AT = "LLAMAREFINE_RAN_OUT_AT_ROWS"
 
 
@@ -34,7 +39,7 @@ def described(stage_name: str, error: BaseException) -> OutOfMemoryError:
     if isinstance(error, OutOfMemoryError):
         return error
     said = next(iter(str(error).splitlines()), "")
-    on_gpu = _GPU.search(said) or type(error).__name__ == "OutOfMemoryError"
+    on_gpu = _GPU.search(str(error)) or type(error).__name__ == "OutOfMemoryError"
     whose = "the GPU's memory is too small" if on_gpu else f"{stage_name} needs more memory than it gets here"
     return OutOfMemoryError(f"{whose}{': ' if said else ''}{said}; {_smaller(stage_name)}")
 
@@ -60,6 +65,35 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
                 f"{stage_name}.gradient_checkpointing to true, or give it more memory"
             ) from None
         _start_anew(stage_name, section)
+
+
+def recall(stage_name: str, recipe: Recipe, store: Store, key: str) -> Recipe:
+    """`recipe`, with smaller micro-batches where an earlier pod found its own too large and a checkpoint says so."""
+    section = recipe.section(stage_name)
+    if not (isinstance(section, Sft | Dpo) and section.on_out_of_memory == "halve_micro_batch"):
+        return recipe
+    too_large = sorted({*ran_out_at(), *_remembered(stage_name, store, key)}, reverse=True)
+    fitting = section
+    while too_large and 1 < fitting.micro_batch_rows >= too_large[-1]:
+        fitting = fitting.model_copy(update={"micro_batch_rows": fewer_rows(fitting)})
+    if fitting is section:
+        return recipe
+    os.environ[_RAN_OUT_AT] = json.dumps(too_large)
+    print(
+        f"{stage_name}: micro-batches of {fitting.micro_batch_rows} rows: with {too_large[-1]} memory ran out before; "
+        f"the {section.batch_rows} rows of a step stay",
+        flush=True,
+    )
+    return recipe.model_copy(update={stage_name: fitting})
+
+
+def _remembered(stage_name: str, store: Store, key: str) -> list[int]:
+    """What the newest complete checkpoint says of micro-batches that were too large."""
+    for step in reversed(store.checkpoint_steps(stage_name, key)):
+        if manifest := store.checkpoint_manifest(stage_name, key, step):
+            found = manifest.metrics.get(RAN_OUT)
+            return [rows for rows in found if type(rows) is int and rows > 1] if isinstance(found, list) else []
+    return []
 
 
 def ran_out_at() -> list[int]:

@@ -13,13 +13,14 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llamarefine_jobs import model as models
-from llamarefine_jobs import sources
+from llamarefine_jobs import sources, stopping
+from llamarefine_jobs.best import check_best, read_best
 from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.contract.artifact import checkpoint_path
-from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
+from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
-from llamarefine_jobs.out_of_memory import ran_out_at
+from llamarefine_jobs.out_of_memory import RAN_OUT, ran_out_at
 from llamarefine_jobs.own_code import refuse_pickled_code
 from llamarefine_jobs.sampling import WholeBatches
 
@@ -82,7 +83,10 @@ class Watch(TrainerCallback):
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.preempted = False
+        self.farewell: PreemptedError | None = None  # what the first process ends with where it was preempted
         self.checkpoints = Checkpoints(context.store, context.note)
+        self.saved_step: int | None = None
+        self.proved = False  # some loss of this process was good
         self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
 
     def on_train_begin(
@@ -93,6 +97,8 @@ class Watch(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if losses:  # of the pods before this one
             self.first_loss, self.last_loss = losses[0], losses[-1]
+        if self.context.world.is_first_on_node and any("eval_loss" in entry for entry in state.log_history):
+            check_best(self.best, models.adapter_state(model), self._where())
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
         if self._is_judgement_due(state):  # SIGTERM came before the validation of this step was over
@@ -105,7 +111,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_log = last or step % self.section.log_every_steps == 0
+        # The loss right after a checkpoint proves it, or it would wait for the next one that is logged.
+        control.should_log = last or step % self.section.log_every_steps == 0 or step - 1 == self.saved_step
         # Processes have clocks of their own and hear of a SIGTERM at different steps: they agree.
         is_due = self.context.world.is_first and self._is_checkpoint_due(step)
         self.preempted, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
@@ -131,7 +138,7 @@ class Watch(TrainerCallback):
         self.first_loss = loss if self.first_loss is None else self.first_loss
         if not loss < self.first_loss + _HOPELESS:  # nor is NaN
             raise self.diverged(f"the loss is {loss:g} at step {state.global_step} of {state.max_steps}")
-        self.last_loss = loss
+        self.last_loss, self.proved = loss, True
         if self.unproved and state.global_step > self.unproved.step:
             self.hand_over()
         seconds = time.monotonic() - self.began_s
@@ -187,14 +194,13 @@ class Watch(TrainerCallback):
             self._keep(state.global_step, folder)
         else:
             shutil.rmtree(folder)
-        self.saved_s = time.monotonic()
+        self.saved_s, self.saved_step = time.monotonic(), state.global_step
 
     def resume(self, checkpoint: Path) -> None:
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
         there = (checkpoint / _BEST).exists()
         if there:
-            best = json.loads((checkpoint / _BEST / "best.json").read_text())
-            self.best_loss, self.best_step = best["loss"], best["step"]
+            self.best_loss, self.best_step = read_best(checkpoint / _BEST, self._where())
         self.context.world.wait()
         if there and self.context.world.is_first_on_node:
             shutil.move(checkpoint / _BEST, self.best)
@@ -207,11 +213,30 @@ class Watch(TrainerCallback):
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing needs it to go on
         checkpoint = Checkpoint(step, folder, self.context.draft())
         if self.preempted:
-            self.checkpoints.publish(checkpoint)
+            self._save_on_request(checkpoint)
             return
         if self.unproved:
             shutil.rmtree(self.unproved.folder)
         self.unproved = checkpoint
+
+    def _save_on_request(self, checkpoint: Checkpoint) -> None:
+        """Have the checkpoint in the store, or say why it is not: the training was told to stop either way."""
+        saved = f"its checkpoint at step {checkpoint.step}"
+        self.context.note(f"told to stop: {saved} goes to the store")
+        # The last word where the grace period ends before the upload: the store is away, or slow.
+        stopping.leave_word(self.context.stage.name, self.preemption(f"{saved} did not reach the store in time"))
+        try:
+            self.checkpoints.publish(checkpoint)
+        except LlamaRefineError as error:
+            self.farewell = self.preemption(f"{saved} is not in the store ({error})")
+        else:
+            self.farewell = self.preemption(f"{saved} is in the store")
+
+    def preemption(self, what: str) -> PreemptedError:
+        """The error that says where the next pod goes on."""
+        step = self.checkpoints.newest_step
+        rest = f"goes on from step {step}" if step else "begins again"
+        return PreemptedError(f"{self.context.stage.name} was told to stop; {what}, and the same command {rest}")
 
     def hand_over(self) -> None:
         """Let the newest checkpoint go to the store, beside the training."""
@@ -236,7 +261,11 @@ class Watch(TrainerCallback):
         if step is not None:
             where = f"{self.context.store.uri}/{checkpoint_path(stage, self.context.key, step)}"
             good = f"the last good checkpoint is that of step {step}, {where}"
+            good += "" if self.proved else " (its weights are finite, but no loss with them was seen yet)"
         return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
+
+    def _where(self) -> str:
+        return f"{self.context.store.uri}/{checkpoint_path(self.context.stage.name, self.context.key)}"
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every_steps, every_s = self.section.checkpoint_every_steps, self.section.checkpoint_every_s
@@ -247,6 +276,7 @@ class Watch(TrainerCallback):
 
 def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     """Train to the end, from the newest checkpoint where there is one, and leave the best adapter in the output."""
+    context.metrics[RAN_OUT] = ran_out_at()  # for the checkpoints' manifests, too
     checkpoint = context.fetch_checkpoint()
     if checkpoint:
         refuse_pickled_code(checkpoint)
@@ -267,10 +297,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     state = trainer.state
     if watch.preempted:
         context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
-        raise PreemptedError(
-            f"{context.stage.name} was told to stop; its checkpoint at step {state.global_step} of {state.max_steps} "
-            "is in the store, and the same command goes on from there"
-        )
+        raise watch.farewell or PreemptedError(f"{context.stage.name} was told to stop")
     if not math.isfinite(watch.best_loss):
         raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")
     if context.world.is_first:
@@ -286,7 +313,6 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         "tokens_per_s": round(steps * watch.section.batch_rows * watch.tokens_per_row / seconds, 1),
         "resumed_at_step": watch.first_step or None,
         "micro_batch_rows": watch.section.micro_batch_rows,
-        "ran_out_of_memory_at_micro_batch_rows": ran_out_at(),
         "processes": context.world.size,
         "history": list(_history(state.log_history)),
     }

@@ -33,6 +33,9 @@ def test_every_library_s_words_for_memory_that_runs_out_are_understood() -> None
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
         RuntimeError("std::bad_alloc"),
     ):
         assert out_of_memory.is_out_of_memory(error), error
