@@ -18,9 +18,9 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llamarefine_jobs.contract.errors import DataError, RecipeError
+from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import first_line, load_tokenizer
 from llamarefine_jobs.json_file import read_object
 from llamarefine_jobs.lora import read_adapter
 from llamarefine_jobs.out_of_memory import is_out_of_memory
@@ -326,14 +326,14 @@ def _freeze(model: Any) -> Any:
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except LlamaRefineError:
+        raise
+    except Exception as error:  # for a strange config they raise what comes: AttributeError, errors of their own
         if is_out_of_memory(error):  # torch's is a RuntimeError
             raise
-        raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{what}: {first_line(error)}") from None
 
 
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:
