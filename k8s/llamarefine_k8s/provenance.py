@@ -122,7 +122,12 @@ def check(
     if {"merge", "prepare", "sft", "dpo", "evaluate"} - made.keys():
         yield fail(_NAME, "cannot be compared: artifacts are missing", "see above")
         return
-    wrong = _differences(said, json.loads(statement(record.run, record.recipe, made)))
+    try:
+        expected = statement(record.run, record.recipe, made)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        yield fail(_NAME, "cannot be compared: the run's record holds no recipe", _AGAIN)
+        return
+    wrong = _differences(said, json.loads(expected))
     if wrong:
         # An artifact that was made anew of the same bytes has another manifest: only who signed cares.
         told = warning if wrong == [_MATERIALS] and key is None else fail

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, run_path
 from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityError, from_os_error
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.own_code import refuse_programs
 from llamarefine_jobs.sources import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import RunRecord, where
@@ -184,6 +185,8 @@ def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool
         into.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{into.name}-", dir=into.parent) as folder:
             fetched = store.fetch(manifest, Path(folder, "new"), *([PARTS[what][1]] if PARTS[what][1] else []))
+            if what != "report":
+                refuse_programs(fetched / PARTS[what][1])
             if into.exists():
                 into.rename(Path(folder, "old"))
             (fetched / PARTS[what][1]).rename(into)

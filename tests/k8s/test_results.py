@@ -113,3 +113,25 @@ def test_a_failed_gate_says_metric_bound_and_value(recipe: Callable[..., Recipe]
     with pytest.raises(GateError) as caught:
         check_gates(read_report(store, record.run))
     assert str(caught.value) == "quality gate: loss of merged is 2, not at most 1.0; model and report are kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("modeling_own.py", "import os"),
+        ("pytorch_model.bin", "a pickle"),
+        ("nested/run.sh", "id"),
+        (".bashrc", "id"),
+        ("config.json", '{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}'),
+    ],
+)
+def test_a_model_of_the_buckets_writer_that_brings_code_is_not_pulled(
+    model: Manifest, store: Store, tmp_path: Path, name: str, text: str
+) -> None:
+    folder = tmp_path / "evil"
+    (folder / "model" / name).parent.mkdir(parents=True)
+    (folder / "model" / name).write_text(text)
+    theirs = store.publish(folder, model.model_copy(update={"key": "e" * 64, "files": ()}))
+    with pytest.raises(IntegrityError):
+        pull(store, theirs, "model", tmp_path / "out/here")
+    assert not any((tmp_path / "out").iterdir())

@@ -127,7 +127,9 @@ class Manifest(_Record):
         if not seal or hashlib.sha256(body).hexdigest() != seal[1].decode():
             raise ValueError("is no manifest, or was changed after it was written")
         try:
-            return cls.model_validate_json(body)
+            found = cls.model_validate_json(body)
+            _digest([found.recipe, found.metrics])  # NaN and infinity are no JSON, and no digest would be their own
+            return found
         except ValueError:
             raise ValueError("is a manifest that this version cannot read") from None
 
