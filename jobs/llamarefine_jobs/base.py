@@ -111,23 +111,44 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
         found = f"only {pickles[0]}, a pickle, which can run code as it is read" if pickles else "none"
         raise DataError(f"{_KEY}: expected weights in safetensors, found {found}; convert them, or choose another base")
     shapes = Weights(folder).shapes
-    try:
-        layers, vocabulary, hidden = (config[name] for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
-    except KeyError as error:
-        raise DataError(f"{_KEY}: config.json does not say {error}") from None
-    if not all(isinstance(size, int) and size > 0 for size in (layers, vocabulary, hidden)):
-        raise DataError(f"{_KEY}: config.json says {layers!r:.40} layers, {vocabulary!r:.40} tokens; expected numbers")
+    layers, vocabulary, hidden = (_size(config, name) for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
     for layer in range(layers):
         for linear in get_args(LinearLayer):
             part = "mlp" if linear in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             name = f"model.layers.{layer}.{part}.{linear}.weight"
             if len(shapes.get(name, ())) != 2:
                 raise DataError(f"{_KEY}: the weights have no matrix {name}; adapters would not fit this base")
+            # What config.json says is what transformers makes room for, before it looks at the weights.
+            if shapes[name] != (expected := _shape(config, linear, hidden)):
+                raise DataError(f"{_KEY}: config.json makes {name} {expected}, the weights hold {shapes[name]}")
     embeddings = shapes.get("model.embed_tokens.weight")
     if embeddings != (vocabulary, hidden):
         raise DataError(
             f"{_KEY}: config.json says {vocabulary} tokens of {hidden} numbers, the weights hold {embeddings}"
         )
+
+
+def _shape(config: dict[str, Any], linear: str, hidden: int) -> tuple[int, int]:
+    """The shape that config.json gives a linear layer of a block."""
+    heads = _size(config, "num_attention_heads")
+    width = _size(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+    outer = {
+        "q_proj": heads * width,
+        "o_proj": heads * width,
+        "k_proj": width * (_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads),
+    }
+    outer["v_proj"] = outer["k_proj"]
+    wide = outer.get(linear) or _size(config, "intermediate_size")
+    return (hidden, wide) if linear in ("o_proj", "down_proj") else (wide, hidden)
+
+
+def _size(config: dict[str, Any], name: str) -> int:
+    if name not in config:
+        raise DataError(f"{_KEY}: config.json does not say {name}")
+    size = config[name]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DataError(f"{_KEY}: config.json says {name}: {size!r:.40}; expected a number")
+    return size
 
 
 def _in_hub_cache(path: Path, revision: str | None) -> tuple[Path, str | None]:

@@ -8,9 +8,13 @@ from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, Message, answer
+from llamarefine_jobs.json_file import read_object
 from llamarefine_jobs.own_code import refuse_own_code
 
 Row = dict[str, Any]
+
+_ADDED = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+_MOST_ADDED = 10_000  # Llama 3 has 256
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,30 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         refuse_own_code(folder)
+        _check_added(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # for a strange config it raises what comes: AttributeError, errors of its own
+        raise DataError(f"{folder} holds no tokenizer that loads: {first_line(error)}") from None
     settle_tokenizer(tokenizer)
     return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a file, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_added(folder: Path) -> None:
+    """Tokens that are added one by one take a time that grows with the square of their number."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            found = read_object(folder / name)
+            lists = [found] if name == "added_tokens.json" else [found.get(key) or () for key in _ADDED]
+            added = sum(len(tokens) for tokens in lists if isinstance(tokens, dict | list | tuple))
+            if added > _MOST_ADDED:
+                raise ValueError(f"{name} adds {added} tokens to the vocabulary, expected at most {_MOST_ADDED}")
 
 
 def settle_tokenizer(tokenizer: Any) -> None:
@@ -58,7 +81,16 @@ def settle_tokenizer(tokenizer: Any) -> None:
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
     """The tokens of a prompt, up to where the answer begins."""
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _ids(tokenizer, text)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the native library, and no Exception to Python
+            raise
+        raise DataError(f"the base model's tokenizer gives up on a text: {first_line(error)}; choose another") from None
     return ids
 
 
@@ -66,7 +98,7 @@ def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
     """The tokens of a prompt and of its answer, which ends with EOS."""
     prompt_ids = encode_prompt(tokenizer, prompt)
     whole = tokenizer.apply_chat_template([*prompt, *answer(text)], tokenize=False)
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    ids = _ids(tokenizer, whole)
     if ids[: len(prompt_ids)] != prompt_ids:
         raise DataError(
             "the base model's tokenizer joins the end of a prompt with the beginning of its answer into one token; "

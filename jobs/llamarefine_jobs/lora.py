@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 from llamarefine_jobs.contract.errors import DataError, IntegrityError
 from llamarefine_jobs.json_file import read_object
 
+_LAYER = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
 _PREFIX = "base_model.model."
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 
 # Settings that do not change what a plain LoRA adds, or that are read below. Any other that is set is refused:
 # so are those that a later PEFT invents.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
+    "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # The other ways to start an adapter (PiSSA, OLoRA, LoftQ, …) also change the base that it belongs to.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -93,8 +94,12 @@ def _scale(config: Mapping[str, Any], name: str) -> float:
     for key, value in config.items():
         if key not in _HARMLESS and key != "init_lora_weights" and value not in (None, False, "none", [], {}):
             raise DataError(
-                f"the {name} adapter has {key}: {json.dumps(value)}; only a plain LoRA can be merged exactly"
+                f"the {name} adapter has {key}: {json.dumps(value):.80}; only a plain LoRA can be merged exactly"
             )
+    targets = config.get("target_modules")
+    # A text is a pattern to PEFT, and a pattern of a stranger's may take for ever to match.
+    if not (isinstance(targets, list) and all(isinstance(name, str) and _LAYER.fullmatch(name) for name in targets)):
+        raise DataError(f"the {name} adapter's config has target_modules: {targets!r:.80}; expected names of layers")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
         raise DataError(f"the {name} adapter's config has r: {rank}, lora_alpha: {alpha}; expected positive numbers")

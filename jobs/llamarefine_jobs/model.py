@@ -18,10 +18,11 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llamarefine_jobs.contract.errors import DataError, RecipeError
+from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import first_line, load_tokenizer
 from llamarefine_jobs.json_file import read_object
+from llamarefine_jobs.lora import read_adapter
 from llamarefine_jobs.out_of_memory import is_out_of_memory
 from llamarefine_jobs.own_code import refuse_own_code
 
@@ -240,6 +241,7 @@ def attach_adapter(model: Any, folder: Path) -> Any:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would read a pickle instead, or ask the Hub
         raise DataError(f"the adapter in {folder.name}/ holds no {ADAPTER_WEIGHTS}; only safetensors are read")
+    read_adapter(folder, folder.parent.name)  # of PEFT's settings only those of a plain LoRA pass
     with _one_line("the adapter does not fit its base"):
         return _freeze(PeftModel.from_pretrained(model, folder, is_trainable=False))
 
@@ -308,9 +310,9 @@ def save_adapter(config: Any, state: dict[str, Any], folder: Path, base_name: st
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in config.to_dict().items()
     }
-    values |= {"base_model_name_or_path": base_name, "inference_mode": True, "revision": None}
-    if isinstance(values.get("target_modules"), list):
-        values["target_modules"] = sorted(values["target_modules"])
+    values |= {"base_model_name_or_path": base_name, "inference_mode": True, "revision": None, "auto_mapping": None}
+    # By name, whatever pattern a backend has found them by: read_adapter takes no pattern.
+    values["target_modules"] = sorted({name.rsplit(".", 3)[1] for name in state})
     text = json.dumps(values, indent=2, sort_keys=True, default=str)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -324,14 +326,14 @@ def _freeze(model: Any) -> Any:
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except LlamaRefineError:
+        raise
+    except Exception as error:  # for a strange config they raise what comes: AttributeError, errors of their own
         if is_out_of_memory(error):  # torch's is a RuntimeError
             raise
-        raise DataError(f"{what}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{what}: {first_line(error)}") from None
 
 
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:

@@ -33,6 +33,17 @@ def refuse_own_code(folder: Path) -> None:
             )
 
 
+def refuse_programs(folder: Path) -> None:
+    """Raise IntegrityError where a model or an adapter that was brought holds what none of ours does, or names code."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if file.suffix not in _INERT:
+            raise IntegrityError(f"it holds {file.relative_to(folder).as_posix()}, which no model of ours does")
+    try:
+        refuse_own_code(folder)
+    except DataError as error:
+        raise IntegrityError(str(error)) from None
+
+
 def pickles_in(folder: Path) -> list[str]:
     """The names of the files in `folder` that a pickle is read from."""
     return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)

@@ -4,8 +4,8 @@ import re
 from typing import TextIO
 
 # Whole colour and cursor sequences, then every other control character but tab and line feed. Those from 0x80 on are
-# what an escape and a letter mean in one character.
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# what an escape and a letter mean in one character; the last turn the direction of what follows, to read as what it is not.
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:

@@ -123,7 +123,11 @@ def check(
     if {"merge", "prepare", "sft", "dpo", "evaluate"} - made.keys():
         yield fail(_NAME, "cannot be compared: artifacts are missing", "see above")
         return
-    expected = statement(record.run, record.recipe, made)
+    try:
+        expected = statement(record.run, record.recipe, made)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        yield fail(_NAME, "cannot be compared: the run's record holds no recipe", _AGAIN)
+        return
     wrong = _differences(said, json.loads(expected))
     if not wrong and record.package_version == __version__ and line.payload != expected:
         wrong = ["words that are not of this version"]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, run_path
 from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityError, from_os_error
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.own_code import refuse_programs
 from llamarefine_jobs.sources import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import RunRecord, where
@@ -187,6 +188,8 @@ def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool
         if here is not None and here == _listing(manifest, what):
             return
         fetched = store.fetch(manifest, folder / "new", *([PARTS[what][1]] if PARTS[what][1] else []))
+        if what != "report":
+            refuse_programs(fetched / PARTS[what][1])
         if into.exists():
             into.rename(folder / _OLD)
         (fetched / PARTS[what][1]).rename(into)

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llamarefine_jobs import tiny_llama
 from llamarefine_jobs.base import bring_base, describe, install_base
 from llamarefine_jobs.contract.errors import DataError, StoreError
-from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE
+from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, question
 from llamarefine_jobs.contract.recipe import Base
-from llamarefine_jobs.encoding import load_tokenizer
+from llamarefine_jobs.encoding import encode_prompt, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -107,6 +107,20 @@ def leading_out(folder: Path) -> None:
         (lambda folder: edit(folder / "config.json", model_type="gpt2"), "found gpt2"),
         (lambda folder: edit(folder / "config.json", quantization_config={"bits": 4}), "quantised"),
         (lambda folder: edit(folder / "config.json", vocab_size=303), "303 tokens"),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=10**9), "no matrix model.layers.2."),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=True), "num_hidden_layers: True"),
+        (lambda folder: edit(folder / "config.json", intermediate_size=10**12), "the weights hold (32, 16)"),
+        (lambda folder: edit(folder / "config.json", num_attention_heads=10**9), "the weights hold (16, 16)"),
+        (lambda folder: edit(folder / "config.json", head_dim=10**9), "the weights hold (16, 16)"),
+        (lambda folder: edit(folder / "config.json", num_key_value_heads=10**9), "k_proj"),
+        (lambda folder: edit(folder / "config.json", max_position_embeddings="x"), "no tokenizer that loads"),
+        (lambda folder: edit(folder / "config.json", torch_dtype="evil", dtype="evil"), "no tokenizer that loads"),
+        (
+            lambda folder: edit(
+                folder / "tokenizer_config.json", extra_special_tokens=[f"<{i}>" for i in range(10001)]
+            ),
+            "adds 10001 tokens",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer that loads"),
@@ -169,3 +183,20 @@ def test_a_base_in_a_bucket_is_brought(original: Path, tmp_path: Path, s3_uri: s
 def test_what_is_no_source_of_a_base_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepare\.base: "):
         bring_base(Base(source=source), tmp_path)
+
+
+def test_a_pattern_that_takes_for_ever_in_a_tokenizer_is_one_line(folder: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit(folder / "tokenizer.json", pre_tokenizer=pattern)
+    with pytest.raises(DataError, match="gives up on a text"):
+        encode_prompt(load_tokenizer(folder), question("a" * 30_000 + "!"))
+
+
+@pytest.mark.parametrize("template", ["{% for i in range(10**12) %}{{ i }}{% endfor %}", "{{ ''.__class__.__mro__ }}"])
+def test_a_bases_own_chat_template_is_never_rendered_nor_handed_on(folder: Path, tmp_path: Path, template: str) -> None:
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    (folder / "chat_template.jinja").write_text(template)
+    into = tmp_path / "installed"
+    tokenizer = install_base(folder, into)
+    assert encode_prompt(tokenizer, question("a"))
+    assert not [file for file in into.iterdir() if template in file.read_text(errors="replace")]

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from llamarefine_jobs.contract.artifact import run_path
-from llamarefine_jobs.contract.errors import AccessError
+from llamarefine_jobs.contract.errors import AccessError, IntegrityError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import provenance, signing, verification
@@ -174,3 +174,53 @@ def test_pull_brings_the_statement_beside_the_model_and_verify_checks_it(
     code, out, err = launcher.run("verify", "--store", "store", "--public-key", str(other))
     assert code == 16
     assert "is by another key" in out
+
+
+@pytest.mark.parametrize(
+    "recipe_of_record",
+    [{"name": "x"}, {"prepare": []}, {"prepare": {"base": 1}}, {"x": float("inf")}],
+)
+def test_a_record_that_holds_no_recipe_is_one_failed_check(
+    recipe_of_record: dict[str, object], recipe: Callable[..., Recipe], store: Store
+) -> None:
+    record = drive(recipe(), store)
+    assert states(store, record.model_copy(update={"recipe": recipe_of_record}))["statement"] == "FAIL"
+
+
+def forged(line: bytes, **changes: object) -> bytes:
+    return json.dumps(json.loads(line) | changes).encode()
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_no_envelope_that_the_key_did_not_sign_passes(kind: str, tmp_path: Path) -> None:
+    keys = {
+        name: write_keys(tmp_path, each, name) for name, each in (("own", kind), ("ed", "ed25519"), ("ec", "ecdsa"))
+    }
+    private = {name: serialization.load_pem_private_key(files[0].read_bytes(), None) for name, files in keys.items()}
+    public = signing.read_public_key(keys["own"][1])
+    line = signing.sign(b'{"a": 1}', private["own"])  # type: ignore[arg-type]
+    own = json.loads(line)["signatures"][0]
+    others = [json.loads(signing.sign(b'{"a": 1}', private[name]))["signatures"][0] for name in ("ed", "ec")]  # type: ignore[arg-type]
+    claimed = [other | {"keyid": own["keyid"]} for other in others]
+    assert signing.is_signed_by(signing.parse(line), public)
+    assert signing.is_signed_by(signing.parse(forged(line, signatures=[*others, own])), public), (
+        "one of several is ours"
+    )
+    bare = {"keyid": own["keyid"], "sig": base64.b64encode(private_signature(private["own"], b'{"a": 1}')).decode()}
+    for signatures in ([], others, claimed, [own | {"sig": ""}], [own | {"sig": own["sig"][:-8] + "AAAAAA=="}], [bare]):
+        assert not signing.is_signed_by(signing.parse(forged(line, signatures=signatures)), public)
+    other_bytes = base64.b64encode(b'{"a": 2}').decode()
+    assert not signing.is_signed_by(signing.parse(forged(line, payload=other_bytes)), public)
+    for changes in ({"payloadType": "application/json"}, {"signatures": None}, {"signatures": [1]}, {"payload": "%"}):
+        with pytest.raises(IntegrityError):
+            signing.parse(forged(line, **changes))
+
+
+def private_signature(key: object, message: bytes) -> bytes:
+    """Over the payload alone, without its type: not what DSSE signs."""
+    from cryptography.hazmat.primitives import hashes
+
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(message)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.sign(message, ec.ECDSA(hashes.SHA256()))

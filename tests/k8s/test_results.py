@@ -207,3 +207,25 @@ def test_a_damaged_manifest_of_another_model_does_not_keep_this_one(
     pull(store, second, "model", tmp_path / "model")
     store.write(f"{first.folder.rpartition('/')[0]}/manifest.json", b"{}")
     pull(store, second, "model", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("modeling_own.py", "import os"),
+        ("pytorch_model.bin", "a pickle"),
+        ("nested/run.sh", "id"),
+        (".bashrc", "id"),
+        ("config.json", '{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}'),
+    ],
+)
+def test_a_model_of_the_buckets_writer_that_brings_code_is_not_pulled(
+    model: Manifest, store: Store, tmp_path: Path, name: str, text: str
+) -> None:
+    folder = tmp_path / "evil"
+    (folder / "model" / name).parent.mkdir(parents=True)
+    (folder / "model" / name).write_text(text)
+    theirs = store.publish(folder, model.model_copy(update={"key": "e" * 64, "files": ()}))
+    with pytest.raises(IntegrityError):
+        pull(store, theirs, "model", tmp_path / "out/here")
+    assert not any((tmp_path / "out").iterdir())

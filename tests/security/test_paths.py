@@ -1,5 +1,6 @@
 """No name in a manifest, a record, an index, a data set's card or a folder leads out of where it belongs."""
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -149,3 +150,15 @@ def test_a_record_with_a_strange_recipe_is_one_line(store: Store) -> None:
     assert record
     with pytest.raises(IntegrityError, match="its recorded recipe"):
         record.own_recipe()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-1e999"])
+def test_a_manifest_with_a_number_that_is_none_is_refused(number: str) -> None:
+    """Whoever writes the bucket can seal it; to sign or compare it would be impossible."""
+    body = samples.draft().model_dump_json(indent=2).replace('"recipe": {', f'"recipe": {{"x": [{number}], ', 1)
+    body = body.replace(", }", "}")
+    assert json.loads(body), "but for that number it is a manifest"
+    sealed = f'{body[:-2]},\n  "manifest_sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+    with pytest.raises(ValueError, match="cannot read"):
+        Manifest.from_bytes(sealed.encode())
+    assert Manifest.from_bytes(samples.draft().to_bytes())

@@ -27,6 +27,9 @@ def controls(text: str) -> set[str]:
 
 def test_control_characters_go_and_text_stays() -> None:
     assert clean(HOSTILE) == "ab]0;ownedc31mde\tf\ng"
+    assert (
+        clean("a\x1b]8;;http://x\x1b\\b\x1b]52;c;eA==\x07 \u202egpj.exe\u2066") == "a]8;;http://x\\b]52;c;eA== gpj.exe"
+    )
     assert clean("größer, 更好 🦙 e\u0301") == "größer, 更好 🦙 e\u0301"
 
 

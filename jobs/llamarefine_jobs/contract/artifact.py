@@ -123,7 +123,9 @@ class Manifest(_Record):
         if body is None:
             raise ValueError("is no manifest, or was changed after it was written")
         try:
-            return cls.model_validate_json(body)
+            found = cls.model_validate_json(body)
+            _digest([found.recipe, found.metrics])  # NaN and infinity are no JSON, and no digest would be their own
+            return found
         except ValueError:
             raise ValueError("is a manifest that this version cannot read") from None
 

@@ -1,0 +1,66 @@
+"""An adapter that someone else put into the bucket: PEFT is given a plain LoRA or nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs import model as models
+from llamarefine_jobs.contract.errors import DataError
+
+from ..fuzz.target import held
+
+ENDLESS = "([a-z_.0-9]+)+!"  # to match it against a layer's name takes longer than anybody lives
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 304, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **shape))
+
+
+def an_adapter(folder: Path, **config: Any) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    halves = {f"{LAYER}.lora_A.weight": torch.ones(2, 16), f"{LAYER}.lora_B.weight": torch.ones(16, 2)}
+    save_file(halves, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ENDLESS},
+        {"target_modules": [ENDLESS]},
+        {"target_modules": "all-linear"},
+        {"target_modules": None},
+        {"exclude_modules": ENDLESS},
+        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
+        {"rank_pattern": {ENDLESS: 4}},
+        {"r": 50_000_000},
+        {"lora_alpha": float("inf")},
+        {"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}},
+        {"megatron_config": {"a": 1}, "megatron_core": "os.path"},
+        {"modules_to_save": ["lm_head"]},
+        {"peft_type": "PREFIX_TUNING"},
+        {"a_later_idea": {"module": "os"}},
+    ],
+)
+def test_a_setting_that_reaches_further_is_refused(config: dict[str, Any], base: Any, tmp_path: Path) -> None:
+    with held("attach_adapter"), pytest.raises(DataError) as caught:
+        models.attach_adapter(base, an_adapter(tmp_path / "adapter", **config))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_plain_one_is_taken_wherever_it_says_it_is_from(base: Any, tmp_path: Path) -> None:
+    elsewhere = {"base_model_name_or_path": "http://127.0.0.1:1/another", "revision": "main"}
+    assert models.attach_adapter(base, an_adapter(tmp_path / "adapter", **elsewhere))
