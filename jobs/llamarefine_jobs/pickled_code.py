@@ -1,4 +1,4 @@
-"""A checkpoint whose pickles hold more than tensors is refused before the trainer looks at it, and nothing in it is run."""
+"""A checkpoint whose pickles hold more than tensors is refused before the trainer looks at it: nothing in it is run."""
 
 from pathlib import Path
 
