@@ -4,7 +4,7 @@ import re
 from typing import TextIO
 
 # Whole colour and cursor sequences, then every other control character but tab and line feed. Those from 0x80 on are
-# what an escape and a letter mean in one character; the last turn the direction of what follows, to read as what it is not.
+# what an escape and a letter mean in one character; the last ones turn the direction in which what follows is read.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

@@ -21,7 +21,7 @@ from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefi
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.entry import Context
 from llamarefine_jobs.out_of_memory import RAN_OUT, ran_out_at
-from llamarefine_jobs.own_code import refuse_pickled_code
+from llamarefine_jobs.pickled_code import refuse_pickled_code
 from llamarefine_jobs.sampling import WholeBatches
 
 _EVALUATIONS_A_RUN = 4
