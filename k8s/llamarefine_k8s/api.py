@@ -156,12 +156,8 @@ class Cluster:
     ) -> Iterator[tuple[str, Object]]:
         """Changes after `version`, watch after watch, until one breaks off or its version is too old."""
         while not stopped():
-            query: list[tuple[str, Any]] = [
-                ("watch", "true"),
-                ("resourceVersion", version),
-                ("timeoutSeconds", _WATCH_S),
-            ]
-            query += [("allowWatchBookmarks", "true"), *_selectors(labels, fields)]
+            query = [("watch", "true"), ("allowWatchBookmarks", "true"), *_selectors(labels, fields)]
+            query += [("resourceVersion", version), ("timeoutSeconds", _WATCH_S)]
             try:
                 response = self._patiently(functools.partial(self._open, self._path(kind), query), f"WATCH {kind}")
             except _GoneError:
