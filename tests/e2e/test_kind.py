@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from tests.chaos.on_kind import suffer
 from tests.chart.kind_cluster import KindCluster
 
 from . import kind
@@ -215,3 +216,16 @@ def test_two_pods_train_what_one_trains(env: dict[str, str], submitted: str, tmp
     weights = load_file(tmp_path / "nodes-2.safetensors")
     for name, expected in load_file(tmp_path / "nodes-1.safetensors").items():
         assert abs(weights[name] - expected).max() < 2e-3, name
+
+
+def test_a_training_whose_pod_is_told_to_stop_or_killed_ends_with_the_same_model(
+    kind_cluster: KindCluster, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short form of `make chaos-kind ARGS=--train`: real trainers, in pods of their own."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "")  # what is set below is undone afterwards
+    cases = [("nothing", "step"), ("delete stage", "step"), ("kill stage", "step")]
+    report = suffer(kind_cluster, tmp_path, 1, cases, at_once=3, trains=True)
+    assert [trial for trial in report["trials"] if trial["finding"]] == []
+    assert [trial["stage_pods"] for trial in report["trials"]] == [1, 2, 2]
+    assert "merge/model/model.safetensors" in report["trials"][0]["content"]
