@@ -213,7 +213,8 @@ def _judge(trial: Trial, store: Store, run: str, watched: Watched, *, trains: bo
 
 def _compare_trainers_log(trial: Trial, kept: list[str], watched: Watched) -> Iterator[str]:
     """The kept log has each line that was seen, and the steps of one pod after the other without a gap."""
-    if lost := Counter(line for lines in watched.said.values() for line in lines) - Counter(kept):
+    seen = watched.said_before if trial.fault in UNHEARD else watched.said
+    if lost := Counter(line for lines in seen.values() for line in lines) - Counter(kept):
         yield f"the log lacks {sorted(lost)}"
     begins = [number for number, line in enumerate(kept) if _TRAINER_BEGINS.match(line)]
     parts = [kept[first:after] for first, after in zip(begins, [*begins[1:], len(kept)], strict=True)]
