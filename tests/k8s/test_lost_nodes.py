@@ -9,7 +9,7 @@ import pytest
 
 from llamarefine_jobs.contract.patience import Patience
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_k8s import feed, live
+from llamarefine_k8s import feed, live, submission
 from llamarefine_k8s.api import Cluster
 from llamarefine_k8s.cluster import ClusterExecutor
 from llamarefine_k8s.manifests import JOB_NAME
@@ -121,6 +121,23 @@ def test_a_role_that_forbids_it_is_named_and_the_stage_goes_on_once_the_pod_is_g
     server.remove("pods", "one")
     finish(server, running)
     assert running.error is None
+
+
+def test_whoever_follows_a_driver_whose_node_is_gone_gives_its_pod_up(server: ApiServer, cluster: Cluster) -> None:
+    """As `submit` does again: no other driver would come."""
+    job = server.put("jobs", {"metadata": {"name": JOB}, "spec": {}})
+    put_pod(server, "one", RUNNING, **TOLD_TO_STOP)
+    said: list[str] = []
+    given = Settings(store="s3://models/llama", gpu_resource=None)
+    following = threading.Thread(target=submission.follow, args=(cluster, job, given, said.append), daemon=True)
+    following.start()
+    eventually(lambda: ("pods", "one") not in server.objects)
+    put_pod(server, "two", SUCCEEDED, creationTimestamp="2099-01-01T00:00:00Z")
+    server.ended |= {"one", "two"}
+    server.change("jobs", JOB, {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})
+    following.join(60)
+    assert not following.is_alive()
+    assert said == ["the node gone does not answer; its pod one is given up"]
 
 
 def test_status_tells_of_a_node_that_does_not_answer(server: ApiServer, cluster: Cluster, running: Running) -> None:
