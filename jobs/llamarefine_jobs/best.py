@@ -16,11 +16,11 @@ def read_best(folder: Path, where: str) -> tuple[float, int]:
         best = json.loads((folder / "best.json").read_bytes())
         loss, step = best["loss"], best["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(where, f"its best.json cannot be read ({type(error).__name__})") from None
+        raise damaged(where, f"its best.json cannot be read ({type(error).__name__})") from None
     if type(loss) not in (float, int) or not math.isfinite(loss):
-        raise _damaged(where, f"its best.json names {loss!r:.40} as a loss, expected a finite number")
+        raise damaged(where, f"its best.json names {loss!r:.40} as a loss, expected a finite number")
     if type(step) is not int or step < 1:
-        raise _damaged(where, f"its best.json names {step!r:.40} as a step, expected a whole number from 1 on")
+        raise damaged(where, f"its best.json names {step!r:.40} as a step, expected a whole number from 1 on")
     return float(loss), step
 
 
@@ -32,12 +32,13 @@ def check_best(folder: Path, adapter: Mapping[str, Any], where: str) -> None:
     try:
         best = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError):
-        raise _damaged(where, "it was validated, but the best adapter is missing or cannot be read") from None
+        raise damaged(where, "it was validated, but the best adapter is missing or cannot be read") from None
     if {name: tensor.shape for name, tensor in best.items()} != {name: t.shape for name, t in adapter.items()}:
-        raise _damaged(where, "its best adapter is of another shape than the one that is trained")
+        raise damaged(where, "its best adapter is of another shape than the one that is trained")
     if not all(bool(tensor.isfinite().all()) for tensor in best.values()):
-        raise _damaged(where, "its best adapter holds weights that are no numbers")
+        raise damaged(where, "its best adapter holds weights that are no numbers")
 
 
-def _damaged(where: str, what: str) -> IntegrityError:
+def damaged(where: str, what: str) -> IntegrityError:
+    """The error that says what is wrong with a checkpoint under `where`."""
     return IntegrityError(f"the checkpoint under {where} is damaged: {what}; remove it, and the training begins again")

@@ -14,13 +14,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from llamarefine_jobs import model as models
 from llamarefine_jobs import sources, stopping
-from llamarefine_jobs.best import check_best, read_best
+from llamarefine_jobs.best import check_best, damaged, read_best
 from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
+from llamarefine_jobs.distributed import means_lost_peer
 from llamarefine_jobs.entry import Context
-from llamarefine_jobs.out_of_memory import RAN_OUT, ran_out_at
+from llamarefine_jobs.out_of_memory import RAN_OUT, is_out_of_memory, ran_out_at
 from llamarefine_jobs.pickled_code import refuse_pickled_code
 from llamarefine_jobs.sampling import WholeBatches
 
@@ -85,6 +86,7 @@ class Watch(TrainerCallback):
         self.preempted = False
         self.farewell: PreemptedError | None = None  # what the first process ends with where it was preempted
         self.checkpoints = Checkpoints(context.store, context.note)
+        self.has_begun = False
         self.saved_step: int | None = None
         self.proved = False  # some loss of this process was good
         self.unproved: Checkpoint | None = None  # no loss computed with its weights was seen yet
@@ -96,13 +98,14 @@ class Watch(TrainerCallback):
         self.checkpoints.newest_step = state.global_step or None
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if losses:  # of the pods before this one
-            self.first_loss, self.last_loss = losses[0], losses[-1]
+            self.first_loss, self.last_loss = float(losses[0]), float(losses[-1])
         if self.context.world.is_first_on_node and any("eval_loss" in entry for entry in state.log_history):
-            check_best(self.best, models.adapter_state(model), self._where())
+            check_best(self.best, models.adapter_state(model), self.where)
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
         if self._is_judgement_due(state):  # SIGTERM came before the validation of this step was over
             self._judge(model, state)
+        self.has_begun = True
         self.context.stop.hold()  # what the next step changes is worth a checkpoint
         if state.global_step >= state.max_steps:
             raise _NoStepLeftError
@@ -200,7 +203,7 @@ class Watch(TrainerCallback):
         """Take the best adapter out of a checkpoint: left there, the trainer would load it as a second adapter."""
         there = (checkpoint / _BEST).exists()
         if there:
-            self.best_loss, self.best_step = read_best(checkpoint / _BEST, self._where())
+            self.best_loss, self.best_step = read_best(checkpoint / _BEST, self.where)
         self.context.world.wait()
         if there and self.context.world.is_first_on_node:
             shutil.move(checkpoint / _BEST, self.best)
@@ -264,7 +267,9 @@ class Watch(TrainerCallback):
             good += "" if self.proved else " (its weights are finite, but no loss with them was seen yet)"
         return DivergedError(f"{what}; lower {stage}.learning_rate (now {self.section.learning_rate:g}); {good}")
 
-    def _where(self) -> str:
+    @property
+    def where(self) -> str:
+        """The place of the training's checkpoints."""
         return f"{self.context.store.uri}/{checkpoint_path(self.context.stage.name, self.context.key)}"
 
     def _is_checkpoint_due(self, step: int) -> bool:
@@ -292,6 +297,12 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         if not isinstance(error, DivergedError):
             traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and memory may be short
             watch.rescue()
+        has_other_cause = isinstance(error, LlamaRefineError) or is_out_of_memory(error) or means_lost_peer(error)
+        if checkpoint and not watch.has_begun and not has_other_cause:
+            what = (
+                f"a training cannot go on from it ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+            )
+            raise damaged(watch.where, what) from None
         raise
     watch.checkpoints.abandon()
     state = trainer.state

@@ -190,17 +190,22 @@ def test_a_checkpoint_that_the_store_refuses_is_told_and_it_is_preempted_all_the
     assert "the same command begins again" in output.splitlines()[-1]
 
 
-def test_a_damaged_best_adapter_is_one_line(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_damaged_though_its_digests_fit_is_one_line(undisturbed: Path, tmp_path: Path) -> None:
     store = copy_up_to(undisturbed, tmp_path, "sft")
     process = disturbed("sft", undisturbed, store, TOLD_IN_VALIDATION="2")
     process.communicate(timeout=300)
     assert process.returncode == 30
 
-    rewrite_checkpoint(Store(str(store)), tmp_path / "harmed", lambda best: best.write_text('{"loss": NaN, "step": 4}'))
-    exit_code, lines = processes.run("sft", undisturbed / "recipe.yaml", str(store))
-    assert exit_code == IntegrityError.exit_code, "\n".join(lines)
-    assert "its best.json names nan as a loss" in lines[-1]
-    assert "Traceback" not in "\n".join(lines)
+    harms: dict[str, Callable[[Path], object]] = {  # one on top of the other: the second is met earlier
+        "a training cannot go on from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
+        "its best.json names nan as a loss": lambda it: (it / "best/best.json").write_text('{"loss": NaN, "step": 4}'),
+    }
+    for said, harm in harms.items():
+        rewrite_checkpoint(Store(str(store)), tmp_path / said[:8], harm)
+        exit_code, lines = processes.run("sft", undisturbed / "recipe.yaml", str(store))
+        assert exit_code == IntegrityError.exit_code, "\n".join(lines)
+        assert said in lines[-1]
+        assert "Traceback" not in "\n".join(lines)
 
 
 def rewrite_checkpoint(store: Store, folder: Path, harm: Callable[[Path], object]) -> None:
@@ -210,7 +215,7 @@ def rewrite_checkpoint(store: Store, folder: Path, harm: Callable[[Path], object
     manifest = store.checkpoint_manifest(stage, key, int(step))
     assert manifest
     store.fetch_checkpoint(stage, key, folder)
-    harm(folder / "best" / "best.json")
+    harm(folder)
     store.remove_checkpoints(stage, key)
     store.publish_checkpoint(int(step), folder, manifest)
 
