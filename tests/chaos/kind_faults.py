@@ -48,11 +48,14 @@ def _evict(scene: Scene) -> None:
 
 
 def _drain(scene: Scene) -> None:
-    """The only node: driver, stage and MinIO go together, and wait until it is back."""
+    """The only node: driver, stage and MinIO go together, and wait until it is back.
+
+    Where MinIO goes first, a stage waits for it with its checkpoint until its grace period of 120 s is over.
+    """
     node = scene.world.node
     force = ("--force", "--ignore-daemonsets", "--delete-emptydir-data")
     try:
-        scene.world.kubectl("drain", node, *force, "--timeout=120s")
+        scene.world.kubectl("drain", node, *force, "--timeout=240s")
         time.sleep(5)
     finally:
         scene.world.kubectl("uncordon", node)
