@@ -5,6 +5,7 @@ log starts again a little before the last line, and what was given already is le
 like an end: what was read is the whole log only when reading it again brings nothing new.
 """
 
+import contextlib
 import re
 import time
 from collections import Counter
@@ -29,6 +30,8 @@ class PodLog:
         self._cluster = cluster
         self._pod = pod
         self._container = container
+        if after and not _has_time(after.encode()):  # whoever may write the bucket may write that, too
+            after = None
         self._after = _instant(after.encode()) if after else None
         self._since: datetime | None = _second(after.encode()) - _OVERLAP if after else None
         self._given: list[bytes] = []  # the lines since then
@@ -84,7 +87,7 @@ class PodLog:
         self._is_whole = not given.total()
 
     def _is_new(self, raw: bytes) -> bool:
-        return _TIME.match(raw) is not None and (self._after is None or _instant(raw) > self._after)
+        return _has_time(raw) and (self._after is None or _instant(raw) > self._after)
 
     def _give(self, raw: bytes) -> str:
         """Take note of a line; its text."""
@@ -102,6 +105,14 @@ class PodLog:
     def _is_over(self) -> bool:
         pod = self._cluster.get("Pod", self._pod)
         return pod is None or "terminated" in container_state(pod)
+
+
+def _has_time(raw: bytes) -> bool:
+    """Whether a line begins with a time that there is, as every line from an API server does."""
+    found = _TIME.match(raw)
+    with contextlib.suppress(ValueError, OverflowError):
+        return found is not None and bool(datetime.fromisoformat((found[1] + found[3]).decode()) - _OVERLAP)
+    return False
 
 
 def _instant(raw: bytes) -> tuple[bytes, bytes]:

@@ -117,10 +117,16 @@ class OneLog:
 
 
 @fuzzed(0.1)
-@given(st.lists(near(b"2026-11-24T02:00:00.123456789Z progress stage=sft step=1 steps=2"), max_size=6))
-def test_pod_log_lines(lines: list[bytes]) -> None:
+@given(
+    st.lists(near(b"2026-11-24T02:00:00.123456789Z progress stage=sft step=1 steps=2"), max_size=6),
+    st.none() | near(b"2026-11-24T02:00:00.123456789Z").map(lambda mark: mark.decode(errors="replace")),
+)
+@example([b"2026-11-24T02:00:89Z a time that there is not\n"], None)
+@example([b"0001-01-01T00:00:00Z the first second\n"], "2026-11-24T24:00:00Z")
+def test_pod_log_lines(lines: list[bytes], after: str | None) -> None:
+    """`after` is read from the bucket, where somebody else may have written it."""
     with held("pod log lines"):
-        for text in PodLog(OneLog(lines), "pod", "stage").lines(follow=False):
+        for text in PodLog(OneLog(lines), "pod", "stage", after).lines(follow=False):
             assert "\n" not in clean(text).replace("\n", "")
 
 
