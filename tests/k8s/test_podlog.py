@@ -102,7 +102,7 @@ def test_a_log_that_grows_is_read_once_through_cuts_refusals_and_restarts(
             server.start()
         time.sleep(chance.choice([0, 0, 0.05]))
     end(server)
-    reader.join(30)
+    reader.join(120)
     assert read == [f"line {number // 2}" for number in range(60)]
 
 
