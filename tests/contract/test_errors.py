@@ -1,6 +1,8 @@
 """Each kind of failure has one exit code, away from those that shells and kernels give."""
 
 import errno
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +59,15 @@ def test_what_the_operating_system_says_becomes_one_line_of_the_right_kind(
     assert type(found) is kind
     assert "/data/rows.csv" in str(found)
     assert "\n" not in str(found)
+
+
+def test_a_disk_too_full_for_any_temporary_folder_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    found = from_os_error(caught.value)
+    assert isinstance(found, errors.DiskFullError)
+    assert "TMPDIR" in str(found)

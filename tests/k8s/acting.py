@@ -168,6 +168,7 @@ def act_of(stage: str) -> str | None:
 def train(context: entry.Context) -> None:
     """Count steps for half a minute; on SIGTERM, or when the launcher is gone, publish a checkpoint and end."""
     checkpoint = context.fetch_checkpoint()
+    context.stop.hold()
     first = int((checkpoint / "step").read_text()) if checkpoint else 0
     for step in range(first + 1, STEPS + 1):
         context.progress(step, STEPS, loss=4.0 - step / STEPS, tokens_per_s=5120.0, eta_s=(STEPS - step) / 10)
@@ -184,6 +185,7 @@ def train(context: entry.Context) -> None:
 def learn(context: entry.Context) -> str:
     """Take LESSONS steps, with a checkpoint now and then and on SIGTERM. The result needs each step once, in order."""
     checkpoint = context.fetch_checkpoint()
+    context.stop.hold()
     step, learnt = json.loads((checkpoint / "state.json").read_text()) if checkpoint else (0, "")
     while step < LESSONS:
         time.sleep(LESSON_S)

@@ -286,34 +286,6 @@ def test_uploaded_files_go_with_the_last_recipe_that_names_them(either: Store) -
     assert [item.files for item in found.items] == [("inputs/bb/rows.csv",)]
 
 
-def test_a_run_whose_driver_has_a_clock_that_is_behind_is_as_young_as_its_record(either: Store) -> None:
-    begun = {"sft": StageRecord(key=key_of("sft"), state="running")}
-    record(either, "one-11111111", updated_at=NOW - OLD, driver=NOBODY, state="running", stages=begun)
-    record(either, "two-22222222")
-    assert garbage.find(either, Keep(newest=1), datetime.now(UTC)).kept_runs == 2
-    assert garbage.find(either, Keep(newest=1), LATER).kept_runs == 1
-
-
-def test_the_clock_that_counts_is_the_buckets(
-    recipe: Callable[..., Recipe], s3_uri: str, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A laptop that is days ahead would take for old what a stage is writing now."""
-
-    class Ahead(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + OLD
-
-    store = Store(s3_uri)
-    drive(recipe(), store)
-    for entry in list(store.entries("runs/")):
-        store.objects.delete(entry.path)
-    monkeypatch.setattr("llamarefine_jobs.store.datetime", Ahead)
-    monkeypatch.setattr("llamarefine_k8s.upkeep.datetime", Ahead, raising=False)
-    assert launcher.run("gc", "--store", s3_uri, "--delete")[0] == 0
-    assert len(_manifests(store)) == len(SEQUENCE)
-
-
 def test_a_run_that_is_driven_again_names_what_it_has_from_the_first_moment(
     recipe: Callable[..., Recipe], store: Store
 ) -> None:

@@ -132,6 +132,8 @@ def from_os_error(error: OSError) -> LlamaRefineError:
         return DiskFullError(f"no space is left to write{where}: free some, then run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessError(f"no permission for{where}: {error.strerror}; choose another folder or change its owner")
+    if "No usable temporary directory" in str(error):  # tempfile's word where it can write to none, as on a full disk
+        return DiskFullError("no temporary folder takes a file: free some space, or name another one by TMPDIR")
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return DataError(f"cannot read{where}: {error.strerror}")
     return LlamaRefineError(f"the operating system refused{where}: {error.strerror or error}")
