@@ -38,6 +38,7 @@ RETRY_AFTER_S = (2.0, 10.0)
 
 READ_TO = "# read to "  # begins the last line of a log in a bucket
 _MARK_BYTES = 100  # is never as long
+_KEEP_EVERY_S, _KEEP_AT_MOST_BYTES = 15.0, 4 << 20  # a longer log goes when its stage ends
 _KNOWN_ANYWAY = ("error: ", "makes ", "published ")  # what the record says, a stage's log need not say again
 
 
@@ -239,10 +240,10 @@ class Pipeline:
 
 
 class StageLog:
-    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes when it is closed.
+    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes now and then, and when closed.
 
     There its last line says up to when the pod's log was read, so that whoever goes on neither loses nor repeats a
-    line: both are one object.
+    line: both are one object. A driver may vanish together with the pod, and then no more is left than what was kept.
     """
 
     def __init__(self, store: Store, run: str, stage: str) -> None:
@@ -250,6 +251,7 @@ class StageLog:
         self.read_to: str | None = None
         self.sha256: str | None = None  # once it is closed and kept
         self._store = store
+        self._kept_s = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
 
     def __enter__(self) -> Self:
@@ -268,19 +270,32 @@ class StageLog:
         """Add a line, and up to when the log it came from was read."""
         self._lines.write(f"{line}\n")
         self.read_to = read_to
+        if time.monotonic() - self._kept_s > _KEEP_EVERY_S:
+            self._keep()
+            self._kept_s = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(self._store.objects, FileObjects):
             self._lines.close()
             self.sha256 = file_sha256(self.file)
         else:
-            self._lines.write(f"{READ_TO}{self.read_to}\n" if self.read_to else "")
+            self._lines.write(self._mark())
             self._lines.close()
             # What ended the stage is to be told, not that its log could not be kept.
             with contextlib.suppress(*((StoreError,) if kind else ())):
                 self._store.objects.upload(self.path, self.file, lambda chunk: None)
                 self.sha256 = file_sha256(self.file)
         self._folder.cleanup()
+
+    def _keep(self) -> None:
+        """Bring what there is to the bucket; where that does not go now, the next time will."""
+        if isinstance(self._store.objects, FileObjects) or self.file.stat().st_size > _KEEP_AT_MOST_BYTES:
+            return
+        with contextlib.suppress(LlamaRefineError):
+            self._store.write(self.path, self.file.read_bytes() + self._mark().encode(), patient=False)
+
+    def _mark(self) -> str:
+        return f"{READ_TO}{self.read_to}\n" if self.read_to else ""
 
     def _cut_mark(self) -> None:
         """Take the last line for what it is."""
@@ -289,7 +304,7 @@ class StageLog:
             log.seek(max(0, size_bytes - _MARK_BYTES))
             *_, last = log.read().splitlines(keepends=True) or [b""]
             if last.startswith(READ_TO.encode()):
-                self.read_to = last[len(READ_TO) :].decode().strip()
+                self.read_to = last[len(READ_TO) :].decode(errors="replace").strip()
                 log.truncate(size_bytes - len(last))
 
 

@@ -26,6 +26,7 @@ from .kind_world import NAMESPACE, ON_THE_WORKER, World
 
 _LONGEST_S = 900
 _GLANCE_S = 0.3
+_KEPT_S = 25.0  # a driver keeps a log every 15 s, and hears a line a little after it was said
 _BEGINS = re.compile(rf"{STAGE}: begins as (\S+)")
 _TRAINER_BEGINS = re.compile(rf"{STAGE}: makes ")
 _RESUMES = re.compile(r"goes on from the checkpoint at step (\d+)")
@@ -66,6 +67,7 @@ class Watched:
         self.pods: dict[str, dict[str, dict[str, str]]] = {"stage": {}, "driver": {}}  # role -> name -> phase and end
         self.said: dict[str, list[str]] = {}  # the stage's pod -> the whole lines of its log
         self.said_before: dict[str, list[str]] = {}  # the same at the fault
+        self._looks: list[tuple[float, dict[str, list[str]]]] = []  # when, and what had been said
         self.ended: str | None = None  # the condition in which the driver's Job ended
 
     def look(self) -> None:
@@ -80,6 +82,12 @@ class Watched:
             for pod in self._api.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items:
                 with contextlib.suppress(Exception):  # its node may be away
                     self._look_at(pod)
+
+        self._looks.append((time.monotonic(), dict(self.said)))
+
+    def said_at(self, at_s: float) -> dict[str, list[str]]:
+        """What had been said by then, as far as it was seen."""
+        return next((said for when_s, said in reversed(self._looks) if when_s <= at_s), {})
 
     def now(self, role: str) -> list[str]:
         """The pods that run and are not told to go."""
@@ -152,7 +160,9 @@ def _carry_out(trial: Trial, world: World, api: Any, folder: Path, draw: random.
                     lambda: watched.ended is not None,
                 )
                 trial.step = max(_steps(watched.said.get(pods[-1], [])), default=0)
-                watched.said_before = dict(watched.said)
+                # Where the bucket goes with driver and stage, what the driver had last kept there is all that is left.
+                early_s = _KEPT_S if trial.fault == "drain node" else 0
+                watched.said_before = watched.said_at(time.monotonic() - early_s)
                 struck_s, struck = time.monotonic(), pool.submit(FAULTS[trial.fault], scene)
             if reached is None and struck and struck.done():
                 said = [step for lines in watched.said.values() for step in _steps(lines)]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_jobs.contract.errors import LlamaRefineError, StoreError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import runs, submission
+from llamarefine_k8s import pipeline, runs, submission
 from llamarefine_k8s.api import Cluster
 from llamarefine_k8s.pipeline import StageLog
 from llamarefine_k8s.runs import Journal, RunRecord
@@ -49,6 +49,7 @@ def drive(environment: dict[str, str], recipe: Recipe, store: str) -> None:
     from kubernetes.config import kube_config
 
     os.environ.update(environment)
+    pipeline._KEEP_EVERY_S = 0.1  # in the midst of a stage, too
     kube_config.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
     given = Settings(store=store, gpu_resource=None)
     try:
@@ -123,6 +124,32 @@ def test_a_driver_killed_at_any_moment_makes_no_second_job_and_loses_no_line(
     record = runs.load(store, run)
     assert record
     assert record.state == "done"
+
+
+def test_what_a_driver_heard_is_kept_though_driver_and_pod_vanish_together(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_KEEP_EVERY_S", 0.0)
+    store = Store(s3_uri)
+    log = StageLog(store, "run", "sft").__enter__()  # and never left
+    for second in (1, 2):
+        log.write(f"line {second}", f"2026-11-26T00:00:0{second}Z")
+    with StageLog(store, "run", "sft") as successor:
+        assert successor.file.read_text() == "line 1\nline 2\n"
+        assert successor.read_to == "2026-11-26T00:00:02Z"
+        monkeypatch.setattr(store.objects, "write", Raises(StoreError("the bucket is away")))
+        successor.write("line 3", "2026-11-26T00:00:03Z")
+    assert kept_lines(store, "run", "sft") == ["line 1", "line 2", "line 3"]
+
+
+class Raises:
+    """A call that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *arguments: Any, **more: Any) -> None:
+        raise self.error
 
 
 def test_of_drivers_that_start_together_one_drives_and_the_others_leave(
