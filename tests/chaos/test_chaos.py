@@ -1,17 +1,32 @@
 """A short form of `make chaos`: every fault, every stage and the store, at random moments of real runs."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-from .__main__ import SUBJECTS, suffer
+from .__main__ import SUBJECTS
 from .faults import FAULTS
 
-SEED = int(os.environ.get("LLAMAREFINE_CHAOS_SEED", "1"))
+ROOT = Path(__file__).parents[2]
+SEED = os.environ.get("LLAMAREFINE_CHAOS_SEED", "1")
 
 
 def test_killed_full_or_damaged_everything_ends_with_the_same_bytes_or_the_right_error(tmp_path: Path) -> None:
-    report = suffer(tmp_path, SEED, 20)
-    assert sum(bool(trial["hit"]) for trial in report["trials"]) == 20
-    assert {trial["subject"] for trial in report["trials"]} == set(SUBJECTS)
-    assert {trial["fault"] for trial in report["trials"]} == set(FAULTS)
-    assert [trial for trial in report["trials"] if trial["finding"]] == []
+    """In a process of its own: pytest's has a server of forks already, which imported what other tests need."""
+    command = [sys.executable, "-m", "tests.chaos", "--seed", SEED, "--kills", "20", "--at-once", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "report.json")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    trials = json.loads((tmp_path / "report.json").read_text())["trials"]
+    assert sum(bool(trial["hit"]) for trial in trials) == 20
+    assert {trial["subject"] for trial in trials} == set(SUBJECTS)
+    assert {trial["fault"] for trial in trials} == set(FAULTS)
+    assert [trial for trial in trials if trial["finding"]] == []
