@@ -393,7 +393,8 @@ def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
         "eval_reward_accuracy": "eval_reward_accuracy",
         "eval_reward_margin": "eval_reward_margin",
     }
-    for entry in log:
+    # A validation that SIGTERM cut short comes after its step's loss; elsewhere it comes before.
+    for entry in sorted(log, key=lambda entry: (entry.get("step", 0), "loss" in entry)):
         row = {names[name]: value for name, value in entry.items() if name in names}
         if "loss" in row or "eval_loss" in row:
             yield row

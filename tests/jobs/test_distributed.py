@@ -6,6 +6,7 @@ within 1e-5 (6e-7 was seen), losses too.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -166,7 +167,8 @@ def test_a_process_that_is_killed_ends_all_and_the_training_goes_on_from_its_che
     assert "was killed by SIGKILL" in lines[-1]
     exit_code, lines = processes.run("sft", in_one / "recipe.yaml", str(store), *given("sft", IN_TWO, often))
     assert exit_code == 0, "\n".join(lines)
-    assert "sft: goes on from the checkpoint at step 3" in lines
+    # It may be at work for some more steps before the signal reaches it.
+    assert any(re.fullmatch(r"sft: goes on from the checkpoint at step [369]", line) for line in lines)
     undisturbed, _ = in_two("sft")
     assert processes.sha256s(store, "sft") == processes.sha256s(undisturbed, "sft"), "it is another adapter"
 
