@@ -145,6 +145,14 @@ def test_told_to_stop_in_a_validation_it_saves_at_once_and_makes_up_for_it(
     assert_resumed(lines, stage, step)
     assert [line for line in lines if "validation loss" in line and f"at step {step}" in line]
     assert processes.sha256s(store, stage) == processes.sha256s(undisturbed / "store", stage)
+    assert history(store, stage) == history(undisturbed / "store", stage)
+
+
+def history(store: Path, stage: str) -> list[dict[str, float]]:
+    """What the report draws of a training."""
+    (manifest,) = (store / "artifacts" / stage).rglob("manifest.json")
+    found: list[dict[str, float]] = json.loads(manifest.read_text())["metrics"]["history"]
+    return found
 
 
 def test_told_to_stop_after_its_last_step_it_publishes(undisturbed: Path, tmp_path: Path) -> None:
