@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
-from llamarefine_jobs.parquet_file import batches, column_names
+from llamarefine_jobs.parquet_file import batches, column_names, readable
 from llamarefine_jobs.sources import files_below
 
 _LIMIT_BYTES = 8 << 30  # of one file, unpacked
@@ -54,19 +54,13 @@ def _check_files(folder: Path, named: Sequence[str]) -> None:
 
 
 def _check_parquet(path: Path) -> None:
-    import pyarrow
-
     def check_size(rows: int, size_bytes: int) -> None:
         if size_bytes > _LIMIT_BYTES:
             raise DataError(f"{path.name} stands for more than {_LIMIT_BYTES >> 30} GiB")
 
-    try:
+    with readable(lambda why: DataError(f"{path.name} {why}")):
         for _ in batches(path, column_names(path), check_size):
             pass
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(f"{path.name} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
 
 
 def _check_gzip(path: Path) -> None:

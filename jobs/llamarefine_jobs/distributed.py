@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError
+from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError, first_line
 from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S
 from llamarefine_jobs.stopping import SHARED_FOLDER
 
@@ -167,7 +167,7 @@ def _meet(world: World) -> Any:
             if time.monotonic() > until_s:
                 raise PeerLostError(
                     f"the {world.size} processes did not all meet at {address}:{port} within {MEET_TIMEOUT_S} s: "
-                    f"{_first_line(error)}"
+                    f"{first_line(error)}"
                 ) from None
             time.sleep(_GLANCE_S)
         else:
@@ -185,7 +185,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_GLANCE_S)
     os._exit(_KILLED)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

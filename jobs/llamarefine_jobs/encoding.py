@@ -39,12 +39,12 @@ def load_tokenizer(folder: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # for a strange config it raises what comes: AttributeError, errors of its own
-        raise DataError(f"{folder} holds no tokenizer that loads: {first_line(error)}") from None
+        raise DataError(f"{folder} holds no tokenizer that loads: {on_one_line(error)}") from None
     settle_tokenizer(tokenizer)
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
+def on_one_line(error: BaseException) -> str:
     """What a library says of a file, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -90,7 +90,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of the native library, and no Exception to Python
             raise
-        raise DataError(f"the base model's tokenizer gives up on a text: {first_line(error)}; choose another") from None
+        raise DataError(
+            f"the base model's tokenizer gives up on a text: {on_one_line(error)}; choose another"
+        ) from None
     return ids
 
 

@@ -30,9 +30,10 @@ from llamarefine_jobs.contract.errors import (
     LlamaRefineError,
     PeerLostError,
     PreemptedError,
+    first_line,
     from_os_error,
 )
-from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, Patience
+from llamarefine_jobs.contract.patience import of_a_stage
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
@@ -163,8 +164,7 @@ def main(stage_name: str, work: Work) -> None:
 
 def open_store(stage_name: str, uri: str) -> Store:
     """The store of a stage, which waits out a bucket's outage and says so."""
-    give_up_after_s = float(os.environ.get(GIVE_UP_VARIABLE, GIVE_UP_AFTER_S))
-    return Store(uri, Patience(give_up_after_s, lambda text: print(f"{stage_name}: {text}", flush=True)))
+    return Store(uri, of_a_stage(stage_name))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
@@ -294,7 +294,7 @@ def exit_code(stage_name: str) -> Iterator[None]:
         traceback.print_exc()
         _end(
             stage_name,
-            LlamaRefineError(f"{stage_name} failed unexpectedly: {type(error).__name__}: {_first_line(error)}"),
+            LlamaRefineError(f"{stage_name} failed unexpectedly: {type(error).__name__}: {first_line(error)}"),
         )
 
 
@@ -317,7 +317,3 @@ def _versions() -> dict[str, str]:
 
 def _names(parents: dict[str, Manifest]) -> str:
     return ", ".join(f"{name} {short(parent.key)}" for name, parent in parents.items())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.artifact import folded, safe_relative_path
-from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError
+from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError, first_line
 from llamarefine_jobs.discretion import be_discreet, hide
 
 _MOST_FILES = 10_000
@@ -120,4 +120,4 @@ def _trouble(names: Iterable[str], size_bytes: int) -> str | None:
 
 def _line(error: BaseException) -> str:
     """Its first line, without what an address in it may be signed by."""
-    return hide((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+    return hide(first_line(error))[:300]

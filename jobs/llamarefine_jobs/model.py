@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
-from llamarefine_jobs.encoding import first_line, load_tokenizer
+from llamarefine_jobs.encoding import load_tokenizer, on_one_line
 from llamarefine_jobs.json_file import read_object
 from llamarefine_jobs.lora import read_adapter
 from llamarefine_jobs.out_of_memory import is_out_of_memory
@@ -333,7 +333,7 @@ def _one_line(what: str) -> Iterator[None]:
     except Exception as error:  # for a strange config they raise what comes: AttributeError, errors of their own
         if is_out_of_memory(error):  # torch's is a RuntimeError
             raise
-        raise DataError(f"{what}: {first_line(error)}") from None
+        raise DataError(f"{what}: {on_one_line(error)}") from None
 
 
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:

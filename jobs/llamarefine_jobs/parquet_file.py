@@ -1,8 +1,11 @@
 """A Parquet file, a batch at a time, and no more of it than a machine can hold: a kilobyte may stand for terabytes."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from llamarefine_jobs.contract.errors import DataError, first_line
 
 _BATCH_ROWS = 1024
 
@@ -17,8 +20,21 @@ def column_names(path: Path) -> list[str]:
     return names
 
 
-def batches(path: Path, columns: Sequence[str], check_size: CheckSize) -> Iterator[dict[str, list[Any]]]:
-    """The cells of `columns` in batches of rows, once `check_size` has allowed what there is so far.
+@contextlib.contextmanager
+def readable(refuse: Callable[[str], DataError]) -> Iterator[None]:
+    """Turn what says that a file is none into the error that `refuse` makes; the disk's own errors are left."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise refuse(f"is not a Parquet file that can be read: {first_line(error)}") from None
+
+
+def batches(path: Path, columns: Sequence[str], check_size: CheckSize) -> Iterator[Any]:
+    """The rows of `columns` in pyarrow's batches, once `check_size` has allowed what there is so far.
 
     What its footer promises is checked first, then what is found: a footer may lie, and a text that stands there once
     may be meant a million times. It stays one until it is known how much that is.
@@ -36,20 +52,29 @@ def batches(path: Path, columns: Sequence[str], check_size: CheckSize) -> Iterat
         rows += len(batch)
         size_bytes += sum(_written_out_bytes(column) for column in batch.columns)
         check_size(rows, size_bytes)
-        yield {name: _cells(batch[name]) for name in batch.schema.names}
+        yield batch
 
 
-def _cells(column: Any) -> list[Any]:
-    decode = getattr(column, "dictionary_decode", None)
-    found: list[Any] = (decode() if decode else column).to_pylist()
-    return found
+def cells(batch: Any) -> dict[str, list[Any]]:
+    """The cells of a batch, by column."""
+    return {name: _decoded(batch[name]).to_pylist() for name in batch.schema.names}
+
+
+def _decoded(column: Any) -> Any:
+    return column.dictionary_decode() if _is_dictionary(column) else column
+
+
+def _is_dictionary(column: Any) -> bool:
+    """Whether each text of a column stands there once."""
+    import pyarrow
+
+    return bool(pyarrow.types.is_dictionary(column.type))
 
 
 def _written_out_bytes(column: Any) -> int:
     """How long a column of a batch is with each of its texts written where it stands."""
-    import pyarrow
     from pyarrow import compute
 
-    if not pyarrow.types.is_dictionary(column.type):
+    if not _is_dictionary(column):
         return int(column.nbytes)
     return compute.sum(compute.take(compute.binary_length(column.dictionary), column.indices)).as_py() or 0

@@ -15,7 +15,7 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Rows, Source
 from llamarefine_jobs.dataset_folder import load_split
 from llamarefine_jobs.download import download
-from llamarefine_jobs.parquet_file import batches, column_names
+from llamarefine_jobs.parquet_file import batches, cells, column_names, readable
 
 Cells = tuple[Any, ...]
 Found = tuple[Sequence[str], list[Cells | None]]  # all columns that are there, and the wanted cells of each row
@@ -216,19 +216,13 @@ def _jsonl_rows(path: Path, wanted: _Wanted) -> Found:
 
 
 def _parquet_rows(path: Path, wanted: _Wanted) -> Found:
-    import pyarrow
-
     rows: list[Cells | None] = []
-    try:
+    with readable(wanted.error):
         there = column_names(path)
         wanted.check(there)
         for batch in batches(path, [column for column in wanted.columns if column in there], wanted.check_size):
-            absent = [None] * len(next(iter(batch.values()), ()))
-            rows.extend(zip(*(batch.get(column, absent) for column in wanted.columns), strict=True))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise wanted.error(f"is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+            found, absent = cells(batch), [None] * len(batch)
+            rows.extend(zip(*(found.get(column, absent) for column in wanted.columns), strict=True))
     return there, rows
 
 

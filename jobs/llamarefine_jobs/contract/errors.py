@@ -137,3 +137,8 @@ def from_os_error(error: OSError) -> LlamaRefineError:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return DataError(f"cannot read{where}: {error.strerror}")
     return LlamaRefineError(f"the operating system refused{where}: {error.strerror or error}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
