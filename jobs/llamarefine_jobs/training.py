@@ -17,7 +17,7 @@ from llamarefine_jobs import sources, stopping
 from llamarefine_jobs.best import check_best, damaged, read_best
 from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.contract.artifact import checkpoint_path
-from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError
+from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError, first_line
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.distributed import means_lost_peer
 from llamarefine_jobs.entry import Context
@@ -103,9 +103,9 @@ class Watch(TrainerCallback):
             check_best(self.best, models.adapter_state(model), self.where)
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
+        self.has_begun = True  # what goes wrong from here on is not what the checkpoint holds
         if self._is_judgement_due(state):  # SIGTERM came before the validation of this step was over
             self._judge(model, state)
-        self.has_begun = True
         self.context.stop.hold()  # what the next step changes is worth a checkpoint
         if state.global_step >= state.max_steps:
             raise _NoStepLeftError
@@ -157,8 +157,9 @@ class Watch(TrainerCallback):
     def _is_judgement_due(self, state: TrainerState) -> bool:
         step, last = state.global_step, state.global_step >= state.max_steps
         every = self.section.evaluate_every_steps or max(1, state.max_steps // _EVALUATIONS_A_RUN)
-        is_done = any(entry["step"] == step for entry in state.log_history if "eval_loss" in entry)
-        return step > 0 and (last or step % every == 0) and not is_done
+        if step == 0 or not (last or step % every == 0):
+            return False
+        return not any(entry["step"] == step for entry in state.log_history if "eval_loss" in entry)
 
     def _judge(self, model: Any, state: TrainerState) -> None:
         """Measure the validation split, and keep the adapter where it is the best so far; PreemptedError on SIGTERM."""
@@ -299,9 +300,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
             watch.rescue()
         has_other_cause = isinstance(error, LlamaRefineError) or is_out_of_memory(error) or means_lost_peer(error)
         if checkpoint and not watch.has_begun and not has_other_cause:
-            what = (
-                f"a training cannot go on from it ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
-            )
+            what = f"a training cannot go on from it ({type(error).__name__}: {first_line(error)})"
             raise damaged(watch.where, what) from None
         raise
     watch.checkpoints.abandon()
