@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import pytest
 import yaml
 
 Object = dict[str, Any]
@@ -360,6 +361,13 @@ def served() -> Iterator[ApiServer]:
         yield server
     finally:
         server.stop()
+
+
+def use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `Cluster` find this kubeconfig, as a person's own."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    # The client reads the variable KUBECONFIG when it is imported.
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
 
 
 def eventually(true: Callable[[], object], timeout_s: float = 20) -> None:

@@ -15,6 +15,8 @@ from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.sources import pin
 from llamarefine_jobs.store import Store
 
+from .api_server import ApiServer, served
+
 RECIPE = """\
 name: small
 prepare:
@@ -95,3 +97,10 @@ def wait_until(true: Callable[[], object], timeout_s: float = 30) -> None:
     while not true():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    """An API server of our own, empty."""
+    with served() as made:
+        yield made

@@ -1,7 +1,7 @@
 """A node that is gone says nothing any more: its pods are given up, and another one goes on."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,13 @@ from llamarefine_k8s.pipeline import Task
 from llamarefine_k8s.settings import Settings
 
 from . import control_plane
-from .api_server import ApiServer, Fault, eventually, served
-from .test_watch import use
+from .api_server import ApiServer, Fault, eventually, use
 
 Object = dict[str, Any]
 RUN, JOB = "small-00000000", "small-00000000-sft"
 TOLD_TO_STOP = {"deletionTimestamp": "2026-11-25T00:00:00Z", "deletionGracePeriodSeconds": 0}
 RUNNING = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}
 SUCCEEDED = {"phase": "Succeeded", "containerStatuses": [{"state": {"terminated": {"exitCode": 0}}}]}
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with served() as made:
-        yield made
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from llamarefine_k8s import podlog
 from llamarefine_k8s.api import Cluster
 from llamarefine_k8s.podlog import PodLog
 
-from .api_server import ApiServer, Fault, served
-from .test_watch import use
+from .api_server import ApiServer, Fault, served, use
 
 LOGS = "GET .*/log"
 

@@ -35,6 +35,12 @@ def model(record: RunRecord, store: Store) -> Manifest:
     return part_of(store, record, "model")
 
 
+@pytest.fixture
+def newer(record: RunRecord, store: Store, recipe: Callable[..., Recipe]) -> Manifest:
+    """Another model of the same store."""
+    return part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
+
+
 def holds(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -54,12 +60,9 @@ def test_a_folder_that_holds_the_same_is_left_alone(model: Manifest, store: Stor
     assert (tmp_path / "model" / "content.txt").stat() == before
 
 
-def test_another_model_of_the_store_is_replaced(
-    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
+def test_another_model_of_the_store_is_replaced(model: Manifest, newer: Manifest, store: Store, tmp_path: Path) -> None:
     pull(store, model, "model", tmp_path / "model")
-    newer = Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive()
-    pull(store, part_of(store, newer, "model"), "model", tmp_path / "model")
+    pull(store, newer, "model", tmp_path / "model")
     assert "float32" in (tmp_path / "model" / "content.txt").read_text()
 
 
@@ -86,15 +89,13 @@ def test_a_file_in_the_way_is_named(model: Manifest, store: Store, tmp_path: Pat
 
 
 def test_a_wrong_byte_leaves_the_old_folder_as_it_was(
-    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+    model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
     pull(store, model, "model", tmp_path / "model")
     before = (tmp_path / "model" / "content.txt").read_bytes()
-    newer = Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive()
-    manifest = part_of(store, newer, "model")
-    Path(store.objects.root, manifest.folder, "model", "content.txt").write_text("wrong")
+    Path(store.objects.root, newer.folder, "model", "content.txt").write_text("wrong")
     with pytest.raises(IntegrityError, match=r"model/content\.txt"):
-        pull(store, manifest, "model", tmp_path / "model")
+        pull(store, newer, "model", tmp_path / "model")
     assert (tmp_path / "model" / "content.txt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".model")] == []
 
@@ -138,10 +139,9 @@ def pull_and_die(uri: str, manifest: Manifest, place: Path, steps: int) -> None:
 
 
 def test_a_pull_killed_before_any_of_its_steps_loses_nothing_and_the_next_one_ends_the_work(
-    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+    model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
     place = tmp_path / "here" / "model"
-    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
     pull(store, newer, "model", place)
     new = (place / "content.txt").read_bytes()
     pull(store, model, "model", place)
@@ -175,12 +175,11 @@ def test_of_two_pulls_to_one_place_the_second_is_told(model: Manifest, store: St
 
 
 def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(
-    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+    model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
     """What was fetched is gone, as when somebody tidies up beside it."""
     pull(store, model, "model", tmp_path / "model")
     before = (tmp_path / "model" / "content.txt").read_bytes()
-    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
     without_files = newer.model_copy(update={"files": ()})
     with pytest.raises(DataError, match="cannot read"):
         pull(store, without_files, "model", tmp_path / "model")
@@ -200,9 +199,8 @@ def test_a_byte_that_changed_after_a_pull_is_named(record: RunRecord, store: Sto
 
 
 def test_a_damaged_manifest_of_another_model_does_not_keep_this_one(
-    model: Manifest, store: Store, recipe: Callable[..., Recipe], tmp_path: Path
+    model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
-    newer = part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
     first, second = sorted((model, newer), key=lambda manifest: manifest.key)  # as they are looked through
     pull(store, second, "model", tmp_path / "model")
     store.write(f"{first.folder.rpartition('/')[0]}/manifest.json", b"{}")

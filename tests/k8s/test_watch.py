@@ -14,15 +14,9 @@ from llamarefine_jobs.contract.patience import Patience
 from llamarefine_k8s import api
 from llamarefine_k8s.api import Cluster
 
-from .api_server import ApiServer, Fault, eventually, served
+from .api_server import ApiServer, Fault, eventually, use
 
 WATCHES = r"GET .*watch=true"
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with served() as made:
-        yield made
 
 
 @pytest.fixture
@@ -30,12 +24,6 @@ def cluster(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     use(server.kubeconfig(tmp_path), monkeypatch)
     monkeypatch.setattr(api, "_PAUSES_S", (0.02, 0.05, 0.1))
     return Cluster(patience=Patience(20))
-
-
-def use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    # The client reads the variable KUBECONFIG when it is imported.
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
 
 
 class Seen:

@@ -14,7 +14,7 @@ import pytest
 
 from llamarefine_jobs.discretion import be_discreet, hide
 from tests.k8s.api_server import served as api_served
-from tests.k8s.conftest import LAUNCHER
+from tests.k8s.conftest import LAUNCHER, RECIPE
 from tests.s3_server import S3Server
 
 from . import hostile_hub
@@ -22,13 +22,6 @@ from . import hostile_hub
 LOUD = str(Path(__file__).parent / "loud")
 BEARER = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbi1hZG1pbiJ9.c2lnbmF0dXJl"
 HUB = "hf_" + "Q7" * 17
-RECIPE = """\
-name: small
-prepare:
-  base: {source: tiny-llama}
-  questions: {source: QUESTIONS}
-  preferences: {source: python-docstrings}
-"""
 
 
 @pytest.fixture(scope="module")
