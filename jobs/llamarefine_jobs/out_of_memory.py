@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llamarefine_jobs import stopping
 from llamarefine_jobs.contract.errors import OutOfMemoryError
@@ -21,7 +21,7 @@ _GPU = re.compile(
 )
 _CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory")
 RAN_OUT = "ran_out_of_memory_at_micro_batch_rows"  # in the metrics of checkpoints and artifact
-_RAN_OUT_AT = "LLAMAREFINE_RAN_OUT_AT_ROWS"
+RAN_OUT_VARIABLE = "LLAMAREFINE_RAN_OUT_AT_ROWS"  # the same as a JSON list, from whoever starts a stage anew
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,10 +54,8 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        section = recipe.section(stage_name)
-        if not (isinstance(section, Sft | Dpo) and section.on_out_of_memory == "halve_micro_batch"):
-            raise
-        if not is_out_of_memory(error):
+        section = leave_to_halve(stage_name, recipe)
+        if section is None or not is_out_of_memory(error):
             raise
         if section.micro_batch_rows == 1:
             raise OutOfMemoryError(
@@ -69,16 +67,14 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
 
 def recall(stage_name: str, recipe: Recipe, store: Store, key: str) -> Recipe:
     """`recipe`, with smaller micro-batches where an earlier pod found its own too large and a checkpoint says so."""
-    section = recipe.section(stage_name)
-    if not (isinstance(section, Sft | Dpo) and section.on_out_of_memory == "halve_micro_batch"):
+    section = leave_to_halve(stage_name, recipe)
+    if section is None:
         return recipe
     too_large = sorted({*ran_out_at(), *_remembered(stage_name, store, key)}, reverse=True)
-    fitting = section
-    while too_large and 1 < fitting.micro_batch_rows >= too_large[-1]:
-        fitting = fitting.model_copy(update={"micro_batch_rows": fewer_rows(fitting)})
+    fitting = below(section, too_large)
     if fitting is section:
         return recipe
-    os.environ[_RAN_OUT_AT] = json.dumps(too_large)
+    os.environ[RAN_OUT_VARIABLE] = json.dumps(too_large)
     print(
         f"{stage_name}: micro-batches of {fitting.micro_batch_rows} rows: with {too_large[-1]} memory ran out before; "
         f"the {section.batch_rows} rows of a step stay",
@@ -98,8 +94,23 @@ def _remembered(stage_name: str, store: Store, key: str) -> list[int]:
 
 def ran_out_at() -> list[int]:
     """The micro-batches, in rows, that were too large for this training so far."""
-    found: list[int] = json.loads(os.environ.get(_RAN_OUT_AT, "[]"))
+    found: list[int] = json.loads(os.environ.get(RAN_OUT_VARIABLE, "[]"))
     return found
+
+
+def leave_to_halve(stage_name: str, recipe: Recipe) -> Sft | Dpo | None:
+    """A stage's section, where it says that a training out of memory goes on with smaller micro-batches."""
+    section = recipe.section(stage_name)
+    if isinstance(section, Sft | Dpo) and section.on_out_of_memory == "halve_micro_batch":
+        return section
+    return None
+
+
+def below(section: Sft | Dpo, too_large: Sequence[int]) -> Sft | Dpo:
+    """`section` with micro-batches under all that were too large, or of one row."""
+    while too_large and 1 < section.micro_batch_rows >= min(too_large):
+        section = section.model_copy(update={"micro_batch_rows": fewer_rows(section)})
+    return section
 
 
 def fewer_rows(section: Sft | Dpo) -> int:
@@ -117,7 +128,7 @@ def _start_anew(stage_name: str, section: Sft | Dpo) -> None:
         flush=True,
     )
     sys.stderr.flush()
-    os.environ[_RAN_OUT_AT] = json.dumps([*ran_out_at(), section.micro_batch_rows])
+    os.environ[RAN_OUT_VARIABLE] = json.dumps([*ran_out_at(), section.micro_batch_rows])
     again = ["-m", STAGES[stage_name].module, *sys.argv[1:], "--set", f"{stage_name}.micro_batch_rows={rows}"]
     stopping.carry_over()
     os.execv(sys.executable, [sys.executable, *again])  # noqa: S606 - this very program

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, OutOfMemoryError, PreemptedError
-from llamarefine_jobs.contract.recipe import Dpo, Sft
-from llamarefine_jobs.out_of_memory import fewer_rows
+from llamarefine_jobs.out_of_memory import below, fewer_rows, leave_to_halve
 from llamarefine_k8s.api import Cluster, Object
 from llamarefine_k8s.feed import JobFeed
 from llamarefine_k8s.manifests import (
@@ -190,17 +189,14 @@ class _KilledForMemoryError(OutOfMemoryError):
 
 def with_fewer_rows(task: Task, killed: OutOfMemoryError, on_line: Callable[[str], None]) -> Task:
     """`task` with half the micro-batch, where its recipe says so; raises `killed` where not, or where none is left."""
-    section = task.recipe.section(task.stage)
-    if not isinstance(section, Sft | Dpo) or section.on_out_of_memory == "fail" or section.micro_batch_rows == 1:
+    section = leave_to_halve(task.stage, task.recipe)
+    if section is None or (tried := below(section, task.ran_out_at)).micro_batch_rows == 1:
         raise killed
-    rows = fewer_rows(section)
     on_line(
-        f"{task.stage}: {killed}; starts anew with micro-batches of {rows} rows instead of {section.micro_batch_rows}, "
-        f"from the newest checkpoint; the {section.batch_rows} rows of a step stay"
+        f"{task.stage}: {killed}; starts anew with micro-batches of {fewer_rows(tried)} rows instead of "
+        f"{tried.micro_batch_rows}, from the newest checkpoint; the {section.batch_rows} rows of a step stay"
     )
-    smaller = section.model_copy(update={"micro_batch_rows": rows})
-    recipe = task.recipe.model_copy(update={task.stage: smaller})
-    return replace(task, recipe=recipe, overrides=(f"{task.stage}.micro_batch_rows={rows}",))
+    return replace(task, ran_out_at=(*task.ran_out_at, tried.micro_batch_rows))
 
 
 class Start:

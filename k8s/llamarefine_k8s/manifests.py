@@ -21,6 +21,7 @@ from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
 from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.recipe import Recipe, Training
+from llamarefine_jobs.out_of_memory import RAN_OUT_VARIABLE
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.pipeline import InterruptedRunError, Task
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
@@ -250,14 +251,12 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         "name": CONTAINER,
         "image": settings.image(task.stage),
         "imagePullPolicy": settings.image_pull_policy,
-        "args": [
-            *("--recipe", RECIPE_FILE, "--store", task.store_uri),
-            *(word for override in task.overrides for word in ("--set", override)),
-        ],
+        "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
         "env": [
             *_environment(settings),
             *([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
             *([] if is_one_pod else [{"name": "MASTER_ADDR", "value": f"{name}-0.{service}"}]),
+            *([{"name": RAN_OUT_VARIABLE, "value": json.dumps(task.ran_out_at)}] if task.ran_out_at else []),
         ],
         "resources": _resources(settings, task.stage, gpus),
         "securityContext": _CONTAINER_SECURITY,

@@ -51,7 +51,7 @@ class Task:
     key: str
     recipe: Recipe
     store_uri: str
-    overrides: tuple[str, ...] = ()  # `KEY=VALUE` on top of the recipe; none that changes the key
+    ran_out_at: tuple[int, ...] = ()  # micro-batches, in rows, that the kernel has killed it for
 
 
 class Executor(Protocol):

@@ -253,3 +253,12 @@ def test_the_settings_of_a_run_are_read_back_as_they_were(recipe: Recipe) -> Non
     text = run_map(RUN, recipe, given)["data"]["llamarefine.yaml"]
     assert parse(yaml.safe_load(text), "the map") == given.model_copy(update={"context": None})
     assert parse_recipe(run_map(RUN, recipe, given)["data"]["recipe.yaml"], "the map") == recipe
+
+
+def test_a_pod_is_told_what_was_too_large_before_it(recipe: Recipe) -> None:
+    def told(task: Task) -> list[str]:
+        (container,) = stage_job(task, settings())["spec"]["template"]["spec"]["containers"]
+        return [each["value"] for each in container["env"] if each["name"] == "LLAMAREFINE_RAN_OUT_AT_ROWS"]
+
+    assert told(Task(RUN, "sft", "5f" * 32, recipe, STORE)) == []
+    assert told(Task(RUN, "sft", "5f" * 32, recipe, STORE, ran_out_at=(8, 4))) == ["[8, 4]"]
