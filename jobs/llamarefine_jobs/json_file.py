@@ -10,15 +10,19 @@ LIMIT_BYTES = 64 << 20  # the longest, a tokenizer.json, has 30 MB
 def read_object(path: Path) -> dict[str, Any]:
     """The object in `path`; ValueError, in one line, for anything else, OSError where it cannot be read."""
     with path.open("rb") as file:
-        data = file.read(LIMIT_BYTES + 1)
+        return parse_object(file.read(LIMIT_BYTES + 1), path.name)
+
+
+def parse_object(data: bytes, name: str) -> dict[str, Any]:
+    """The object in `data`, which `name` holds; ValueError, in one line, for anything else."""
     if len(data) > LIMIT_BYTES:
-        raise ValueError(f"{path.name} holds more than {LIMIT_BYTES >> 20} MiB")
+        raise ValueError(f"{name} holds more than {LIMIT_BYTES >> 20} MiB")
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
+        raise ValueError(f"{name} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
+        raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
+        raise ValueError(f"{name} holds no JSON object")
     return found

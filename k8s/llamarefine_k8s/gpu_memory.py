@@ -3,7 +3,6 @@
 The estimate is not calibrated on any measurement, so only what is far over the card is refused.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, from_o
 from llamarefine_jobs.contract.memory import Shape, training_bytes
 from llamarefine_jobs.contract.recipe import Base, Dpo, Recipe, Sft
 from llamarefine_jobs.download import read_head
+from llamarefine_jobs.json_file import LIMIT_BYTES, parse_object
 from llamarefine_jobs.objects import open_objects
 from llamarefine_jobs.sources import Kind
 from llamarefine_jobs.store import Store
@@ -32,13 +32,13 @@ def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[s
     is_near = ask_hub or sources.kind(base.source, hub_id_allowed=True) is not Kind.HUB
     try:
         config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if is_near else None)
-        shape = Shape.of(config) if config else None
-    except (LlamaRefineError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        if config is None:
+            return {}
+        shape = Shape.of(config)
+        sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
+        return {name: training_bytes(shape, section, recipe.max_length_tokens) for name, section in sections.items()}
+    except (LlamaRefineError, ValueError):
         return {}  # whoever reads the base says what is wrong with it
-    if shape is None:
-        return {}
-    sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
-    return {name: training_bytes(shape, section, recipe.max_length_tokens) for name, section in sections.items()}
 
 
 def base_config(base: Base) -> dict[str, Any] | None:
@@ -61,10 +61,9 @@ def base_config(base: Base) -> dict[str, Any] | None:
     if data is None:
         raise DataError(f"{_KEY}: {base.source} holds no config.json; expected a model's folder")
     try:
-        config: dict[str, Any] = dict(json.loads(data))
-    except (ValueError, TypeError):
-        raise DataError(f"{_KEY}: the config.json of {base.source} is no JSON object") from None
-    return config
+        return parse_object(data, "config.json")
+    except ValueError as error:
+        raise DataError(f"{_KEY}: {base.source}: {error}; expected a model's folder") from None
 
 
 def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
@@ -83,17 +82,18 @@ def gib(size_bytes: float) -> str:
 
 
 def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
-    """That of the base that is prepared already."""
+    """That of the base that is prepared already; ValueError where somebody put something else in its place."""
     if recipe.prepare.base.source == sources.TINY_LLAMA:
         return None
     manifest = store.manifest("prepare", artifact_key("prepare", recipe, {}))
     data = store.read(f"{manifest.folder}/base/config.json") if manifest else None
-    return dict(json.loads(data)) if data else None
+    return None if data is None else parse_object(data, "config.json")
 
 
 def _read_file(file: Path) -> bytes | None:
     try:
-        return file.read_bytes()
+        with file.open("rb") as source:
+            return source.read(LIMIT_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -14,15 +14,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llamarefine_jobs.base import check_model
-from llamarefine_jobs.contract.artifact import MANIFEST, artifact_path, run_path
-from llamarefine_jobs.contract.recipe import Rows
+from llamarefine_jobs.contract.artifact import MANIFEST, artifact_key, artifact_path, run_path
+from llamarefine_jobs.contract.recipe import Base, Rows
 from llamarefine_jobs.lora import read_adapter
 from llamarefine_jobs.reading import read_table
 from llamarefine_jobs.store import Store
 from llamarefine_jobs.weights import INDEX, SINGLE_FILE, Weights
 from llamarefine_k8s import runs, verification
+from llamarefine_k8s.gpu_memory import estimates
 from llamarefine_k8s.results import Report, read_report
 
+from ..contract.test_memory import TINYLLAMA
 from ..jobs import tiny
 from ..store import samples
 from .target import fuzzed, held, mutated
@@ -189,6 +191,30 @@ def test_a_base(place: Path, config: bytes, index: bytes, header: bytes, indexed
         weights = Weights(folder)
         for name in weights.shapes:
             list(weights.blocks(name))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+SIZES = {name: st.just(value) | JSON for name, value in TINYLLAMA.items()}
+
+
+@fuzzed(0.03)
+@given(
+    st.fixed_dictionaries(SIZES, optional={"head_dim": JSON}).map(lambda sizes: json.dumps(sizes).encode())
+    | near(json.dumps(TINYLLAMA).encode())
+)
+def test_a_prepared_bases_config(place: Path, config: bytes) -> None:
+    """`plan`, `submit` and `preflight` read it where it lies in the bucket."""
+    store = Store(str(place / "prepared"))
+    recipe = tiny.recipe().with_sources({"base": Base(source="owner/small")})
+    draft = samples.draft(artifact_key("prepare", recipe, {}), "prepare")
+    prepared = store.manifest("prepare", draft.key) or store.publish(place / "nothing", draft)
+    store.write(f"{prepared.folder}/base/config.json", config)
+    with held("config.json"):
+        needed = estimates(recipe, store.uri, ask_hub=False)
+        assert not needed or min(needed["sft"], needed["dpo"]) > 0
 
 
 def test_the_fuzzed_examples_are_right_before_they_are_changed(place: Path) -> None:

@@ -13,9 +13,13 @@ from llamarefine_jobs.contract.errors import DataError, StoreError
 from llamarefine_jobs.contract.memory import Shape, training_bytes
 from llamarefine_jobs.contract.recipe import Base, Recipe
 from llamarefine_jobs.objects import open_objects
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.sources import pin
+from llamarefine_jobs.store import Store
 from llamarefine_k8s.gpu_memory import base_config, check_card, estimates
 from tests.contract.test_memory import TINYLLAMA
 
+from .acting import publish
 from .conftest import Launcher
 
 
@@ -93,3 +97,46 @@ def test_plan_shows_it(base: Path, recipe_file: Path, launcher: Launcher) -> Non
     assert "about 17.1 GiB of GPU memory (estimated)" in out
     planned = json.loads(launcher.run("plan", str(recipe_file), "--json")[1])["stages"]
     assert [stage["estimated_gpu_memory_bytes"] is not None for stage in planned] == [False, True, True, False, False]
+
+
+NO_OBJECT = ["", "[]", "[1]", "1", "NaN", '"x"', '{"a"', "\0", "[" * 100_000, '{"a":' * 100_000, "1" + "0" * 5000]
+NO_SIZES = [
+    *({name: value} for name in TINYLLAMA for value in (0, -1, "1", [1], {}, True, 1.5, 1 << 40, 10**400)),
+    {"hidden_size": float("nan")},
+    {"vocab_size": float("inf")},
+    {"head_dim": "x"},
+    {"num_key_value_heads": "x"},
+]
+
+
+@pytest.mark.parametrize("text", [*NO_OBJECT, *(json.dumps(TINYLLAMA | wrong) for wrong in NO_SIZES)])
+def test_a_prepared_base_that_somebody_put_nonsense_in_is_one_of_unknown_size(
+    text: str, base: Path, recipe: Callable[..., Recipe], store: Store
+) -> None:
+    """Whoever may write the bucket can put another config.json there; the stage that reads it refuses it."""
+    pinned = pin(recipe().with_sources({"base": Base(source=str(base))}))
+    prepared = publish("prepare", pinned, store)
+    place = f"{prepared.folder}/base/config.json"
+    store.write(place, json.dumps(TINYLLAMA).encode())
+    assert set(estimates(pinned, store.uri)) == {"sft", "dpo"}
+    store.write(place, text.encode())
+    assert estimates(pinned, store.uri) == {}
+
+
+@pytest.mark.parametrize("text", NO_OBJECT)
+def test_a_base_whose_config_is_no_object_is_told_in_one_line(text: str, base: Path) -> None:
+    (base / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"config\.json .*; expected a model's folder$") as caught:
+        base_config(Base(source=str(base)))
+    assert "\n" not in str(caught.value)
+
+
+def test_plan_goes_on_without_what_it_cannot_know(base: Path, recipe_file: Path, launcher: Launcher) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(base)))
+    store = Store("store")
+    prepared = publish("prepare", pin(load_recipe(recipe_file, ())), store)
+    for text in ("[" * 100_000, json.dumps(TINYLLAMA | {"head_dim": "x"})):
+        store.write(f"{prepared.folder}/base/config.json", text.encode())
+        code, out, err = launcher.run("plan", str(recipe_file), "--store", "store")
+        assert (code, err) == (0, "")
+        assert "GPU memory" not in out

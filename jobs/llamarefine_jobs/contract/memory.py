@@ -14,6 +14,7 @@ _NF4 = 0.5 + 1 / 64 + _FP32 / (64 * 256)  # with its scale a block of 64, itself
 _TRAINED = _FP32 * 4  # a weight, its gradient, Adam's two means
 _LOGITS = _HALF + 2 * _FP32  # as the model gives them, and in fp32 with their gradient
 _CUDA_CONTEXT_BYTES = 600 * 2**20
+_NO_SIZE = 1 << 31  # of anything in a model
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,23 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """From the model's config.json."""
-        heads = config["num_attention_heads"]
-        width = config.get("head_dim") or config["hidden_size"] // heads
+        """From the model's config.json, whoever wrote it: ValueError where a size is missing, or none."""
+
+        def size(name: str, default: int | None = None) -> int:
+            found = default if config.get(name) is None else config[name]
+            if type(found) is not int or not 0 < found < _NO_SIZE:  # True is an int, too
+                raise ValueError(f"config.json says no {name}")
+            return found
+
+        heads = size("num_attention_heads")
+        width = size("head_dim", size("hidden_size") // heads or None)
         return cls(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            inside=config["intermediate_size"],
+            layers=size("num_hidden_layers"),
+            hidden=size("hidden_size"),
+            inside=size("intermediate_size"),
             queries=heads * width,
-            keys=(config.get("num_key_value_heads") or heads) * width,
-            vocabulary=config["vocab_size"],
+            keys=size("num_key_value_heads", heads) * width,
+            vocabulary=size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings")),
         )
 
