@@ -15,6 +15,7 @@ from llamarefine_k8s.options import (
     json_option,
     open_store,
     option,
+    public_key_option,
     recipe_argument,
     run_argument,
     set_option,
@@ -272,17 +273,26 @@ cli.add_command(upkeep.list_runs)
     help="The merged model, an adapter, or the report.",
 )
 @option("--force", is_flag=True, help="Replace the folder, whatever it holds.")
+@public_key_option
 @store_option
-def pull(run: str | None, into: Path, what: str, force: bool, store: str | None) -> None:
-    """Bring the model of RUN to a folder here, every byte verified, and beside it what it was made from."""
-    from llamarefine_k8s import provenance, results, runs, summary
+def pull(run: str | None, into: Path, what: str, force: bool, public_key: Path | None, store: str | None) -> None:
+    """Bring the model of RUN to a folder here, every byte verified, and beside it what it was made from.
 
+    With --public-key only what that key signed for RUN comes: each byte as the run's statement names it.
+    """
+    from llamarefine_jobs.contract.artifact import short
+    from llamarefine_k8s import provenance, results, runs, signing, summary
+
+    key = signing.read_public_key(public_key) if public_key else None
     opened = open_store(store)
     record = runs.find(opened, run)
     manifest = results.part_of(opened, record, what)
+    signed = provenance.require(opened, record.run, manifest, key) if key else None
     results.pull(opened, manifest, what, into, force=force)
-    statement = provenance.pull(opened, record.run, into) if what == "model" else None
+    statement = provenance.pull(opened, record.run, into, signed) if what == "model" else None
     summary.print_pulled(open_console(), manifest, what, into, statement)
+    if key:
+        click.echo(f"  as the key {short(signing.name_of(key))} signed it for {record.run}")
 
 
 @cli.command()

@@ -32,6 +32,12 @@ set_option = option(
 settings_option = option(
     "--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="These settings alone."
 )
+public_key_option = option(
+    "--public-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM: the run's statement must be signed by its private half.",
+)
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 run_argument = click.argument("run", required=False)

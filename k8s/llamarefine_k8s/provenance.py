@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, artifact_path, run_path, short
@@ -34,6 +34,23 @@ _RESULTS = ("merge", "evaluate")  # what is made of the others: the model's own 
 _NAME = "statement"
 _MATERIALS = "what it was made from"
 _AGAIN = "submit the same recipe again: nothing is trained anew, and the statement is written anew"
+_DO_NOT_USE = "do not use this model"
+_PLACES = {
+    "the model's files": ("subject",),
+    "the run": ("predicate", "runDetails", "metadata", "invocationId"),
+    _MATERIALS: ("predicate", "buildDefinition", "resolvedDependencies"),
+    "the recipe": ("predicate", "buildDefinition", "externalParameters"),
+    "its artifacts": ("predicate", "runDetails", "byproducts"),
+    "its form": ("predicateType",),
+}
+
+
+class _Statement(NamedTuple):
+    """A run's statement as it was read, once: its bytes, what is signed of them, what that says."""
+
+    data: bytes
+    line: signing.Line
+    said: Any
 
 
 def statement(run: str, recipe: Mapping[str, Any], made: Mapping[str, Manifest]) -> bytes:
@@ -42,10 +59,7 @@ def statement(run: str, recipe: Mapping[str, Any], made: Mapping[str, Manifest])
     said = {
         "_type": _STATEMENT,
         "predicateType": _PREDICATE,
-        "subject": [
-            {"name": file.path.removeprefix(_MODEL), "digest": {"sha256": file.sha256}}
-            for file in made["merge"].part(_MODEL)
-        ],
+        "subject": _files(made["merge"]),
         "predicate": {
             "buildDefinition": {
                 "buildType": _BUILD,
@@ -86,9 +100,50 @@ def publish(store: Store, record: RunRecord, made: Mapping[str, Manifest], key: 
     store.write(path, signing.sign(payload, key) if key else payload + b"\n")
 
 
-def pull(store: Store, run: str, model: Path) -> Path | None:
-    """Bring the statement about a run beside the folder `model`; None, and nothing done, where there is none."""
-    data = store.read(run_path(run, FILE))
+def require(store: Store, run: str, manifest: Manifest, key: "PublicKey") -> bytes:
+    """The statement about a run, if `key` signed it and it names all that `manifest` does; else IntegrityError.
+
+    It names a model's files, and any other artifact's manifest, by their sha256. So what is fetched by this very
+    manifest is what was signed, whatever is in the store by then; the same goes for these bytes of the statement.
+    """
+    try:
+        found = _find(store, run)
+    except IntegrityError as error:
+        raise IntegrityError(f"{run}: {error}; {_DO_NOT_USE}") from None
+    if found is None:
+        raise IntegrityError(
+            f"{run}: expected a statement signed by the key {short(signing.name_of(key))}, found none; {_DO_NOT_USE} "
+            f"before it has one: it comes when the run ends, signed where that has {signing.SIGNING_KEY}"
+        )
+    signature = _signature(found.line, key)
+    if signature.state != "ok":
+        raise IntegrityError(f"{run}: {signature.name} {signature}")
+    about = _at(found.said, _PLACES["the run"]) if _at(found.said, _PLACES["its form"]) == _PREDICATE else None
+    if about != run:
+        other = f"{about:.80}" if isinstance(about, str) else "something else"
+        raise IntegrityError(f"{run}: expected a statement about this run, found one about {other}; {_DO_NOT_USE}")
+    if manifest.stage == "merge":
+        signed, here = _digests(_at(found.said, _PLACES["the model's files"])), _digests(_files(manifest))
+    else:
+        place = _PLACES["its artifacts" if manifest.stage in _RESULTS else _MATERIALS]
+        here = _digests([_artifact(manifest)])
+        signed = {name: digest for name, digest in _digests(_at(found.said, place)).items() if name in here}
+    for name in sorted(signed.keys() | here.keys()):
+        expected, made = (f"sha256 {digests[name]!s:.64}" if name in digests else "none" for digests in (signed, here))
+        if expected != made:
+            raise IntegrityError(
+                f"{run}: {name}: expected {expected}, as it was signed, found {made}; {_DO_NOT_USE}: somebody changed "
+                "it in the store"
+            )
+    return found.data
+
+
+def pull(store: Store, run: str, model: Path, signed: bytes | None = None) -> Path | None:
+    """Bring the statement about a run beside the folder `model`; None, and nothing done, where there is none.
+
+    `signed` is the statement where `require` gave it: it is not read again.
+    """
+    data = store.read(run_path(run, FILE)) if signed is None else signed
     if data is None:
         return None
     place = model.absolute().with_name(f"{model.absolute().name}.intoto.jsonl")
@@ -109,17 +164,15 @@ def check(
     """Whether the statement is signed by `key`, and says what the artifacts are: `made`, as the store has them."""
     if record.state != "done" and key is None:
         return
-    data = store.read(run_path(record.run, FILE))
-    if data is None:
+    try:
+        found = _find(store, record.run)
+    except IntegrityError as error:
+        yield fail(_NAME, str(error), _AGAIN)
+        return
+    if found is None:
         yield (fail if key else warning)(_NAME, "the run has none", _AGAIN)
         return
-    try:
-        line = signing.parse(data)
-        said = json.loads(line.payload)
-    except (IntegrityError, ValueError, RecursionError) as error:
-        yield fail(_NAME, f"{FILE} {error}" if isinstance(error, IntegrityError) else f"{FILE} holds no JSON", _AGAIN)
-        return
-    yield _signature(line, key)
+    yield _signature(found.line, key)
     if {"merge", "prepare", "sft", "dpo", "evaluate"} - made.keys():
         yield fail(_NAME, "cannot be compared: artifacts are missing", "see above")
         return
@@ -128,22 +181,37 @@ def check(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         yield fail(_NAME, "cannot be compared: the run's record holds no recipe", _AGAIN)
         return
-    wrong = _differences(said, json.loads(expected))
-    if not wrong and record.package_version == __version__ and line.payload != expected:
+    wrong = _differences(found.said, json.loads(expected))
+    if not wrong and record.package_version == __version__ and found.line.payload != expected:
         wrong = ["words that are not of this version"]
     if wrong:
         # An artifact that was made anew of the same bytes has another manifest: only who signed cares.
         told = warning if wrong == [_MATERIALS] and key is None else fail
-        yield told(_NAME, f"says otherwise than the artifacts: {', '.join(wrong)}", _AGAIN)
+        # With the key that would sign what is there now, whoever put it there.
+        yield told(_NAME, f"says otherwise than the artifacts: {', '.join(wrong)}", _DO_NOT_USE if key else _AGAIN)
     else:
-        yield ok(
-            _NAME, f"names the {len(said['subject'])} files of the model and what they were made from, as they are"
-        )
+        count = len(found.said["subject"])
+        yield ok(_NAME, f"names the {count} files of the model and what they were made from, as they are")
+
+
+def _find(store: Store, run: str) -> _Statement | None:
+    """The statement about a run, or None; IntegrityError for what is none."""
+    data = store.read(run_path(run, FILE))
+    if data is None:
+        return None
+    try:
+        line = signing.parse(data)
+        return _Statement(data, line, json.loads(line.payload))
+    except IntegrityError as error:
+        raise IntegrityError(f"{FILE} {error}") from None
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{FILE} holds no JSON") from None
 
 
 def _signature(line: signing.Line, key: "PublicKey | None") -> Check:
     name = f"{_NAME} signature"
-    by = ", ".join(short(keyid) for keyid, _ in line.signatures)
+    # A name is anybody's text, and there may be many.
+    by = ", ".join(short(keyid.encode("unicode_escape").decode()) or "nothing" for keyid, _ in line.signatures[:3])
     if key is None:
         if not by:
             return ok(name, f"there is none: the run had no {signing.SIGNING_KEY}")
@@ -151,26 +219,30 @@ def _signature(line: signing.Line, key: "PublicKey | None") -> Check:
     if signing.is_signed_by(line, key):
         return ok(name, f"by the key {short(signing.name_of(key))}")
     found = f"is by another key, which calls itself {by}, or of other bytes" if by else "is missing"
-    return fail(name, f"{found}; expected one by {short(signing.name_of(key))}", "do not use this model")
+    return fail(name, f"{found}; expected one by {short(signing.name_of(key))}", _DO_NOT_USE)
 
 
 def _differences(said: Any, expected: Any) -> list[str]:
     """The parts of a statement that are not as they should be. Words of a later version may be added, none changed."""
-    places = {
-        "the model's files": ("subject",),
-        "the run": ("predicate", "runDetails", "metadata", "invocationId"),
-        _MATERIALS: ("predicate", "buildDefinition", "resolvedDependencies"),
-        "the recipe": ("predicate", "buildDefinition", "externalParameters"),
-        "its artifacts": ("predicate", "runDetails", "byproducts"),
-        "its form": ("predicateType",),
-    }
-    return [name for name, place in places.items() if _at(said, place) != _at(expected, place)]
+    return [name for name, place in _PLACES.items() if _at(said, place) != _at(expected, place)]
 
 
 def _at(value: Any, place: tuple[str, ...]) -> Any:
     for name in place:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def _digests(parts: Any) -> dict[str, Any]:
+    """sha256 by name, of files or artifacts as a statement lists them."""
+    return {
+        str(_at(part, ("name",))): _at(part, ("digest", "sha256"))
+        for part in (parts if isinstance(parts, list) else ())
+    }
+
+
+def _files(merge: Manifest) -> list[dict[str, Any]]:
+    return [{"name": file.path.removeprefix(_MODEL), "digest": {"sha256": file.sha256}} for file in merge.part(_MODEL)]
 
 
 def _artifact(manifest: Manifest) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llamarefine_k8s.options import (
     json_option,
     open_store,
     option,
+    public_key_option,
     run_argument,
     set_option,
     settings_option,
@@ -103,12 +104,7 @@ def gc(older_than: timedelta | None, keep: int | None, delete: bool, store: str 
 
 @click.command()
 @run_argument
-@option(
-    "--public-key",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="PEM: the run's statement must be signed by its private half.",
-)
+@public_key_option
 @store_option
 @json_option
 def verify(run: str | None, public_key: Path | None, store: str | None, as_json: bool) -> None:

@@ -133,6 +133,40 @@ def test_a_model_that_was_replaced_with_a_good_manifest_is_no_longer_the_signed_
     (tmp_path / "evil/model/content.txt").write_text("another model")
     store.publish(tmp_path / "evil", merge.model_copy(update={"files": (), "attempt": "unpublished"}))
     assert states(store, record, public) == {"statement signature": "ok", "statement": "FAIL"}
+    key = signing.read_public_key(public)
+    told = next(check for check in verification.verify(store, record, key) if check.name == "statement")
+    assert told.to_do == "do not use this model", "to sign anew would be to sign what somebody put there"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subject": None},
+        {"subject": 1},
+        {"subject": ["content.txt"]},
+        {"subject": [{"name": ["content.txt"], "digest": {"sha256": 1}}]},
+        {"subject": [{"name": "content.txt", "digest": {"sha512": "0"}}]},
+        {"predicateType": "https://example.com/of-another-kind"},
+        {"predicate": []},
+    ],
+)
+def test_what_the_key_signed_for_something_else_vouches_for_no_model(
+    changes: dict[str, object], recipe: Callable[..., Recipe], store: Store, tmp_path: Path
+) -> None:
+    private, public = write_keys(tmp_path)
+    record, key = drive(recipe(), store), signing.read_public_key(public)
+    merge = store.manifest("merge", str(record.stages["merge"].key))
+    assert merge
+    said = json.loads(statement_of(store, record.run))
+    for each in ({}, changes):
+        payload = json.dumps(said | each).encode()
+        line = signing.sign(payload, serialization.load_pem_private_key(private.read_bytes(), None))  # type: ignore[arg-type]
+        store.write(run_path(record.run, provenance.FILE), line)
+        if not each:
+            assert provenance.require(store, record.run, merge, key) == line
+            continue
+        with pytest.raises(IntegrityError, match="do not use this model"):
+            provenance.require(store, record.run, merge, key)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"payloadType": 1}', b"[" * 100_000, b'{"_type": 1}', b"\xff"])
