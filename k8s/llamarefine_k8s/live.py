@@ -160,16 +160,19 @@ def find_status(
     A run that was submitted just now has no record yet; one of long ago, or of this machine, is in no cluster.
     """
     cluster, trouble = _reach(store, context, namespace)
-    newest = _newest_run(cluster, name) if cluster else None
     try:
         record = runs.find(store, name)
     except RecipeError:
+        newest = _newest_run(cluster, name) if cluster else None
         if newest is None:
             raise
         return runs.load(store, newest), look(cluster, newest) if cluster else [], None
-    if name is None and newest and newest != record.run and runs.load(store, newest) is None:
-        return None, look(cluster, newest) if cluster else [], None
-    return record, look(cluster, record.run) if cluster else [], trouble
+    if cluster is None:
+        return record, [], trouble
+    newest = _newest_run(cluster, None) if name is None else None  # only where it matters: it lists all runs' objects
+    if newest and newest != record.run and runs.load(store, newest) is None:
+        return None, look(cluster, newest), None
+    return record, look(cluster, record.run), None
 
 
 def run_and_stage(words: Sequence[str]) -> tuple[str | None, str | None]:

@@ -123,33 +123,35 @@ def find(store: Store, name: str | None) -> RunRecord:
     """The run that `name` begins, the newest without a name. RecipeError where there is none or more than one."""
     if name and _NAME.fullmatch(name) and (exact := load(store, name)):
         return exact
-    names = newest_names(store)
-    if not names:
-        raise RecipeError(f"{store.uri} holds no runs yet; `llamarefine run RECIPE` makes one (another store: --store)")
-    found = [run for run in names if name is None or run.startswith(name)]
+    found = newest_names(store, name or "")
     if name and len(found) > 1:
         raise RecipeError(f"`{name}` begins {len(found)} runs: {', '.join(found[:5])}; give more of the name")
     for run in found:
         with contextlib.suppress(*([] if name else [IntegrityError])):  # of one that is asked for it is to be told
             if record := load(store, run):
                 return record
+    names = newest_names(store) if name else found
+    if not names:
+        raise RecipeError(f"{store.uri} holds no runs yet; `llamarefine run RECIPE` makes one (another store: --store)")
     raise RecipeError(f"{store.uri} holds no run{f' `{name}`' if name else ''}; its newest are {', '.join(names[:5])}")
 
 
 def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str, ...]]:
     """The run that the first word names, and the other words; the newest run and all words where it names none."""
     if words and _NAME.fullmatch(words[0]):
-        names_one = sum(name.startswith(words[0]) for name in newest_names(store)) == 1
+        names_one = len(newest_names(store, words[0])) == 1
         if names_one or re.search(r"-[0-9a-f]{8}$", words[0]):
             return find(store, words[0]), tuple(words[1:])
     return find(store, None), tuple(words)
 
 
-def newest_names(store: Store) -> list[str]:
-    """The names of all runs, the one last driven first. One listing; no record is read."""
+def newest_names(store: Store, beginning: str = "") -> list[str]:
+    """The names of all runs that begin so, the one last driven first. One listing; no record is read."""
+    if beginning and not _NAME.fullmatch(beginning):
+        return []
     written = {
         parts[1]: entry.modified_at or datetime.min.replace(tzinfo=UTC)
-        for entry in store.entries("runs/")
+        for entry in store.entries(f"runs/{beginning}")
         if len(parts := entry.path.split("/")) == 3 and parts[2] == RECORD
     }
     return sorted(written, key=lambda run: written[run], reverse=True)
@@ -163,9 +165,8 @@ def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> 
             return load(store, run)
         return None
 
-    names = [name for name in newest_names(store) if name.startswith(beginning)]
     with ThreadPoolExecutor(_READERS) as pool:
-        records = [record for record in pool.map(load_readable, names[:limit]) if record]
+        records = [record for record in pool.map(load_readable, newest_names(store, beginning)[:limit]) if record]
     return sorted(records, key=lambda record: record.updated_at, reverse=True)
 
 

@@ -3,6 +3,7 @@
 python tests/bench/launcher.py
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def measure(command: list[str], times: int = 10) -> list[float]:
 
 
 if __name__ == "__main__":
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all that it imports anew
     for name, command in CASES.items():
         taken = measure(command)
         print(f"{name:32} best {taken[0]:.3f} s  median {statistics.median(taken):.3f} s")

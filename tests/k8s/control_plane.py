@@ -35,8 +35,8 @@ def serve() -> Iterator[Path]:
             with (folder / f"{program}.log").open("wb") as log:
                 command = [str(find(program)), *map(str, arguments)]
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-            stack.callback(process.wait, 30)
-            stack.callback(process.terminate)
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # told to terminate, the API server waits a minute for watches that are open
 
         start(
             "etcd",

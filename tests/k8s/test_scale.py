@@ -13,16 +13,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamarefine_jobs.contract.errors import RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
+from llamarefine_jobs.objects import Entry
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import submission
+from llamarefine_k8s.live import find_status
+from llamarefine_k8s.manifests import RUN
 from llamarefine_k8s.runs import Driver, RunRecord, all_runs, find, newest_names
 from llamarefine_k8s.settings import Settings
 
 from .acting_node import ActingNode
-from .api_server import ApiServer, served
+from .api_server import ApiServer, served, use
 
 FINISHED = 1000
 DRIVER = """
@@ -37,6 +41,14 @@ finally:
 """
 
 
+def put_record(store: Store, run: str, at: datetime) -> None:
+    """What a finished run leaves."""
+    driver = Driver(pid=1, host="elsewhere")
+    record = RunRecord(run=run, state="done", created_at=at, updated_at=at, driver=driver, recipe={"name": "many"})
+    store.write(f"runs/{run}/logs/sft.log", b"a line\n")
+    store.write(f"runs/{run}/run.json", record.model_dump_json().encode())
+
+
 @pytest.fixture
 def full(s3_uri: str) -> Store:
     """A bucket with a thousand finished runs."""
@@ -44,17 +56,7 @@ def full(s3_uri: str) -> Store:
     store.manifest("sft", "0" * 64)
 
     def put(number: int) -> None:
-        at = datetime.now(UTC) - timedelta(days=1)
-        record = RunRecord(
-            run=f"many-{number:08x}",
-            state="done",
-            created_at=at,
-            updated_at=at,
-            driver=Driver(pid=1, host="elsewhere"),
-            recipe={"name": "many"},
-        )
-        store.write(f"runs/{record.run}/logs/sft.log", b"a line\n")
-        store.write(f"runs/{record.run}/run.json", record.model_dump_json().encode())
+        put_record(store, f"many-{number:08x}", datetime.now(UTC) - timedelta(days=1))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(put, range(FINISHED - 1)))
@@ -75,6 +77,38 @@ def test_of_a_thousand_finished_runs_only_what_is_shown_is_read(full: Store, mon
     assert len(read) == 52
     assert time.monotonic() - began_s < 20, "2 s on an idle machine"
     assert len(newest_names(full)) == FINISHED
+
+
+def test_of_runs_that_are_named_only_those_are_listed(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Entry] = []
+    real = full.objects._listed  # type: ignore[union-attr]
+    monkeypatch.setattr(full.objects, "_listed", lambda prefix: (listed.extend(found := real(prefix)), found)[1])
+    assert find(full, "many-0000001f").run == "many-0000001f"
+    assert len(listed) == 0, "the whole name is read at once"
+    assert {run.run for run in all_runs(full, beginning="many-0000001")} == {f"many-0000001{n:x}" for n in range(16)}
+    assert len(listed) == 2 * 16
+    with pytest.raises(RecipeError, match="begins 16 runs"):
+        find(full, "many-0000001")
+    with pytest.raises(RecipeError, match="holds no run `other`; its newest are many-"):
+        find(full, "other")
+    with pytest.raises(RecipeError, match="holds no run"):
+        find(full, "many-00000007/")
+
+
+def test_status_of_a_run_by_name_asks_for_its_objects_alone(
+    api: ApiServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(api.kubeconfig(tmp_path), monkeypatch)
+    for run in ("one", "two"):
+        put_record(store, f"{run}-00000000", datetime.now(UTC))
+        api.put("jobs", {"metadata": {"name": f"{run}-00000000", "labels": {RUN: f"{run}-00000000"}}, "spec": {}})
+    record, jobs, _ = find_status(store, "one", "fake", None)
+    assert record
+    assert record.run == "one-00000000"
+    assert [job.name for job in jobs] == ["driver"]
+    assert api.count("run%3D(none|one-00000000)$") == 3
+    assert api.count("/events") == 1
+    assert len(api.requests) == 4
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llamarefine_jobs import bucket
 from llamarefine_jobs.bucket import S3Objects
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError
 from llamarefine_jobs.objects import open_objects
@@ -62,6 +63,17 @@ def test_more_than_one_page_of_a_bucket_is_listed(s3_uri: str) -> None:
         objects.write(f"many/{number:04d}", b"")
     assert [entry.path for entry in objects.entries("many/")] == [f"many/{number:04d}" for number in range(31)]
     assert len(pages) == 4
+
+
+TIMES = ["2026-11-24T03:22:51.123Z", "2026-11-24T03:22:51+02:00", "Tue, 24 Nov 2026 03:22:51 GMT", "1795490571", 1.5]
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_a_bucket_s_times_are_read_as_botocore_reads_them(text: str | float) -> None:
+    from botocore.utils import parse_timestamp
+
+    assert bucket._time(text) == parse_timestamp(text)
+    assert bucket._time(text).tzinfo
 
 
 def test_chunks_add_up_to_the_object(store: Store, tmp_path: Path) -> None:
