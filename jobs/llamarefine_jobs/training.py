@@ -171,6 +171,7 @@ class Watch(TrainerCallback):
             raise self.diverged(f"the validation loss is {loss} at step {state.global_step} of {state.max_steps}")
         if loss >= self.best_loss:
             return
+        self._check_weights(model, state)  # a loss that is good though they are no numbers was computed without them
         self.best_loss, self.best_step = loss, state.global_step
         if self.context.world.is_first:
             from safetensors.torch import save_file
@@ -187,8 +188,7 @@ class Watch(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        if not _is_finite(model):  # the loss says so only when it is logged next
-            raise self.diverged(f"the adapter holds no finite weights at step {state.global_step} of {state.max_steps}")
+        self._check_weights(model, state)  # the loss says so only when it is logged next
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # Each process left the state of its random numbers in its own folder, and maybe on another machine.
         for states in self.context.world.gather({file.name: file.read_bytes() for file in folder.glob("rng_state*")}):
@@ -209,6 +209,10 @@ class Watch(TrainerCallback):
         if there and self.context.world.is_first_on_node:
             shutil.move(checkpoint / _BEST, self.best)
         self.context.world.wait()
+
+    def _check_weights(self, model: Any, state: TrainerState) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
+            raise self.diverged(f"the adapter holds no finite weights at step {state.global_step} of {state.max_steps}")
 
     def _keep(self, step: int, folder: Path) -> None:
         """Complete a checkpoint: one on request goes to the store now, another once a later loss has proved it."""
@@ -366,11 +370,6 @@ def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]
     models.save_adapter(config, state, context.output / "adapter", _base_name(context))
-
-
-def _is_finite(model: Any) -> bool:
-    """Whether every trained weight is a number."""
-    return all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad)
 
 
 def _base_name(context: Context) -> str | None:

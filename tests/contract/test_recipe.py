@@ -98,6 +98,8 @@ def test_a_wrong_type_says_what_was_found(override: str, words: list[str]) -> No
         ("sft.warmup_fraction=1", ["`sft.warmup_fraction`", "less than 1"]),
         ("seed=-1", ["`seed`", "greater than or equal to 0", "found -1"]),
         ("max_length_tokens=4", ["`max_length_tokens`", "greater than or equal to 16"]),
+        (f"max_length_tokens={10**399}", ["`max_length_tokens`", "less than 2147483648"]),
+        (f"sft.micro_batch_rows={10**399}", ["`sft.micro_batch_rows`", "less than 2147483648"]),
         ("merge.dtype=int8", ["`merge.dtype`", "'float16', 'bfloat16' or 'float32'", "found 'int8'"]),
         ("sft.lora.target_layers=[lm_head]", ["`sft.lora.target_layers.0`", "q_proj"]),
         ("sft.lora.target_layers=[]", ["`sft.lora.target_layers`", "at least 1 item"]),

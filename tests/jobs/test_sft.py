@@ -207,6 +207,22 @@ def test_a_state_with_a_weight_that_is_no_number_is_never_a_checkpoint(
     assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
 
+def test_weights_that_are_no_numbers_are_not_kept_whatever_the_validation_says(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend whose validation leaves the adapter out gives a good loss for any."""
+
+    def poison(model: Any) -> None:
+        next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
+
+    after_step_5(poison, monkeypatch)
+    monkeypatch.setattr(sft, "measure", lambda *_: {"eval_loss": 1.0})
+    context = make_context("sft", prepared, tmp_path, "sft.evaluate_every_steps=5")
+    with pytest.raises(DivergedError, match="no finite weights at step 5 of 16"):
+        sft.work(context)
+    assert not list(context.output.iterdir())
+
+
 def test_four_bits_without_cuda_are_refused_in_one_line(prepared: Path, tmp_path: Path) -> None:
     context = make_context("sft", prepared, tmp_path, "sft.quantization=nf4")
     with pytest.raises(RecipeError, match="nf4 needs a CUDA device") as caught:

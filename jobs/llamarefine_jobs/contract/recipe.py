@@ -13,7 +13,7 @@ from llamarefine_jobs.contract.credentials import refuse_credentials
 
 _FREE: dict[str, Any] = {"in_key": False}
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -269,7 +269,9 @@ class Recipe(Section):
         pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="names the run; lower case, digits, -"
     )
     seed: int = Field(42, ge=0, le=2**32 - 1)
-    max_length_tokens: int = Field(1024, ge=16, description="of prompt and answer together, template included")
+    max_length_tokens: int = Field(
+        1024, ge=16, lt=2**31, description="of prompt and answer together, template included"
+    )
     cpu_threads: Count | None = Field(
         None, description="threads on a CPU; with 1 the same recipe gives the same bytes; null: all"
     )
