@@ -1,18 +1,24 @@
 """The CUDA backend's tests skip themselves where there is no CUDA, for one reason that pytest's summary tells once.
 
 LLAMAREFINE_GPU_TESTS=cpu runs the same bodies at the tiny shape on the CPU's backend: that shows the tests
-themselves to work, and nothing of CUDA. LLAMAREFINE_BACKEND chooses the backend, as it does for a stage.
+themselves to work, and nothing of CUDA. LLAMAREFINE_GPU_TESTS=interpreter runs them on Unsloth without a card:
+interpreter/sitecustomize.py. LLAMAREFINE_BACKEND chooses the backend, as it does for a stage.
 """
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
 
 from tests.gpu import shapes
+from tests.gpu.shapes import HOW, INTERPRETED
 from tests.jobs.test_sft import make_context
 
-ON_CPU = "LLAMAREFINE_GPU_TESTS"
+if INTERPRETED:  # in this process, before anything imports torch, and in those of the stages
+    interpreter = Path(__file__).parent / "interpreter"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(interpreter), os.environ.get("PYTHONPATH", "")])
+    runpy.run_path(str(interpreter / "sitecustomize.py"))
 
 
 @pytest.fixture(scope="session")
@@ -21,16 +27,19 @@ def cuda() -> bool:
     import torch
 
     if torch.cuda.is_available():
+        from llamarefine_jobs.model import choose_backend
+
+        choose_backend()  # Unsloth patches transformers, so a stage imports it first; here that is now
         return True
-    if os.environ.get(ON_CPU) != "cpu":
-        pytest.skip(f"needs a CUDA device ({ON_CPU}=cpu runs the same tests at a tiny shape without one)")
+    if os.environ.get(HOW) != "cpu":
+        pytest.skip(f"needs a CUDA device ({HOW}=cpu runs the same tests at a tiny shape without one)")
     return False
 
 
 @pytest.fixture(scope="session", params=shapes.SHAPES)
 def shape(request: pytest.FixtureRequest, cuda: bool) -> shapes.Shape:
     found = shapes.SHAPES[request.param]
-    if found.needs_cuda and not cuda:
+    if found.needs_cuda and (INTERPRETED or not cuda):
         pytest.skip("a model of TinyLlama's shape needs a CUDA device")
     return found
 

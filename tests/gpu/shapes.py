@@ -9,6 +9,9 @@ from typing import Any
 
 from tests.jobs import tiny
 
+HOW = "LLAMAREFINE_GPU_TESTS"  # without a card: cpu, or interpreter
+INTERPRETED = os.environ.get(HOW) == "interpreter"
+_SPARED = ("sft", "dpo") if INTERPRETED else ()  # of validations but the last
 CSV = "LLAMAREFINE_GPU_CSV"  # questions and answers, in columns of these names; else Python's docstrings
 
 
@@ -29,8 +32,8 @@ TINY = Shape(
     vocabulary=400,
     # Heads of 64, as the fast kernels want them.
     config={"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
-    rows=80,
-    settings=("max_length_tokens=1024",),
+    rows=20 if INTERPRETED else 80,
+    settings=("max_length_tokens=1024", *(f"{stage}.evaluate_every_steps=50" for stage in _SPARED)),
     needs_cuda=False,
 )
 TINYLLAMA = Shape(
@@ -50,9 +53,14 @@ SHAPES = {shape.name: shape for shape in (TINY, TINYLLAMA)}
 
 
 def read_rows(count: int) -> list[tuple[str, str]]:
-    """So many questions with answers, or all there are: of the CSV that the environment names, else of docstrings."""
+    """So many questions with answers, or all there are: of the CSV that the environment names, else of docstrings.
+
+    The interpreter takes milliseconds for a token, and gets short ones.
+    """
     from llamarefine_jobs.docstrings import question_rows
 
+    if INTERPRETED:
+        return [(f"what is {number}", f"it is {number}") for number in range(count)]
     if path := os.environ.get(CSV):
         with Path(path).open(encoding="utf-8", newline="") as file:
             rows = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
@@ -64,7 +72,8 @@ def write_prepared(folder: Path, shape: Shape, rows: list[tuple[str, str]]) -> P
     """base/, questions/ and preferences/: of eight rows one validates and one tests."""
     import torch
 
-    tokenizer = tiny.make_tokenizer([f"{asked}\n{said}" for asked, said in rows], shape.vocabulary)
+    texts = [f"<|user|>\n{asked}\n<|assistant|>\n{said}" for asked, said in rows]  # as the template writes them
+    tokenizer = tiny.make_tokenizer(texts, shape.vocabulary)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = tiny.make_model(shape.vocabulary, **shape.config)
     dtype = torch.bfloat16 if shape.needs_cuda else torch.float32
