@@ -1,4 +1,4 @@
-"""The whole pipeline on bases that are built otherwise than TinyLlama: biases, tied weights, a window, other positions."""
+"""The whole pipeline on bases built otherwise than TinyLlama: biases, tied weights, a window, other positions."""
 
 import subprocess
 import sys
