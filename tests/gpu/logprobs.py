@@ -1,18 +1,24 @@
 """What one backend makes of a model, as JSON: two backends cannot share a process, since Unsloth patches the other.
 
-LLAMAREFINE_BACKEND=transformers python -m tests.gpu.logprobs PREPARED ADAPTER
+LLAMAREFINE_BACKEND=transformers python -m tests.gpu.logprobs PREPARED ADAPTER GRADIENT
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def main(prepared: Path, adapter: Path) -> None:
-    """Print the backend's name and nats per token of the test answers, by base and base + adapter."""
+def main(prepared: Path, adapter: Path, gradient: Path) -> None:
+    """Print the backend's name and nats per token of the test answers, by base and base + adapter.
+
+    The file `gradient` gets that of the answers' loss, by the weights of the adapter, under their names.
+    """
     from llamarefine_jobs import model as models
 
     backend = models.choose_backend()
+    from safetensors.torch import save_file
+
     from llamarefine_jobs.encoding import encode_questions, load_tokenizer, read_rows
     from llamarefine_jobs.scoring import score
 
@@ -25,8 +31,37 @@ def main(prepared: Path, adapter: Path) -> None:
             model = models.attach_adapter(model, adapter)
         scores = score(model, tokenizer.pad_token_id, rows, 4)
         found[name] = [one.logprob / one.tokens for one in scores]
+    save_file(gradient_of(backend.load(prepared / "base"), backend, adapter, rows, tokenizer.pad_token_id), gradient)
     print(json.dumps({"backend": backend.name, "nats_per_token": found}))
 
 
+def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id: int) -> dict[str, Any]:
+    """The gradient of the rows' mean loss, with the adapter that a training left, as a trainer computes it."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from llamarefine_jobs.model import ADAPTER_WEIGHTS
+    from llamarefine_jobs.sft import labelled
+    from tests.jobs import tiny
+
+    model = backend.add_adapter(model, tiny.recipe().sft.lora, seed=1, gradient_checkpointing=False)
+    set_peft_model_state_dict(model, load_file(adapter / ADAPTER_WEIGHTS))
+    columns = labelled(rows)
+    device = next(model.parameters()).device
+
+    def batch(column: list[list[int]], rest: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], True, rest).to(device)
+
+    ids, labels = batch(columns["input_ids"], pad_id), batch(columns["labels"], -100)
+    mask = batch([[1] * len(row) for row in columns["input_ids"]], 0)
+    model.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=backend.bf16):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight.grad.float().cpu().contiguous() for name, weight in weights.items()}
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

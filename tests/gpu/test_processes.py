@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llamarefine_jobs.store import Store
-from tests.gpu.shapes import TINY, Shape, read_rows, write_prepared
+from tests.gpu.shapes import INTERPRETED, TINY, Shape, read_rows, write_prepared
 from tests.jobs import processes, tiny
 from tests.jobs.test_training_resume import copy_up_to
 
@@ -69,7 +70,7 @@ def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
     undisturbed: Path, tmp_path: Path, cuda: bool
 ) -> None:
     """The process may use so little of the card that its first large tensor does not fit."""
-    if not cuda:
+    if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
     store = copy_up_to(undisturbed, tmp_path, "sft")
     ended = train_in_a_corner(undisturbed, store)
@@ -83,7 +84,7 @@ def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
 def test_memory_that_runs_out_is_all_free_for_the_process_with_half_the_rows(
     undisturbed: Path, tmp_path: Path, cuda: bool
 ) -> None:
-    if not cuda:
+    if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
     store = copy_up_to(undisturbed, tmp_path, "sft")
     ended = train_in_a_corner(undisturbed, store, "sft.on_out_of_memory=halve_micro_batch")
@@ -105,25 +106,39 @@ def train_in_a_corner(undisturbed: Path, store: Path, *options: str) -> "subproc
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=400)
 
 
-def test_two_backends_give_the_same_log_probabilities(shape: Shape, prepared: Path, trained: Path, cuda: bool) -> None:
+def test_two_backends_give_the_same_log_probabilities_and_gradients(
+    shape: Shape, prepared: Path, trained: Path, tmp_path: Path, cuda: bool
+) -> None:
     """Within what bf16 may round. On the CPU there is one backend: twice the same shows that the test works."""
     if cuda and importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed: there is one backend only")
     names = ["transformers", "unsloth"] if cuda else ["transformers", "transformers"]
-    answers = [ask(name, prepared, trained / "adapter") for name in names]
+    files = [tmp_path / f"{place}.safetensors" for place in range(2)]
+    answers = [ask(name, prepared, trained / "adapter", file) for name, file in zip(names, files, strict=True)]
     assert [answer["backend"].split()[0] for answer in answers] == names
     for model in ("base", "sft"):
         one, other = (answer["nats_per_token"][model] for answer in answers)
         distance = sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
         assert distance < (3e-2 if cuda else 1e-6), f"{model}: {distance} nats a token apart at the shape {shape.name}"
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys()
+    for layer in ("lora_A", "lora_B"):
+        ours, theirs = (
+            torch.cat([found[name].flatten() for name in sorted(found) if layer in name]) for found in (one, other)
+        )
+        assert float(ours.norm()) > 0
+        apart = float((ours - theirs).norm() / ours.norm())
+        assert apart < (5e-2 if cuda else 1e-6), (
+            f"{layer}: the gradients differ by {apart:.1%} at the shape {shape.name}"
+        )
 
 
-def ask(backend: str, prepared: Path, adapter: Path) -> dict[str, object]:
-    command = [sys.executable, "-m", "tests.gpu.logprobs", str(prepared), str(adapter)]
+def ask(backend: str, prepared: Path, adapter: Path, gradient: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.gpu.logprobs", *map(str, (prepared, adapter, gradient))]
     environment = os.environ | {"LLAMAREFINE_BACKEND": backend}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)
     assert ended.returncode == 0, ended.stderr
-    found: dict[str, object] = json.loads(ended.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
 
 
