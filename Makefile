@@ -120,9 +120,10 @@ chart: ## check the Helm chart and pack it into dist/
 clean: ## remove what the targets above made: environment, caches, the demo with its models
 	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
 
+# What else was installed, such as the extra `gpu`, stays.
 $(READY): pyproject.toml uv.lock $(filter .uv/%,$(UV))
 	@$(FIND_PYTHON)
-	$(UV) sync --locked --extra train $(if $(filter command environment,$(origin PYTHON)),--python "$(PYTHON)")
+	$(UV) sync --locked --inexact --extra train $(if $(filter command environment,$(origin PYTHON)),--python "$(PYTHON)")
 	@touch $@
 
 .uv/bin/uv:

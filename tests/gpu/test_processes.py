@@ -19,7 +19,7 @@ from tests.gpu.shapes import INTERPRETED, TINY, Shape, read_rows, write_prepared
 from tests.jobs import processes, tiny
 from tests.jobs.test_training_resume import copy_up_to
 
-EVERY = 3  # steps between checkpoints
+EVERY = 1 if INTERPRETED else 3  # steps between checkpoints
 _RECIPE = tiny.RECIPE.replace("max_length_tokens: 128", "max_length_tokens: 1024")
 
 

@@ -123,6 +123,8 @@ def stand_in_for_cuda() -> None:
     """Let `torch.cuda` tell of a card that this machine lacks."""
     for name, value in (_ANSWERS | dict.fromkeys(_NOTHING_TO_DO)).items():
         setattr(torch.cuda, name, _answer(value))
+        if hasattr(torch.cuda.random, name):
+            setattr(torch.cuda.random, name, _answer(value))
     torch.cuda.Stream = torch.cuda.Event = _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = torch.accelerator.current_stream = _Stream
     torch.cuda.device, torch.cuda.stream = _Device, _Device
