@@ -77,7 +77,7 @@ def cluster(folder: Path, config: Path | None = None) -> Iterator[KindCluster]:
         kind.make(environment, "kind-down")
 
 
-def eventually(true: Callable[[], Any], within_s: float = 60) -> Any:
+def eventually(true: Callable[[], Any], within_s: float = 180) -> Any:
     """What `true` gives as soon as it is anything; fails when that takes too long."""
     until_s = time.monotonic() + within_s
     while not (found := true()):
