@@ -1,13 +1,12 @@
 """The whole pipeline on bases built otherwise than TinyLlama: biases, tied weights, a window, other positions."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.e2e.test_one_machine import llamarefine
 from tests.jobs import tiny
 
 _SHAPE = {
@@ -78,8 +77,3 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-
-
-def llamarefine(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [Path(sys.executable).with_name("llamarefine"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

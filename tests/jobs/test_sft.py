@@ -197,9 +197,6 @@ def test_a_loss_that_explodes_ends_the_training_and_names_the_checkpoint_before(
 def test_a_state_with_a_weight_that_is_no_number_is_never_a_checkpoint(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(model: Any) -> None:
-        next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
-
     after_step_5(poison, monkeypatch)
     context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
     with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is that of step 4, file:"):
@@ -211,10 +208,6 @@ def test_weights_that_are_no_numbers_are_not_kept_whatever_the_validation_says(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend whose validation leaves the adapter out gives a good loss for any."""
-
-    def poison(model: Any) -> None:
-        next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
-
     after_step_5(poison, monkeypatch)
     monkeypatch.setattr(sft, "measure", lambda *_: {"eval_loss": 1.0})
     context = make_context("sft", prepared, tmp_path, "sft.evaluate_every_steps=5")
@@ -259,6 +252,10 @@ def after_step_5(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch)
         original(watch, args, state, control, model=model, **more)
 
     monkeypatch.setattr(training.Watch, "on_step_end", changed)
+
+
+def poison(model: Any) -> None:
+    next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
 
 
 def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
