@@ -40,6 +40,7 @@ def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id
     import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from llamarefine_jobs.model import ADAPTER_WEIGHTS
     from llamarefine_jobs.sft import labelled
@@ -47,17 +48,12 @@ def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id
 
     model = backend.add_adapter(model, tiny.recipe().sft.lora, seed=1, gradient_checkpointing=False)
     set_peft_model_state_dict(model, load_file(adapter / ADAPTER_WEIGHTS))
-    columns = labelled(rows)
-    device = next(model.parameters()).device
-
-    def batch(column: list[list[int]], rest: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], True, rest).to(device)
-
-    ids, labels = batch(columns["input_ids"], pad_id), batch(columns["labels"], -100)
-    mask = batch([[1] * len(row) for row in columns["input_ids"]], 0)
+    columns, device = labelled(rows), next(model.parameters()).device
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_id)
+    batch = collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
     model.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=backend.bf16):
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
     loss.backward()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return {name: weight.grad.float().cpu().contiguous() for name, weight in weights.items()}
