@@ -66,6 +66,7 @@ def work(context: Context) -> None:
     watch = training.Watch(section, context, tokens / len(train_rows), held_out.measure)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_rows(trainer, pairs)
+    training.settle_order(trainer, section, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
     training.train(trainer, watch, context)
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +292,6 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
         refuse_pickled_code(checkpoint)
         watch.resume(checkpoint)
     trainer.remove_callback(PrinterCallback)  # it prints raw logs; `Watch` reports
-    _settle_order(trainer, watch.section)
     _settle_device(trainer)
     began_s = time.monotonic()
     try:
@@ -343,12 +342,14 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def _settle_order(trainer: Trainer, section: Sft | Dpo) -> None:
-    """Let the trainer take its rows in our order: `WholeBatches` says why."""
+def settle_order(trainer: Trainer, section: Sft | Dpo, lengths: Sequence[int] | None) -> None:
+    """Let the trainer take its rows in our order: `WholeBatches` says why. `lengths` where micro batches are padded."""
     rows = len(trainer.train_dataset)
+    if section.micro_batch_rows == section.batch_rows:
+        lengths = None  # a step is padded as one
 
     def sampler(dataset: Any = None) -> WholeBatches:
-        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
+        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0), lengths)
 
     trainer._get_train_sampler = sampler
 

@@ -238,6 +238,17 @@ def test_every_row_is_trained_once_an_epoch_and_each_batch_is_whole(batch_rows: 
     assert orders[0] == list(WholeBatches(60, batch_rows, 3, lambda: 0))
 
 
+def test_each_step_takes_the_same_rows_from_the_longest_to_the_shortest() -> None:
+    from llamarefine_jobs.sampling import WholeBatches
+
+    lengths = [place * 37 % 50 for place in range(60)]
+    order, by_length = (list(WholeBatches(60, 8, 3, lambda: 1, known)) for known in (None, lengths))
+    for start in range(0, len(order), 8):
+        step = by_length[start : start + 8]
+        assert sorted(step) == sorted(order[start : start + 8])
+        assert [lengths[row] for row in step] == sorted((lengths[row] for row in step), reverse=True)
+
+
 def test_parts_of_the_rows_hold_each_row_once() -> None:
     rows = list(range(11))
     for size in (1, 2, 3, 16):

@@ -70,7 +70,10 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
         "mfu": None if quantized or peak is None else per_second * flops / peak,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "estimated_memory_bytes": training_bytes(
-            Shape.of(trainer.model.config.to_dict()), section, recipe.max_length_tokens
+            Shape.of(trainer.model.config.to_dict()),
+            section,
+            recipe.max_length_tokens,
+            with_unsloth=backend.name == "unsloth",
         ),
         "whole_training_seconds_estimated": rows * tokens_a_row * epochs / per_second,
         "training_rows": rows,
@@ -102,19 +105,23 @@ def load(backend: Any, recipe: Any, section: Any, prepared: Path) -> tuple[Any, 
         prepared / "base", quantization=section.quantization, max_length_tokens=recipe.max_length_tokens
     )
     training.settle_model(model, tokenizer)
-    return backend.add_adapter(model, section.lora, seed=recipe.seed, gradient_checkpointing=False), tokenizer
+    model = backend.add_adapter(
+        model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
+    )
+    return model, tokenizer
 
 
 def build(
     arm: str, stage: str, recipe: Any, backend: Any, model: Any, tokenizer: Any, prepared: Path
 ) -> tuple[Any, float, int]:
     """The stage's own trainer, or the earlier attempt's padding in it; mean tokens a row; how many rows."""
-    from llamarefine_jobs import dpo, sft
+    from llamarefine_jobs import dpo, sft, training
     from llamarefine_jobs.encoding import encode_pairs, encode_questions, read_rows
 
     context: Any = bare_context(stage, recipe, prepared.parent)
     rows = read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
     section = recipe.section(stage)
+    longest: list[int] | None
     if stage == "sft":
         encoded = encode_questions(tokenizer, rows)
         trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, silent())
@@ -124,9 +131,14 @@ def build(
             lengths = [min(len(row), EARLIER_TOKENS) for row in encoded]
         else:
             lengths = [len(row) for row in encoded]
+        longest = None if trainer.padding_free else lengths
     else:
         trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, silent())
-        lengths = [len(chosen) + len(rejected) for chosen, rejected in encode_pairs(tokenizer, rows)]
+        pairs = encode_pairs(tokenizer, rows)
+        lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
+        longest = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
+    if arm == "ours":  # the others take the rows as TRL does
+        training.settle_order(trainer, section, longest)
     return trainer, sum(lengths) / len(lengths), len(rows)
 
 
