@@ -1,6 +1,6 @@
 """What a run of a recipe would do: which stages are in the store, which are due, and why."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class PlannedStage:
     state: Literal["there", "due", "follows"]
     key: str | None
     reasons: tuple[str, ...]
+    took_s: float | None = None  # in the newest run of the recipe's name that ran it, waiting included
 
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
@@ -40,7 +41,7 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
         changes = tuple(_changes(stage, recipe, last)) if last else ()
         if waits_for:
             reasons = changes or (f"runs after {waits_for[-1]}",)
-            planned.append(PlannedStage(stage, "follows", None, reasons))
+            planned.append(PlannedStage(stage, "follows", None, reasons, _took_s(stage, runs)))
             continue
         key = artifact_key(stage, recipe, found)
         manifest = store.manifest(stage, key)
@@ -49,7 +50,7 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
             planned.append(PlannedStage(stage, "there", key, (f"made {manifest.finished_at:%Y-%m-%d %H:%M} UTC",)))
         else:
             reasons = _left_off(stage, key, this, store) or changes or _other_parents(stage, found, last)
-            planned.append(PlannedStage(stage, "due", key, reasons or (_unmade(key, last),)))
+            planned.append(PlannedStage(stage, "due", key, reasons or (_unmade(key, last),), _took_s(stage, runs)))
     return planned
 
 
@@ -105,6 +106,14 @@ def _unmade(key: str, last: RunRecord | None) -> str:
     stages = last.stages.values() if last else ()
     was_there = any(stage.key == key and stage.state in ("done", "reused") for stage in stages)
     return "its artifact is gone from the store" if was_there else "was never run"
+
+
+def _took_s(stage: str, runs: Sequence[RunRecord]) -> float | None:
+    for record in runs:
+        ran = record.stages.get(stage)
+        if ran and ran.state == "done" and ran.started_at and ran.finished_at:
+            return (ran.finished_at - ran.started_at).total_seconds()
+    return None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

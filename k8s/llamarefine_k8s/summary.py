@@ -161,8 +161,10 @@ def print_plan(
     for stage in planned:
         key = short(stage.key) if stage.key else "key not known yet"
         row = (stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
-        needs = stage.state != "there" and memory.get(stage.stage)
-        table.add_row(*row, Text(f"about {gib(needs)} of GPU memory (estimated)" if needs else "", "dim"))
+        known = [f"took {duration(stage.took_s)} last time"] if stage.took_s is not None else []
+        if stage.state != "there" and (needs := memory.get(stage.stage)):
+            known.append(f"about {gib(needs)} of GPU memory (estimated)")
+        table.add_row(*row, Text(", ".join(known), "dim"))
     console.print(table)
     due = sum(stage.state != "there" for stage in planned)
     if not due:

@@ -1,14 +1,17 @@
 """What a run would do, and why."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from llamarefine_jobs.contract.artifact import run_path
 from llamarefine_jobs.contract.errors import DivergedError, StoreError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
+from llamarefine_k8s import runs
 from llamarefine_k8s.pipeline import Pipeline
 from llamarefine_k8s.plan import plan
 
@@ -55,6 +58,23 @@ def test_the_newest_run_of_the_name_is_what_is_compared_with(recipe: Callable[..
     drive(recipe("dpo.beta=0.2"), store)
     drive(recipe("name=other", "dpo.beta=0.7"), store)
     assert told(recipe("dpo.beta=0.3"), store)["dpo"] == ("due", "dpo.beta 0.2 → 0.3")
+
+
+def test_what_a_stage_took_is_that_of_the_newest_run_which_ran_it(
+    recipe: Callable[..., Recipe], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive(recipe(), store)
+    assert [stage.took_s for stage in plan(recipe(), store)] == [None] * 5, "nothing is to run"
+    drive(recipe("dpo.beta=0.2"), store)  # this one reused prepare and sft
+    first, second = (runs.load(store, runs.run_id(recipe(*change))) for change in ((), ("dpo.beta=0.2",)))
+    assert first
+    assert second
+    for record, seconds in ((first, 60), (second, 7)):
+        for stage in record.stages.values():
+            stage.finished_at = stage.started_at and stage.started_at + timedelta(seconds=seconds)
+        store.write(run_path(record.run, runs.RECORD), record.to_bytes())
+    planned = {stage.stage: stage.took_s for stage in plan(recipe("sft.epochs=9"), store)}
+    assert planned == {"prepare": None, "sft": 60, "dpo": 7, "merge": 7, "evaluate": 7}
 
 
 def test_changed_content_of_a_source_is_named(recipe: Callable[..., Recipe], store: Store) -> None:
