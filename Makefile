@@ -2,7 +2,7 @@
 # Behind a private certificate authority: `export UV_SYSTEM_CERTS=1` (uv then trusts what the system trusts).
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu chaos chaos-kind fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
+.PHONY: help setup demo test test-gpu gpu chaos chaos-kind fuzz audit lint format docs bench images kind-up kind-down submit-pipeline pull e2e chart clean
 
 PYTHON ?= python3
 DEMO   ?= demo
@@ -59,6 +59,10 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 	@if $(RUN) python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("unsloth") is None)'; \
 	then LLAMAREFINE_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
 	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
+
+gpu: $(READY) ## all that a GPU is wanted for: the contract on both backends, then the benchmark; results in gpu-results/
+	$(UV) sync --locked --inexact --extra train --extra gpu
+	@tests/gpu/run
 
 chaos: $(READY) ## kill, fill up and damage real runs at random moments: SEED=1 KILLS=200; docs/chaos.md
 	$(RUN) python -m tests.chaos --seed "$(SEED)" --kills "$(KILLS)" $(ARGS)
@@ -118,7 +122,7 @@ chart: ## check the Helm chart and pack it into dist/
 	@helm package charts/llamarefine --destination dist
 
 clean: ## remove what the targets above made: environment, caches, the demo with its models
-	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist "$(DEMO)"
+	rm -rf .venv .uv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist gpu-results "$(DEMO)"
 
 # What else was installed, such as the extra `gpu`, stays.
 $(READY): pyproject.toml uv.lock $(filter .uv/%,$(UV))

@@ -1,0 +1,22 @@
+"""The one command for a GPU machine, where there is none."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LLAMAREFINE_GPU_TESTS"}
+    environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "results")}
+    ended = subprocess.run([ROOT / "tests/gpu/run"], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("tests/gpu/run: expected a CUDA device, found none;")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
