@@ -1,8 +1,9 @@
 """What a training will need of its GPU's memory: the contract's estimate, for the base that a recipe names.
 
-The estimate is not calibrated on any measurement, so only what is far over the card is refused.
+The estimate was counted without a card and never measured on one, so only what is far over the card is refused.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from llamarefine_jobs.store import Store
 from llamarefine_k8s.checks import Check, fail, ok, warning
 
 REFUSED_FROM = 1.5  # times the card
-UNCALIBRATED = "an estimate that no measurement has calibrated"
+UNMEASURED = "an estimate that was never measured on a card"
 _CONFIG_BYTES = 1 << 20
 _KEY = "prepare.base"
+_PREPARED_CONFIG = "base/config.json"
 
 
 def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[str, int]:
@@ -36,7 +38,11 @@ def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[s
             return {}
         shape = Shape.of(config)
         sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
-        return {name: training_bytes(shape, section, recipe.max_length_tokens) for name, section in sections.items()}
+        return {
+            # The images hold Unsloth, which trains in one process.
+            name: training_bytes(shape, section, recipe.max_length_tokens, with_unsloth=section.processes == 1)
+            for name, section in sections.items()
+        }
     except (LlamaRefineError, ValueError):
         return {}  # whoever reads the base says what is wrong with it
 
@@ -69,7 +75,7 @@ def base_config(base: Base) -> dict[str, Any] | None:
 def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
     """The estimate beside a card: refused only where it is far over it."""
     name = f"GPU memory for {stage}"
-    text = f"{gib(needed_bytes)} of the {gib(card_bytes)} {where}, {UNCALIBRATED}"
+    text = f"{gib(needed_bytes)} of the {gib(card_bytes)} {where}, {UNMEASURED}"
     to_do = f"lower {stage}.micro_batch_rows or max_length_tokens, or set {stage}.gradient_checkpointing"
     if needed_bytes > REFUSED_FROM * card_bytes:
         return fail(name, text, to_do)
@@ -82,12 +88,17 @@ def gib(size_bytes: float) -> str:
 
 
 def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
-    """That of the base that is prepared already; ValueError where somebody put something else in its place."""
+    """That of the base that is prepared already; None where there is none, or it is not the file that prepare wrote."""
     if recipe.prepare.base.source == sources.TINY_LLAMA:
         return None
     manifest = store.manifest("prepare", artifact_key("prepare", recipe, {}))
-    data = store.read(f"{manifest.folder}/base/config.json") if manifest else None
-    return None if data is None else parse_object(data, "config.json")
+    if manifest is None:
+        return None
+    data = store.read(f"{manifest.folder}/{_PREPARED_CONFIG}")
+    written = {file.sha256 for file in manifest.files if file.path == _PREPARED_CONFIG}
+    if data is None or hashlib.sha256(data).hexdigest() not in written:
+        return None  # who fetches the base says so
+    return parse_object(data, "config.json")
 
 
 def _read_file(file: Path) -> bytes | None:

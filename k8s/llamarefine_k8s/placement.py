@@ -45,7 +45,7 @@ def check_placement(
         if card:
             yield gpu_memory.check_card(stage, size_bytes, card, _LARGEST)
         elif given.gpus_of(stage):
-            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNCALIBRATED}; how much a node's GPU has is not known"
+            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNMEASURED}; how much a node's GPU has is not known"
             yield warning(f"GPU memory for {stage}", text, "compare it with the card yourself")
 
 

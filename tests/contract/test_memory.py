@@ -1,5 +1,12 @@
-"""The memory estimate: its counts are those of real models, and it moves as memory does. Its size is not calibrated."""
+"""The memory estimate: its counts are those of real models, and it moves as memory does.
 
+Its size is held to the real trainers' by tests/gpu/test_memory.py, a part of which runs here without a card.
+"""
+
+import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -43,7 +50,7 @@ def test_the_counts_are_those_of_a_real_model_and_a_real_adapter(tied: bool) -> 
 
 def test_it_is_never_less_than_the_weights_and_the_optimizer(shape: Shape) -> None:
     least = 2 * 1_100_048_384 + 16 * shape.adapter_parameters(Lora())
-    assert least < training_bytes(shape, Sft(micro_batch_rows=1, batch_rows=1), 16) < 2 * least
+    assert least < training_bytes(shape, Sft(micro_batch_rows=1, batch_rows=1), 16, with_unsloth=True) < 2 * least
 
 
 @pytest.mark.parametrize(
@@ -57,5 +64,27 @@ def test_it_is_never_less_than_the_weights_and_the_optimizer(shape: Shape) -> No
     ],
 )
 def test_what_takes_less_is_estimated_lower(shape: Shape, less: Sft | Dpo, more: Sft | Dpo) -> None:
-    assert training_bytes(shape, less, 1024) < training_bytes(shape, more, 1024)
-    assert training_bytes(shape, less, 512) < training_bytes(shape, less, 1024)
+    for with_unsloth in (False, True):
+        estimate = functools.partial(training_bytes, shape, with_unsloth=with_unsloth)
+        assert estimate(less, 1024) < estimate(more, 1024)
+        assert estimate(less, 512) < estimate(less, 1024)
+
+
+def test_it_is_what_the_real_trainers_take() -> None:
+    """As on CUDA, with transformers + peft, in a process that is told of a card."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"LLAMAREFINE_GPU_TESTS": "interpreter", "LLAMAREFINE_BACKEND": "transformers"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/gpu/test_memory.py",
+        "-k",
+        "tiny-none",
+        "-p",
+        "no:cacheprovider",
+    ]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "4 passed" in ended.stdout

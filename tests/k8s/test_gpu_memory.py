@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,8 +19,8 @@ from llamarefine_jobs.sources import pin
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.gpu_memory import base_config, check_card, estimates
 from tests.contract.test_memory import TINYLLAMA
+from tests.jobs.tiny import publish as publish_folder
 
-from .acting import publish
 from .conftest import Launcher
 
 
@@ -56,12 +57,14 @@ def test_a_folder_a_bucket_and_the_hub_give_the_same_estimate(
     plain = recipe()
     bases = [Base(source=str(base)), Base(source=f"{s3_uri}/base"), Base(source="owner/small", revision="v1")]
     expected = {
-        "sft": training_bytes(Shape.of(TINYLLAMA), plain.sft, plain.max_length_tokens),
-        "dpo": training_bytes(Shape.of(TINYLLAMA), plain.dpo, plain.max_length_tokens),
+        name: training_bytes(Shape.of(TINYLLAMA), section, plain.max_length_tokens, with_unsloth=True)
+        for name, section in (("sft", plain.sft), ("dpo", plain.dpo))
     }
     for each in bases:
         assert estimates(plain.with_sources({"base": each}), "store") == expected
     assert estimates(plain.with_sources({"base": bases[2]}), "store", ask_hub=False) == {}
+    several = recipe("sft.gpus=2").with_sources({"base": bases[0]})
+    assert estimates(several, "store")["sft"] > expected["sft"], "several processes train without Unsloth"
 
 
 def test_the_tiny_base_fits_any_card(recipe: Callable[..., Recipe]) -> None:
@@ -83,10 +86,10 @@ def test_a_base_without_a_config_is_told_and_one_out_of_reach_is_not_known(
 
 
 @pytest.mark.parametrize(("card_gib", "state"), [(40, "ok"), (30, "warning"), (22, "warning"), (20, "FAIL")])
-def test_an_uncalibrated_estimate_refuses_only_what_is_far_over_the_card(card_gib: int, state: str) -> None:
+def test_an_unmeasured_estimate_refuses_only_what_is_far_over_the_card(card_gib: int, state: str) -> None:
     check = check_card("sft", 31 * 2**30, card_gib * 2**30, "here")
     assert check.state == state
-    assert "no measurement has calibrated" in str(check)
+    assert "never measured on a card" in str(check)
     assert ("sft.micro_batch_rows" in str(check)) is (state != "ok")
 
 
@@ -94,9 +97,12 @@ def test_plan_shows_it(base: Path, recipe_file: Path, launcher: Launcher) -> Non
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(base)))
     code, out, err = launcher.run("plan", str(recipe_file))
     assert code == 0, err
-    assert "about 17.1 GiB of GPU memory (estimated)" in out
+    assert [line.split()[0] for line in out.splitlines() if "GiB of GPU memory (estimated)" in line] == ["sft", "dpo"]
     planned = json.loads(launcher.run("plan", str(recipe_file), "--json")[1])["stages"]
-    assert [stage["estimated_gpu_memory_bytes"] is not None for stage in planned] == [False, True, True, False, False]
+    pinned = pin(load_recipe(recipe_file, ()))
+    assert [stage["estimated_gpu_memory_bytes"] for stage in planned] == [
+        estimates(pinned, "store").get(stage["stage"]) for stage in planned
+    ]
 
 
 NO_OBJECT = ["", "[]", "[1]", "1", "NaN", '"x"', '{"a"', "\0", "[" * 100_000, '{"a":' * 100_000, "1" + "0" * 5000]
@@ -110,17 +116,27 @@ NO_SIZES = [
 
 
 @pytest.mark.parametrize("text", [*NO_OBJECT, *(json.dumps(TINYLLAMA | wrong) for wrong in NO_SIZES)])
-def test_a_prepared_base_that_somebody_put_nonsense_in_is_one_of_unknown_size(
-    text: str, base: Path, recipe: Callable[..., Recipe], store: Store
+def test_a_base_of_nonsense_is_one_of_unknown_size(text: str, base: Path, recipe: Callable[..., Recipe]) -> None:
+    pinned = recipe().with_sources({"base": Base(source=str(base))})
+    assert set(estimates(pinned, "store")) == {"sft", "dpo"}
+    (base / "config.json").write_text(text)
+    assert estimates(pinned, "store") == {}
+
+
+def test_the_base_that_is_prepared_already_is_asked_unless_somebody_put_another_config_there(
+    base: Path, recipe: Callable[..., Recipe], store: Store, tmp_path: Path
 ) -> None:
-    """Whoever may write the bucket can put another config.json there; the stage that reads it refuses it."""
+    """Whoever may write the bucket can; the stage that fetches the base refuses it."""
     pinned = pin(recipe().with_sources({"base": Base(source=str(base))}))
-    prepared = publish("prepare", pinned, store)
-    place = f"{prepared.folder}/base/config.json"
-    store.write(place, json.dumps(TINYLLAMA).encode())
-    assert set(estimates(pinned, store.uri)) == {"sft", "dpo"}
-    store.write(place, text.encode())
-    assert estimates(pinned, store.uri) == {}
+    expected = estimates(pinned, store.uri)
+    prepared = tmp_path / "prepared"
+    shutil.copytree(base, prepared / "base")
+    manifest = publish_folder(store, prepared, "prepare", pinned, {})
+    shutil.rmtree(base)
+    assert estimates(pinned, store.uri) == expected
+    for text in (json.dumps(TINYLLAMA | {"hidden_size": 64}), *NO_OBJECT):
+        store.write(f"{manifest.folder}/base/config.json", text.encode())
+        assert estimates(pinned, store.uri) == {}
 
 
 @pytest.mark.parametrize("text", NO_OBJECT)
@@ -133,10 +149,8 @@ def test_a_base_whose_config_is_no_object_is_told_in_one_line(text: str, base: P
 
 def test_plan_goes_on_without_what_it_cannot_know(base: Path, recipe_file: Path, launcher: Launcher) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(base)))
-    store = Store("store")
-    prepared = publish("prepare", pin(load_recipe(recipe_file, ())), store)
     for text in ("[" * 100_000, json.dumps(TINYLLAMA | {"head_dim": "x"})):
-        store.write(f"{prepared.folder}/base/config.json", text.encode())
+        (base / "config.json").write_text(text)
         code, out, err = launcher.run("plan", str(recipe_file), "--store", "store")
         assert (code, err) == (0, "")
         assert "GPU memory" not in out

@@ -1,6 +1,7 @@
-"""How much memory of a GPU a training will need: an estimate from shapes alone, NOT calibrated on any measurement.
+"""How much memory of a GPU a training will need: an estimate from shapes, NOT measured on a card.
 
-Of the worst batch, where every row has `max_length_tokens`. The benchmark on a GPU prints it beside what it measured.
+Of the worst batch, where every row has `max_length_tokens`. What a step keeps was counted, tensor by tensor, in the
+real trainers without a card; tests/gpu/test_memory.py holds the estimate to that count, and on a card to its peak.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,10 @@ from llamarefine_jobs.contract.recipe import Dpo, LinearLayer, Lora, Sft
 _FP32, _HALF = 4, 2  # bytes a number
 _NF4 = 0.5 + 1 / 64 + _FP32 / (64 * 256)  # with its scale a block of 64, itself in 8 bits (double quantisation)
 _TRAINED = _FP32 * 4  # a weight, its gradient, Adam's two means
-_LOGITS = _HALF + 2 * _FP32  # as the model gives them, and in fp32 with their gradient
-_CUDA_CONTEXT_BYTES = 600 * 2**20
+# At once of each logit: SFT's in fp32, their log-softmax and two gradients; DPO's in 16 bits, in fp32, two gradients.
+_SFT_LOGIT, _DPO_LOGIT = 4 * _FP32, _HALF + 3 * _FP32
+_FUSED_LOSS_BYTES = 4 * 2**30  # Unsloth cuts SFT's logits into parts of at most so much
+CUDA_CONTEXT_BYTES = 600 * 2**20
 _NO_SIZE = 1 << 31  # of anything in a model
 
 
@@ -78,19 +81,35 @@ class Shape:
         return self.layers * sum(lora.rank * sum(linear[name]) for name in lora.target_layers)
 
 
-def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int) -> int:
-    """The estimate for one training; a DPO row is two sequences."""
+def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int, *, with_unsloth: bool) -> int:
+    """The estimate for the card of one process, on either backend; a DPO row is two sequences."""
     sequences = section.micro_batch_rows * (2 if isinstance(section, Dpo) else 1)
     tokens = sequences * max_length_tokens
     a_weight = _NF4 if section.quantization == "nf4" else _HALF
     weights = shape.linear_parameters() * a_weight + shape.other_parameters() * _HALF
+    if section.quantization == "nf4":
+        weights += shape.inside * shape.hidden * _HALF  # one layer's at a time, as it is computed with
     trained = shape.adapter_parameters(section.lora) * _TRAINED
-    # What a block keeps for its backward pass: its input, two norms, queries, keys, values, attention's output and
-    # the sum after it; inside, gate, up, their product and the product's input.
-    a_block = tokens * _HALF * (4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 4 * shape.inside)
+    a_block = tokens * _kept(shape, section, with_unsloth)
+    backward = tokens * _HALF * (3 * shape.inside + 5 * shape.hidden)  # of one block at a time
+    logits = tokens * shape.vocabulary * (_DPO_LOGIT if isinstance(section, Dpo) else _SFT_LOGIT)
+    if with_unsloth and isinstance(section, Sft):
+        logits = min(logits, _FUSED_LOSS_BYTES)
     if section.gradient_checkpointing:
-        activations = shape.layers * tokens * _HALF * shape.hidden + a_block
+        kept, backward = shape.layers * tokens * _HALF * shape.hidden, a_block + backward
     else:
-        activations = shape.layers * a_block
-    logits = tokens * shape.vocabulary * _LOGITS
-    return round(weights + trained + activations + logits) + _CUDA_CONTEXT_BYTES
+        kept = shape.layers * a_block
+    return round(weights + trained + kept + max(logits, backward)) + CUDA_CONTEXT_BYTES
+
+
+def _kept(shape: Shape, section: Sft | Dpo, with_unsloth: bool) -> int:
+    """Bytes a token that a block keeps for its backward pass."""
+    hidden, inside, queries, keys = shape.hidden, shape.inside, shape.queries, shape.keys
+    if (
+        with_unsloth
+    ):  # Two norms, what they are of; queries, attention's output and its copy; keys, values; gate and up.
+        return _HALF * (4 * hidden + 3 * queries + 2 * keys + 2 * inside)
+    # What the norms are of in fp32; queries, attention's output; keys, values; gate, its activation, up; and of each
+    # layer with an adapter its input once more.
+    columns = [shape.linear()[name][1] for name in section.lora.target_layers]
+    return _HALF * (4 * hidden + 2 * queries + 2 * keys + 3 * inside + sum(columns))

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch._dynamo  # it lists torch's functions, and wants each of them to be one of torch's
+import torch.utils.checkpoint
 import triton.language as tl
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
@@ -82,9 +83,6 @@ class _InMemory(TorchFunctionMode):
         named = {key: _on_cpu(value) for key, value in (kwargs or {}).items() if key != "pin_memory"}
         if isinstance(named.get("device"), int):
             named["device"] = "cpu"
-        if function is torch.Tensor.backward:  # a mode is off while it has something done, and layers run in this
-            with self:
-                return torch.autograd.backward(args[0], named.pop("gradient", None), **named)
         return function(*map(_on_cpu, args), **named)
 
 
@@ -130,7 +128,21 @@ def stand_in_for_cuda() -> None:
     torch.cuda.device, torch.cuda.stream = _Device, _Device
     torch.accelerator.current_device_index = _answer(0)
     torch._C._cuda_getCurrentRawStream = _answer(0)
-    _InMemory().__enter__()
+    mode, run_backward = _InMemory(), torch.autograd._engine_run_backward
+
+    def run_backward_in_memory(*args: Any, **kwargs: Any) -> Any:
+        with mode:  # it is off while it has `backward` done, and layers that are recomputed run in that
+            return run_backward(*args, **kwargs)
+
+    checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+    description = checks["default"]
+
+    def description_in_memory(tensor: Any) -> Any:  # in the forward pass the mode is off when it is asked for
+        with torch._C.DisableTorchFunction():
+            return description(tensor)
+
+    torch.autograd._engine_run_backward, checks["default"] = run_backward_in_memory, description_in_memory
+    mode.__enter__()
 
 
 def interpret_bf16() -> None:

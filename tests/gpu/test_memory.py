@@ -1,0 +1,84 @@
+"""The memory that a step of the real trainers takes, beside what `plan` says that it will.
+
+On a card it is the allocator's own peak. Without one, whatever an operation makes is counted while it lives: what a
+trainer keeps for its backward pass is the same, and only what cuBLAS and the allocator add for themselves is not seen.
+"""
+
+import contextlib
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llamarefine_jobs import model as models
+from llamarefine_jobs.contract.memory import CUDA_CONTEXT_BYTES, training_bytes
+from llamarefine_jobs.contract.memory import Shape as Sizes
+from tests.bench.gpu import training as bench
+from tests.gpu.shapes import INTERPRETED, Shape, write_prepared
+from tests.jobs import tiny
+
+_ROWS, _WORDS = (2, 40) if INTERPRETED else (4, 200)  # of a micro-batch; of an answer
+# The interpreter's: enough that what is no part of the estimate, such as the positions' table, is little beside it.
+_WIDER = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+class Living(TorchDispatchMode):
+    """Adds up the bytes of a model and of all that operations make, while they live."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak_bytes = 0
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.see(tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return made
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.sizes.pop, storage._cdata)
+            self.peak_bytes = max(self.peak_bytes, sum(self.sizes.values()))
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_takes_the_memory_that_was_estimated(
+    stage: str, recompute: str, shape: Shape, quantization: str, cuda: bool, tmp_path: Path
+) -> None:
+    if not cuda:
+        pytest.skip("the estimate is of a training in 16 bits, on CUDA")
+    backend = models.choose_backend()
+    with_unsloth = backend.name == "unsloth"
+    if INTERPRETED and with_unsloth and recompute == "true":
+        pytest.skip("what Unsloth moves to the host's memory would be counted too")
+    row = ("what is it", "it is " + " ".join(map(str, range(_WORDS))))
+    shape = replace(shape, config=shape.config | (_WIDER if INTERPRETED else {}))
+    prepared = write_prepared(tmp_path / "prepared", shape, [row] * 32)
+    values = {"quantization": quantization, "gradient_checkpointing": recompute, "max_steps": 2, "epochs": 1}
+    values |= {"batch_rows": _ROWS, "micro_batch_rows": _ROWS, "checkpoint_every_s": "null"}
+    recipe = tiny.recipe(*shape.settings, *(f"{stage}.{name}={value}" for name, value in values.items()))
+    section: Any = recipe.section(stage)
+    model, tokenizer = bench.load(backend, recipe, section, prepared)
+    trainer, tokens_per_row, _ = bench.build("ours", stage, recipe, backend, model, tokenizer, prepared)
+    length_tokens = round(tokens_per_row if stage == "sft" else tokens_per_row / 2)
+    sizes = Sizes.of(trainer.model.config.to_dict())
+    estimated = training_bytes(sizes, section, length_tokens, with_unsloth=with_unsloth) - CUDA_CONTEXT_BYTES
+    living = Living(trainer.model) if INTERPRETED else None
+    torch.cuda.reset_peak_memory_stats()
+    with living or contextlib.nullcontext():
+        trainer.train()
+    peak = living.peak_bytes if living else torch.cuda.max_memory_allocated()
+    print(f"{stage}: {peak / 2**20:.1f} MiB at most, {estimated / 2**20:.1f} estimated, {length_tokens} tokens a row")
+    assert peak == pytest.approx(estimated, rel=0.15)
