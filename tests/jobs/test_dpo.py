@@ -19,7 +19,7 @@ from llamarefine_jobs.encoding import encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.entry import Context
 
 from . import tiny
-from .test_sft import make_context
+from .test_sft import assert_longest_first, make_context, record_widths
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,14 @@ def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -
     given = load_file(context.inputs["sft"] / "adapter" / models.ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
     assert all(not torch.equal(adapter[name], given[name]) for name in adapter), "it is the SFT adapter trained further"
+
+
+def test_a_step_takes_its_pairs_from_the_longest_to_the_shortest(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = record_widths(monkeypatch)
+    dpo.work(context)
+    assert_longest_first(widths, context.recipe.dpo.micro_batches)
 
 
 def test_a_reference_on_the_bare_base_is_refused(context: Context) -> None:

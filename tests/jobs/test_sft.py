@@ -1,6 +1,7 @@
 """SFT: what carries a loss, what is trained, what is refused. Real trainers on a tiny model."""
 
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_micro_batches_of_another_size_learn_the_same(prepared: Path, tmp_path: 
         torch.testing.assert_close(tensor, adapters[1][name], atol=2e-4, rtol=0)
 
 
+def test_a_step_takes_its_rows_from_the_longest_to_the_shortest(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uneven = shutil.copytree(prepared, tmp_path / "uneven")
+    rows = [(f"What is {place}?", "It is alpha" + " beta" * (place * 7 % 20)) for place in range(60)]
+    tiny.write_splits(uneven, {"train": rows[:48], "validation": rows[48:54], "test": rows[54:]})
+    context = make_context("sft", uneven, tmp_path)
+    widths = record_widths(monkeypatch)
+    sft.work(context)
+    assert_longest_first(widths, context.recipe.sft.micro_batches)
+
+
 def test_a_trainer_that_cuts_rows_is_refused(context: Context, tokenizer: Any) -> None:
     trainer, rows = build(context, tokenizer)
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["labels"][:-1]})
@@ -276,6 +289,27 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
         section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, rows, context)
     )
     return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows
+
+
+def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each micro batch is wide, once a trainer has run."""
+    from transformers import Trainer
+
+    widths: list[int] = []
+    own = Trainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return own(self, model, inputs, *rest, **more)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return widths
+
+
+def assert_longest_first(widths: list[int], micro_batches: int) -> None:
+    steps = [widths[start : start + micro_batches] for start in range(0, len(widths), micro_batches)]
+    assert all(step == sorted(step, reverse=True) for step in steps)
+    assert sum(step[0] > step[-1] for step in steps) > len(steps) / 2
 
 
 def validation_loss(context: Context) -> float:
