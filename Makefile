@@ -61,6 +61,7 @@ test-gpu: $(READY) ## the training contract on a CUDA device, on both backends w
 	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
 
 gpu: $(READY) ## all that a GPU is wanted for: the contract on both backends, then the benchmark; results in gpu-results/
+	@tests/gpu/run card
 	$(UV) sync --locked --inexact --extra train --extra gpu
 	@tests/gpu/run
 
