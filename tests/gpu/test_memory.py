@@ -70,6 +70,8 @@ def test_a_step_takes_the_memory_that_was_estimated(
     values |= {"batch_rows": _ROWS, "micro_batch_rows": _ROWS, "checkpoint_every_s": "null"}
     recipe = tiny.recipe(*shape.settings, *(f"{stage}.{name}={value}" for name, value in values.items()))
     section: Any = recipe.section(stage)
+    models.free_memory()
+    before = torch.cuda.memory_allocated()
     model, tokenizer = bench.load(backend, recipe, section, prepared)
     trainer, tokens_per_row, _ = bench.build("ours", stage, recipe, backend, model, tokenizer, prepared)
     length_tokens = round(tokens_per_row if stage == "sft" else tokens_per_row / 2)
@@ -79,6 +81,6 @@ def test_a_step_takes_the_memory_that_was_estimated(
     torch.cuda.reset_peak_memory_stats()
     with living or contextlib.nullcontext():
         trainer.train()
-    peak = living.peak_bytes if living else torch.cuda.max_memory_allocated()
+    peak = living.peak_bytes if living else torch.cuda.max_memory_allocated() - before
     print(f"{stage}: {peak / 2**20:.1f} MiB at most, {estimated / 2**20:.1f} estimated, {length_tokens} tokens a row")
     assert peak == pytest.approx(estimated, rel=0.15)
