@@ -39,6 +39,8 @@ def main() -> None:
     options = _options()
     shape = shapes.SHAPES[options.shape]
     found: dict[str, Any] = about(shape.name) | {"measurements": []}
+    if shape.needs_cuda and not found["gpu"]:
+        sys.exit(f"tests.bench.gpu: the shape {shape.name} needs a CUDA device, found none; --shape tiny needs none")
     with tempfile.TemporaryDirectory(prefix="llamarefine-bench-") as folder:
         rows = shapes.read_rows(options.rows)
         prepared = shapes.write_prepared(Path(folder, "prepared"), shape, rows)
