@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,28 +13,33 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from llamarefine_jobs.store import Store
 from tests.gpu.shapes import INTERPRETED, TINY, Shape, read_rows, write_prepared
 from tests.jobs import processes, tiny
-from tests.jobs.test_training_resume import copy_up_to
+from tests.jobs.test_training_resume import copy_up_to, newest_checkpoint
 
 EVERY = 1 if INTERPRETED else 3  # steps between checkpoints
-_RECIPE = tiny.RECIPE.replace("max_length_tokens: 128", "max_length_tokens: 1024")
+_CORNER_BYTES = {"tiny": 40 << 20, "tinyllama": 3 << 30}  # of the card: the model fits, a step of 48 rows does not
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without trouble, at the tiny shape."""
-    from llamarefine_jobs.recipe_file import parse_recipe
+def undisturbed(shape: Shape, cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without trouble."""
+    from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
     from llamarefine_jobs.sources import pin
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "recipe.yaml").write_text(_RECIPE)
-    write_prepared(folder / "prepared", TINY, read_rows(TINY.rows))
-    recipe = pin(parse_recipe(_RECIPE, "tiny", ()))
-    tiny.publish_prepared(Store(str(folder / "store")), folder / "prepared", recipe)
+    folder = tmp_path_factory.mktemp(f"undisturbed-{shape.name}")
+    # A card is through with the tiny model before a checkpoint is in the store.
+    epochs = ("sft.epochs=20", "dpo.epochs=20") if cuda and not INTERPRETED and shape == TINY else ()
+    recipe = parse_recipe(tiny.RECIPE, "tiny", (*shape.settings, *epochs))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    write_prepared(folder / "prepared", shape, read_rows(shape.rows))
+    pinned = pin(load_recipe(folder / "recipe.yaml", ()))
+    tiny.publish_prepared(Store(str(folder / "store")), folder / "prepared", pinned)
+    shutil.rmtree(folder / "prepared")
     for stage in ("sft", "dpo"):
         exit_code, lines = processes.run(stage, folder / "recipe.yaml", str(folder / "store"))
         assert exit_code == 0, "\n".join(lines)
@@ -45,10 +51,14 @@ def undisturbed(cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_training_that_was_ended_goes_on_to_the_same_adapter(
     stage: str, number: signal.Signals, undisturbed: Path, tmp_path: Path, cuda: bool
 ) -> None:
-    store, recipe = copy_up_to(undisturbed, tmp_path, stage), undisturbed / "recipe.yaml"
+    store, recipe = copy_up_to(undisturbed, tmp_path, stage, os.link), undisturbed / "recipe.yaml"
     every = f"{stage}.checkpoint_every_steps={EVERY}"
     process = processes.start(stage, recipe, str(store), "--set", every)
-    lines = processes.signal_when(process, number, lambda line: processes.step(line) == 2 * EVERY + 1)
+
+    def is_due(line: str) -> bool:
+        return (processes.step(line) or 0) > 2 * EVERY and newest_checkpoint(store, stage) > 0
+
+    lines = processes.signal_when(process, number, is_due)
     assert process.returncode == (30 if number == signal.SIGTERM else -signal.SIGKILL), "\n".join(lines)
     exit_code, lines = processes.run(stage, recipe, str(store), "--set", every)
     assert exit_code == 0, "\n".join(lines)
@@ -67,13 +77,13 @@ def test_a_training_that_was_ended_goes_on_to_the_same_adapter(
 
 
 def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
-    undisturbed: Path, tmp_path: Path, cuda: bool
+    undisturbed: Path, tmp_path: Path, shape: Shape, cuda: bool
 ) -> None:
     """The process may use so little of the card that its first large tensor does not fit."""
     if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
-    store = copy_up_to(undisturbed, tmp_path, "sft")
-    ended = train_in_a_corner(undisturbed, store)
+    store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
+    ended = train_in_a_corner(undisturbed, store, shape)
     assert ended.returncode == 14, ended.stdout + ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("sft: error: the GPU's memory is too small")
@@ -82,21 +92,24 @@ def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
 
 
 def test_memory_that_runs_out_is_all_free_for_the_process_with_half_the_rows(
-    undisturbed: Path, tmp_path: Path, cuda: bool
+    undisturbed: Path, tmp_path: Path, shape: Shape, cuda: bool
 ) -> None:
     if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
-    store = copy_up_to(undisturbed, tmp_path, "sft")
-    ended = train_in_a_corner(undisturbed, store, "sft.on_out_of_memory=halve_micro_batch")
+    store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
+    ended = train_in_a_corner(undisturbed, store, shape, "sft.on_out_of_memory=halve_micro_batch")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "memory ran out with micro-batches of 48 rows: starts anew with 24" in ended.stdout
     assert list((store / "artifacts").glob("sft/*/manifest.json"))
 
 
-def train_in_a_corner(undisturbed: Path, store: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Run sft in a process that may use 1/2000 of the card; one that takes its place may use all of it."""
+def train_in_a_corner(
+    undisturbed: Path, store: Path, shape: Shape, *options: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run sft in a process that may use a small part of the card; one that takes its place may use all of it."""
     code = (
-        "import torch; torch.cuda.set_per_process_memory_fraction(0.0005, 0)\n"
+        "import torch; whole = torch.cuda.get_device_properties(0).total_memory\n"
+        f"torch.cuda.set_per_process_memory_fraction({_CORNER_BYTES[shape.name]} / whole, 0)\n"
         "from llamarefine_jobs import entry, sft; entry.main('sft', sft.work)"
     )
     changes = [

@@ -34,9 +34,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy_up_to(undisturbed: Path, folder: Path, stage: str) -> Path:
-    """A store of its own, as it stands before `stage`."""
-    shutil.copytree(undisturbed / "store", folder / "store")
+def copy_up_to(undisturbed: Path, folder: Path, stage: str, copy: Callable[..., object] = shutil.copy2) -> Path:
+    """A store of its own, as it stands before `stage`; files copied by `copy`."""
+    shutil.copytree(undisturbed / "store", folder / "store", copy_function=copy)
     for later in ("sft", "dpo")[("sft", "dpo").index(stage) :]:
         shutil.rmtree(folder / "store" / "artifacts" / later)
     return folder / "store"
