@@ -163,7 +163,14 @@ def test_json_is_all_that_is_on_standard_output(launcher: Launcher, recipe_file:
     planned = json.loads(launcher.run("plan", str(recipe_file), *flags)[1])
     assert set(planned) == {"run", "store", "stages"}
     assert [stage["stage"] for stage in planned["stages"]] == list(SEQUENCE)
-    assert set(planned["stages"][0]) == {"stage", "state", "key", "reasons", "estimated_gpu_memory_bytes"}
+    assert set(planned["stages"][0]) == {
+        "stage",
+        "state",
+        "key",
+        "reasons",
+        "took_s",
+        "estimated_gpu_memory_bytes",
+    }
     ended = json.loads(launcher.run("run", str(recipe_file), *flags)[1])
     assert ended["run"] == planned["run"]
     assert json.loads(launcher.run("status", *flags)[1]) == ended
