@@ -60,9 +60,7 @@ def test_the_newest_run_of_the_name_is_what_is_compared_with(recipe: Callable[..
     assert told(recipe("dpo.beta=0.3"), store)["dpo"] == ("due", "dpo.beta 0.2 → 0.3")
 
 
-def test_what_a_stage_took_is_that_of_the_newest_run_which_ran_it(
-    recipe: Callable[..., Recipe], store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stage_took_is_that_of_the_newest_run_which_ran_it(recipe: Callable[..., Recipe], store: Store) -> None:
     drive(recipe(), store)
     assert [stage.took_s for stage in plan(recipe(), store)] == [None] * 5, "nothing is to run"
     drive(recipe("dpo.beta=0.2"), store)  # this one reused prepare and sft
