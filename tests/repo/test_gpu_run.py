@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from .generated import ROOT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -20,3 +20,9 @@ def test_without_a_card_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
     assert ended.stderr.startswith("tests/gpu/run: expected a CUDA device, found none;")
     assert len(ended.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_a_word_that_it_does_not_know_is_refused() -> None:
+    ended = subprocess.run([ROOT / "tests/gpu/run", "benchmarks"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "tests/gpu/run: expected tests, benchmark, card or nothing, found benchmarks\n"
