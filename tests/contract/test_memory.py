@@ -74,17 +74,8 @@ def test_it_is_what_the_real_trainers_take() -> None:
     """As on CUDA, with transformers + peft, in a process that is told of a card."""
     pytest.importorskip("triton")
     environment = os.environ | {"LLAMAREFINE_GPU_TESTS": "interpreter", "LLAMAREFINE_BACKEND": "transformers"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "tests/gpu/test_memory.py",
-        "-k",
-        "tiny-none",
-        "-p",
-        "no:cacheprovider",
-    ]
+    arguments = "-q -p no:cacheprovider tests/gpu/test_memory.py -k tiny-none"
+    command = [sys.executable, "-m", "pytest", *arguments.split()]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "4 passed" in ended.stdout

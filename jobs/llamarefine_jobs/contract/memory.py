@@ -105,9 +105,8 @@ def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int, *, 
 def _kept(shape: Shape, section: Sft | Dpo, with_unsloth: bool) -> int:
     """Bytes a token that a block keeps for its backward pass."""
     hidden, inside, queries, keys = shape.hidden, shape.inside, shape.queries, shape.keys
-    if (
-        with_unsloth
-    ):  # Two norms, what they are of; queries, attention's output and its copy; keys, values; gate and up.
+    if with_unsloth:
+        # Two norms, what they are of; queries, attention's output and its copy; keys, values; gate and up.
         return _HALF * (4 * hidden + 3 * queries + 2 * keys + 2 * inside)
     # What the norms are of in fp32; queries, attention's output; keys, values; gate, its activation, up; and of each
     # layer with an adapter its input once more.
