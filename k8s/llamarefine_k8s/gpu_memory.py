@@ -95,7 +95,7 @@ def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
     if manifest is None:
         return None
     data = store.read(f"{manifest.folder}/{_PREPARED_CONFIG}")
-    written = {file.sha256 for file in manifest.files if file.path == _PREPARED_CONFIG}
+    written = {file.sha256 for file in manifest.part(_PREPARED_CONFIG)}
     if data is None or hashlib.sha256(data).hexdigest() not in written:
         return None  # who fetches the base says so
     return parse_object(data, "config.json")
