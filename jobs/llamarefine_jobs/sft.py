@@ -52,7 +52,7 @@ def work(context: Context) -> None:
     watch = training.Watch(section, context, tokens / len(train_rows), validate)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_labels(trainer, train_rows)
-    training.settle_order(trainer, section, None if trainer.padding_free else [len(row) for row in train_rows])
+    training.settle_order(trainer, section, [len(row) for row in train_rows])
     training.train(trainer, watch, context)
 
 

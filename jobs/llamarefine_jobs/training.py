@@ -342,14 +342,14 @@ def settle_model(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def settle_order(trainer: Trainer, section: Sft | Dpo, lengths: Sequence[int] | None) -> None:
-    """Let the trainer take its rows in our order: `WholeBatches` says why. `lengths` where micro batches are padded."""
+def settle_order(trainer: Trainer, section: Sft | Dpo, lengths: Sequence[int]) -> None:
+    """Let the trainer take its rows, of `lengths` tokens, in our order: `WholeBatches` says why."""
     rows = len(trainer.train_dataset)
-    if section.micro_batch_rows == section.batch_rows:
-        lengths = None  # a step is padded as one
+    # Flattened rows are not padded, and a step of one micro batch is padded as one.
+    padded = None if trainer.padding_free or section.micro_batch_rows == section.batch_rows else lengths
 
     def sampler(dataset: Any = None) -> WholeBatches:
-        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0), lengths)
+        return WholeBatches(rows, section.batch_rows, trainer.args.seed, lambda: int(trainer.state.epoch or 0), padded)
 
     trainer._get_train_sampler = sampler
 

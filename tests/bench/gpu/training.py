@@ -121,7 +121,6 @@ def build(
     context: Any = bare_context(stage, recipe, prepared.parent)
     rows = read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
     section = recipe.section(stage)
-    longest: list[int] | None
     if stage == "sft":
         encoded = encode_questions(tokenizer, rows)
         trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, silent())
@@ -131,7 +130,7 @@ def build(
             lengths = [min(len(row), EARLIER_TOKENS) for row in encoded]
         else:
             lengths = [len(row) for row in encoded]
-        longest = None if trainer.padding_free else lengths
+        longest = lengths
     else:
         trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, silent())
         pairs = encode_pairs(tokenizer, rows)
