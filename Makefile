@@ -13,7 +13,7 @@ KILLS  ?= 200
 # Images, and what a registry, a proxy or a private authority changes about them: images/README.md.
 ENGINE          ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
 REGISTRY        ?= localhost
-VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamarefine_jobs/__init__.py)
+VERSION         := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' jobs/llamarefine_jobs/contract/version.py)
 TAG             ?= $(VERSION)
 GIT_COMMIT      ?= $(shell git rev-parse HEAD 2>/dev/null)
 CA_CERTIFICATES ?= $(wildcard /usr/local/share/ca-certificates/*.crt)
@@ -116,7 +116,7 @@ pull: $(READY) ## bring the newest run's merged model from the current cluster's
 	@$(ON_CLUSTER) pull --into "$(MODEL)" $(ARGS)
 
 e2e: $(READY) ## prove the pipeline on kind, real containers and all; takes minutes and gigabytes
-	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/test_*on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
+	LLAMAREFINE_E2E=1 $(RUN) pytest tests/images tests/k8s/cluster/test_*on_kind.py tests/chart/test_on_kind.py tests/e2e/test_kind.py $(ARGS)
 
 chart: ## check the Helm chart and pack it into dist/
 	@helm lint --strict charts/llamarefine --set minio.enabled=true

@@ -2,10 +2,8 @@
 
 import sys
 
-__version__ = "0.1.0"
-
 # So it stands only while `python -m llamarefine_jobs.<stage>` looks for its module, in which the slow imports are.
 if sys.argv[:1] == ["-m"]:
-    from llamarefine_jobs import stopping
+    from llamarefine_jobs.process import sigterm
 
-    stopping.listen()
+    sigterm.install_handler()

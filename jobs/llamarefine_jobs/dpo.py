@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from llamarefine_jobs import entry
-from llamarefine_jobs import model as models
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
-from llamarefine_jobs.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.intervals import Bootstrap, Interval
-from llamarefine_jobs.lineage import check_lineage
-from llamarefine_jobs.scoring import Score, score
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.lineage import check_lineage
+from llamarefine_jobs.models.scoring import Score, score
+from llamarefine_jobs.report.intervals import Bootstrap, Interval
 
 _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
 
@@ -29,10 +29,10 @@ _COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
 def work(context: Context) -> None:
     """Train the DPO adapter."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend(context.world.size)
+    backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(models.describe(backend))
-    from llamarefine_jobs import step_zero, training
+    context.note(backends.describe(backend))
+    from llamarefine_jobs.training import loop, step_zero
 
     recipe, section = context.recipe, context.recipe.dpo
     base, preferences = context.inputs["prepare"] / "base", context.inputs["prepare"] / "preferences"
@@ -48,27 +48,29 @@ def work(context: Context) -> None:
     context.note(f"{len(train_rows)} pairs to train on, {tokens} tokens; {len(validation_rows)} to validate")
 
     # What the reference must say, computed apart from the model that is trained.
-    witness = step_zero.ask_apart(backend, base, adapter, pairs, tokenizer.pad_token_id, section.micro_batch_rows)
+    witness = step_zero.score_reference_separately(
+        backend, base, adapter, pairs, tokenizer.pad_token_id, section.micro_batch_rows
+    )
 
     # Model: base + SFT adapter in one, frozen; a fresh adapter on top.
     policy = (context.world.shared or context.work) / "sft_policy"
     if context.world.is_first_on_node:
-        models.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
+        backends.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
     context.world.wait()
     model = backend.load(policy, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
-    training.settle_model(model, tokenizer)
+    loop.set_token_ids(model, tokenizer)
     model = backend.add_adapter(
         model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
     )
 
     # Training.
     held_out = HeldOut(encode_pairs(tokenizer, validation_rows), tokenizer.pad_token_id, context)
-    watch = training.Watch(section, context, tokens / len(train_rows), held_out.measure)
+    watch = loop.Watch(section, context, tokens / len(train_rows), held_out.measure)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_rows(trainer, pairs)
-    training.settle_order(trainer, section, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
+    loop.use_whole_batches(trainer, section, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
     context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
-    training.train(trainer, watch, context)
+    loop.train(trainer, watch, context)
 
     # What it learned, on pairs it was not trained on.
     if context.world.is_first:
@@ -78,7 +80,7 @@ def work(context: Context) -> None:
 def build_trainer(
     context: Context,
     section: Dpo,
-    backend: models.Backend,
+    backend: backends.Backend,
     model: Any,
     tokenizer: Any,
     train_rows: list[dict[str, Any]],
@@ -87,10 +89,10 @@ def build_trainer(
     """TRL's DPOTrainer whose reference is `model` with its adapter switched off."""
     from trl import DPOConfig, DPOTrainer
 
-    from llamarefine_jobs import training
+    from llamarefine_jobs.training import loop
 
     settings = DPOConfig(
-        **training.arguments(section, context, backend),
+        **loop.arguments(section, context, backend),
         beta=section.beta,
         max_length=None,  # prepare saw to it; a row cut here would be cut silently
         # Saves the reference's forward pass from the second epoch on. Of several processes only the first would find
@@ -109,7 +111,7 @@ def build_trainer(
     # checkpoint, and a training that goes on from there would take it for the policy.
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
-    models.hold_in_fp32(trainer.model)
+    backends.hold_in_fp32(trainer.model)
     return trainer
 
 

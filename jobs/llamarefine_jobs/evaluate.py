@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llamarefine_jobs import entry, report
-from llamarefine_jobs import model as models
+from llamarefine_jobs import entry
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DivergedError
 from llamarefine_jobs.contract.recipe import Evaluate
-from llamarefine_jobs.encoding import Encoded, Row, encode_pairs, encode_questions, load_tokenizer, read_rows
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.metrics import MODELS, HeldOut, Measured, check_gates, compare
-from llamarefine_jobs.scoring import Score, Tick, generate, score
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import Encoded, Row, encode_pairs, encode_questions, load_tokenizer, read_rows
+from llamarefine_jobs.models.scoring import Score, Tick, generate, score
+from llamarefine_jobs.report import comparison
+from llamarefine_jobs.report.metrics import MODELS, HeldOut, Measured, check_gates, compare
 
 Item = TypeVar("Item")
 
@@ -30,9 +31,9 @@ Item = TypeVar("Item")
 def work(context: Context) -> None:
     """Measure the three models and write the report."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend()
+    backend = backends.choose_backend()
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(models.describe(backend))
+    context.note(backends.describe(backend))
     recipe, section = context.recipe, context.recipe.evaluate
 
     # Data: the test splits, tokenised as in training.
@@ -48,7 +49,7 @@ def work(context: Context) -> None:
         types[name] = str(model.dtype).removeprefix("torch.")
         measured[name] = examinee.measure(name, model)
         del model
-        models.free_memory()
+        backends.free_memory()
 
     # Comparison.
     metrics = compare(measured, held_out(rows), section, beta=recipe.dpo.beta, seed=recipe.seed)
@@ -59,12 +60,12 @@ def work(context: Context) -> None:
     }
 
     # Report.
-    findings = report.Findings(
+    findings = comparison.Findings(
         metrics=metrics,
         gates=gates,
         examples=examples(rows, measured, section.shown_examples),
         data_card=json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
-        facts=report.Facts(
+        facts=comparison.Facts(
             questions_there=rows.questions_there,
             pairs_there=rows.pairs_there,
             types=types,
@@ -72,7 +73,7 @@ def work(context: Context) -> None:
             rejected_tokens=[score.tokens for score in measured["base"].rejected],
         ),
     )
-    report.write(report.build(context, findings), context.output)
+    comparison.write(comparison.build(context, findings), context.output)
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ class Examinee:
         return tick
 
 
-def load(name: str, context: Context, backend: models.Backend) -> Any:
+def load(name: str, context: Context, backend: backends.Backend) -> Any:
     """One of the three models, ready to be measured."""
     inputs, length = context.inputs, context.recipe.max_length_tokens
     if name == "merged":
         # In the type it was rounded to: a coarser one would round the DPO update away.
         return backend.load(inputs["merge"] / "model", max_length_tokens=length, dtype=context.recipe.merge.dtype)
     base = backend.load(inputs["prepare"] / "base", max_length_tokens=length)
-    return base if name == "base" else models.attach_adapter(base, inputs["sft"] / "adapter")
+    return base if name == "base" else backends.attach_adapter(base, inputs["sft"] / "adapter")
 
 
 def read_test_rows(prepared: Path, section: Evaluate) -> Rows:

@@ -18,19 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs import entry, sources, stopping
-from llamarefine_jobs import model as models
+from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.errors import DataError, RecipeError, from_os_error
 from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.contract.recipe import Recipe, Rows
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.encoding import encode_prompt, load_tokenizer
-from llamarefine_jobs.reading import read_table
+from llamarefine_jobs.data.reading import read_table
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import encode_prompt, load_tokenizer
+from llamarefine_jobs.models.scoring import Answer, generate
+from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.recipe_file import load_recipe
-from llamarefine_jobs.scoring import Answer, generate
-from llamarefine_jobs.screen import clean, for_stream
+from llamarefine_jobs.sources import pinning
 from llamarefine_jobs.store import Store
+from llamarefine_jobs.untrusted.control_characters import strip_control_characters, strip_for_stream
 
 NEEDS = {"base": ("prepare",), "sft": ("prepare", "sft"), "merged": ("merge",)}
 _STAGE = STAGES["infer"]
@@ -41,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported
     with entry.exit_code("infer"):
-        recipe = sources.pin(load_recipe(options.recipe, options.set), check=False)
+        recipe = pinning.pin(load_recipe(options.recipe, options.set), check=False)
         questions = [*options.question, *(read_questions(options.prompts, recipe) if options.prompts else ())]
         if not questions and not options.interactive:
             raise RecipeError("expected a question, --prompts FILE or --interactive, found none of them")
         if options.answers:
             check_writable(options.answers)
-        with entry.settled_threads(recipe), loaded(options.model, recipe, Store(options.store)) as respondent:
+        with entry.seeded_threads(recipe), loaded(options.model, recipe, Store(options.store)) as respondent:
             if questions:
                 answers = respondent.answer(questions)
                 show(questions, answers, options.answers, options.model)
@@ -97,17 +99,17 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
     """The model `name` of a run, downloaded into a folder that is removed afterwards."""
     parents = entry.find_parents("infer", recipe, store, NEEDS[name])
     # Before anything imports transformers or peft.
-    backend = models.choose_backend()
-    _say(models.describe(backend))
+    backend = backends.choose_backend()
+    _say(backends.describe(backend))
     with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
-        stopping.STOP.litter = Path(folder)
+        sigterm.STOP.cleanup_folder = Path(folder)
         inputs = entry.fetch_inputs(_STAGE, parents, store, Path(folder))
         _say(f"{name}, from " + ", ".join(f"{stage} {short(parent.key)}" for stage, parent in parents.items()))
         base = inputs["merge"] / "model" if name == "merged" else inputs["prepare"] / "base"
         # The merged model in the type it was rounded to, as it was evaluated: a coarser one rounds the DPO update away.
         model = backend.load(base, dtype=recipe.merge.dtype if name == "merged" else None)
         if name == "sft":
-            model = models.attach_adapter(model, inputs["sft"] / "adapter")
+            model = backends.attach_adapter(model, inputs["sft"] / "adapter")
         yield Respondent(model, load_tokenizer(base), recipe)
 
 
@@ -228,11 +230,11 @@ def _progress(done: int, of: int) -> None:
 
 
 def _print(text: str) -> None:
-    print(for_stream(text, sys.stdout), flush=True)
+    print(strip_for_stream(text, sys.stdout), flush=True)
 
 
 def _say(text: str) -> None:
-    print(clean(f"infer: {text}"), file=sys.stderr, flush=True)
+    print(strip_control_characters(f"infer: {text}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

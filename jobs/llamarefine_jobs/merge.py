@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from llamarefine_jobs import entry, model_folder
+from llamarefine_jobs import entry
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.lineage import check_lineage
-from llamarefine_jobs.lora import Updates, changes_nothing, check_fits, read_adapter
-from llamarefine_jobs.weights import BLOCK_ELEMENTS, Weights, write_weights
+from llamarefine_jobs.models import model_folder
+from llamarefine_jobs.models.lineage import check_lineage
+from llamarefine_jobs.models.lora import Updates, changes_nothing, check_fits, read_adapter
+from llamarefine_jobs.models.weights import BLOCK_ELEMENTS, Weights, write_weights
 
 _MB = 10**6
 
@@ -67,7 +68,7 @@ def work(context: Context) -> None:
     }
 
     # The proof. Imported here: what it stands on takes seconds to import, and a refusal above needs none of it.
-    from llamarefine_jobs import merge_proof
+    from llamarefine_jobs.models import merge_proof
 
     began_s = time.monotonic()
     ticker.begin("proof", merge_proof.STEPS)

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs import data_card, docstrings, entry, tiny_llama
-from llamarefine_jobs.base import bring_base, describe, install_base, write_around
-from llamarefine_jobs.columns import lacks_columns
+from llamarefine_jobs import entry
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Rows
-from llamarefine_jobs.data import (
+from llamarefine_jobs.data import data_card, docstrings
+from llamarefine_jobs.data.columns import missing_columns_error
+from llamarefine_jobs.data.reading import Table, check_unchanged, read_table
+from llamarefine_jobs.data.row_sets import (
     Row,
     RowSet,
     check_rows,
@@ -27,13 +29,13 @@ from llamarefine_jobs.data import (
     is_dialogue,
     pair_row,
     question_row,
-    settle_conflicts,
+    resolve_conflicts,
     take_evenly,
 )
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.reading import Table, check_unchanged, read_table
-from llamarefine_jobs.sources import DOCSTRINGS, TINY_LLAMA
-from llamarefine_jobs.splits import SPLITS, assign_splits, group_rows
+from llamarefine_jobs.data.splits import SPLITS, assign_splits, group_rows
+from llamarefine_jobs.models import tiny_llama
+from llamarefine_jobs.models.base import bring_base, describe, install_base, write_tokenizer_and_config
+from llamarefine_jobs.sources.pinning import DOCSTRINGS, TINY_LLAMA
 
 
 def work(context: Context) -> None:
@@ -50,7 +52,7 @@ def work(context: Context) -> None:
     _group(questions, preferences, section.near_duplicate_similarity)
     for rows in (questions, preferences):
         drop_duplicates(rows)
-    settle_conflicts(questions, section.questions.conflicting_answers)
+    resolve_conflicts(questions, section.questions.conflicting_answers)
     _split(context, questions, preferences)
 
     # The base's tokenizer says what is too long; a tiny base learns from training text only
@@ -104,7 +106,7 @@ def _read_pairs(context: Context) -> Table:
     table = read_table(source, "prepare.preferences", context.work, columns, optional=(source.prompt_column,))
     # Whole dialogues in chosen and rejected, as in Anthropic/hh-rlhf, need no column for the prompt.
     if source.prompt_column not in table.columns and not any(cells and is_dialogue(cells[1]) for cells in table.rows):
-        raise lacks_columns("prepare.preferences", source.source, [source.prompt_column], table.columns)
+        raise missing_columns_error("prepare.preferences", source.source, [source.prompt_column], table.columns)
     return table
 
 
@@ -147,7 +149,7 @@ def _pretrain(context: Context, tokenizer: Any, texts: Sequence[str], into: Path
         context.progress(step, steps, phase="pretrain", **figures)
 
     losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, tick)
-    write_around(into, tokenizer, {})
+    write_tokenizer_and_config(into, tokenizer, {})
     return losses
 
 

@@ -10,9 +10,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llamarefine_jobs import plain_yaml
 from llamarefine_jobs.contract.errors import RecipeError
 from llamarefine_jobs.contract.recipe import Recipe, Section
+from llamarefine_jobs.untrusted import safe_yaml
 
 # A few lines of YAML can alias themselves into a value whose full repr fills the memory.
 _BRIEF = reprlib.Repr()
@@ -26,22 +26,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(plain_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
+            text = file.read(safe_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; `llamarefine init` writes one to start from") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(text) > plain_yaml.LIMIT_BYTES:
-        raise RecipeError(f"{path}: expected a recipe, found more than {plain_yaml.LIMIT_BYTES} bytes")
+    if len(text) > safe_yaml.LIMIT_BYTES:
+        raise RecipeError(f"{path}: expected a recipe, found more than {safe_yaml.LIMIT_BYTES} bytes")
     return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` on the text itself; `where` names it in errors."""
     try:
-        values = plain_yaml.load(text)
+        values = safe_yaml.load(text)
     except ValueError as error:
         raise RecipeError(f"{where}: not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -69,7 +69,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {shown}: `{section}` holds {_kind(below)}, no keys")
         values = below
     try:
-        values[key] = plain_yaml.load(text)
+        values[key] = safe_yaml.load(text)
     except ValueError as error:
         raise RecipeError(f"--set {shown}: the value is not YAML: {error}") from None
 

@@ -10,12 +10,12 @@ validation loss.
 from typing import Any
 
 from llamarefine_jobs import entry
-from llamarefine_jobs import model as models
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.recipe import Sft
-from llamarefine_jobs.encoding import Encoded, encode_questions, load_tokenizer, read_rows
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.scoring import score
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import Encoded, encode_questions, load_tokenizer, read_rows
+from llamarefine_jobs.models.scoring import score
 
 NO_LOSS = -100  # the label that cross entropy leaves out
 
@@ -23,10 +23,10 @@ NO_LOSS = -100  # the label that cross entropy leaves out
 def work(context: Context) -> None:
     """Train the SFT adapter."""
     # Backend: before anything imports trl, transformers or peft.
-    backend = models.choose_backend(context.world.size)
+    backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(models.describe(backend))
-    from llamarefine_jobs import training
+    context.note(backends.describe(backend))
+    from llamarefine_jobs.training import loop
 
     recipe, section = context.recipe, context.recipe.sft
     base, questions = context.inputs["prepare"] / "base", context.inputs["prepare"] / "questions"
@@ -40,7 +40,7 @@ def work(context: Context) -> None:
 
     # Model: the base frozen, a fresh adapter on top.
     model = backend.load(base, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
-    training.settle_model(model, tokenizer)
+    loop.set_token_ids(model, tokenizer)
     model = backend.add_adapter(
         model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
     )
@@ -49,11 +49,11 @@ def work(context: Context) -> None:
     def validate(model: Any) -> dict[str, float]:
         return measure(model, tokenizer.pad_token_id, validation_rows, context)
 
-    watch = training.Watch(section, context, tokens / len(train_rows), validate)
+    watch = loop.Watch(section, context, tokens / len(train_rows), validate)
     trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
     check_labels(trainer, train_rows)
-    training.settle_order(trainer, section, [len(row) for row in train_rows])
-    training.train(trainer, watch, context)
+    loop.use_whole_batches(trainer, section, [len(row) for row in train_rows])
+    loop.train(trainer, watch, context)
 
 
 def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:
@@ -67,7 +67,7 @@ def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:
 def build_trainer(
     context: Context,
     section: Sft,
-    backend: models.Backend,
+    backend: backends.Backend,
     model: Any,
     tokenizer: Any,
     train_rows: list[Encoded],
@@ -77,10 +77,10 @@ def build_trainer(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from llamarefine_jobs import training
+    from llamarefine_jobs.training import loop
 
     settings = SFTConfig(
-        **training.arguments(section, context, backend),
+        **loop.arguments(section, context, backend),
         max_length=None,  # prepare saw to it; a row cut here would be cut silently
         packing=False,
         padding_free=section.packing == "auto" and backend.flattens,
@@ -93,7 +93,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    models.hold_in_fp32(trainer.model)
+    backends.hold_in_fp32(trainer.model)
     return trainer
 
 

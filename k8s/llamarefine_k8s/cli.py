@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llamarefine_jobs import __version__
-from llamarefine_k8s import upkeep
-from llamarefine_k8s.options import (
+from llamarefine_jobs.contract.version import __version__
+from llamarefine_k8s.commands import maintenance
+from llamarefine_k8s.commands.options import (
     cluster_options,
     json_option,
     open_store,
@@ -22,11 +22,11 @@ from llamarefine_k8s.options import (
     settings_option,
     store_option,
 )
-from llamarefine_k8s.terminal import command, open_console, print_json, print_text, run_command
+from llamarefine_k8s.commands.terminal import command, open_console, print_json, print_text, run_command
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
-    from llamarefine_k8s.runs import RunRecord
+    from llamarefine_k8s.runs.records import RunRecord
 
 
 class _InOrder(click.Group):
@@ -63,12 +63,12 @@ def cli() -> None:
 @option("--demo", is_flag=True, help="The small recipe that a CPU runs in minutes, on data it makes itself.")
 def init(path: Path, demo: bool, **sources: str | None) -> None:
     """Write a commented recipe to PATH (recipe.yaml) to start from; on a terminal it asks for what is not given."""
-    from llamarefine_k8s import starter
+    from llamarefine_k8s.commands import starter_recipe
 
     if not demo and sys.stdin.isatty():
-        for name, default in starter.defaults(path).items():
+        for name, default in starter_recipe.defaults(path).items():
             sources[name] = sources[name] or click.prompt(name, default=default)
-    starter.write_recipe(path, {name: value for name, value in sources.items() if value is not None}, demo=demo)
+    starter_recipe.write_recipe(path, {name: value for name, value in sources.items() if value is not None}, demo=demo)
     click.echo(f"wrote {path}; next: llamarefine plan {path}, then llamarefine run {path}")
 
 
@@ -80,8 +80,9 @@ def init(path: Path, demo: bool, **sources: str | None) -> None:
 def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: bool) -> None:
     """Show which stages of RECIPE would run, and why; runs none."""
     from llamarefine_jobs.recipe_file import load_recipe
-    from llamarefine_jobs.sources import pin
-    from llamarefine_k8s import gpu_memory, plan, runs, summary
+    from llamarefine_jobs.sources.pinning import pin
+    from llamarefine_k8s.commands import output
+    from llamarefine_k8s.runs import gpu_memory, plan, records
 
     opened = open_store(store)
     pinned = pin(load_recipe(recipe, overrides))
@@ -89,12 +90,12 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
     memory = gpu_memory.estimates(pinned, opened.uri, ask_hub=False)
     if as_json:
         stages = [asdict(stage) | {"estimated_gpu_memory_bytes": memory.get(stage.stage)} for stage in planned]
-        print_json({"run": runs.run_id(pinned), "store": opened.uri, "stages": stages})
+        print_json({"run": records.run_id(pinned), "store": opened.uri, "stages": stages})
     else:
-        summary.print_plan(open_console(), runs.run_id(pinned), opened, planned, memory)
+        output.print_plan(open_console(), records.run_id(pinned), opened, planned, memory)
 
 
-cli.add_command(upkeep.preflight)
+cli.add_command(maintenance.preflight)
 
 
 @cli.command()
@@ -110,22 +111,24 @@ def run(recipe: Path, overrides: tuple[str, ...], store: str | None, into: Path 
     was put right, the same command goes on where it stopped: trainings from their last checkpoint.
     """
     from llamarefine_jobs.recipe_file import load_recipe
-    from llamarefine_jobs.sources import pin
+    from llamarefine_jobs.sources.pinning import pin
     from llamarefine_jobs.store import Store
-    from llamarefine_k8s import local, plan, provenance, results, runs, settings, summary
-    from llamarefine_k8s.display import open_display
-    from llamarefine_k8s.pipeline import Pipeline
+    from llamarefine_k8s import settings
+    from llamarefine_k8s.commands import output
+    from llamarefine_k8s.commands.display import open_display
+    from llamarefine_k8s.runs import local_executor, plan, provenance, records, results
+    from llamarefine_k8s.runs.pipeline import Pipeline
 
     given, progress = settings.load(store=store), open_console(stderr=True)
-    opened = Store(given.store, given.patience(progress.print))
+    opened = Store(given.store, given.retry_policy(progress.print))
     if into:
         results.check_replaceable(opened, "model", into / "model")
     pinned = pin(load_recipe(recipe, overrides))
-    if local.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
-        local.require_train_extra()  # before anything starts
-    summary.print_header(progress, runs.run_id(pinned), opened)
-    executor = local.LocalExecutor(give_up_after_s=given.give_up_after_s)
-    with open_display(progress, lambda path: runs.where(opened, path)) as display:
+    if local_executor.missing_libraries() and any(stage.state != "there" for stage in plan.plan(pinned, opened)):
+        local_executor.require_train_extra()  # before anything starts
+    output.print_header(progress, records.run_id(pinned), opened)
+    executor = local_executor.LocalExecutor(give_up_after_s=given.give_up_after_s)
+    with open_display(progress, lambda path: records.where(opened, path)) as display:
         record = Pipeline(pinned, opened, executor, display).drive()
     if into:
         results.pull(opened, results.part_of(opened, record, "model"), "model", into / "model")
@@ -163,29 +166,31 @@ def submit(
     """
     from llamarefine_jobs.contract.errors import GateError
     from llamarefine_jobs.recipe_file import load_recipe
-    from llamarefine_k8s import placement, runs, submission, summary
-    from llamarefine_k8s.api import Cluster
-    from llamarefine_k8s.display import open_display
+    from llamarefine_k8s.cluster import placement, submission
+    from llamarefine_k8s.cluster.api import Cluster
+    from llamarefine_k8s.commands import output
+    from llamarefine_k8s.commands.display import open_display
+    from llamarefine_k8s.runs import records
 
     loaded = load_recipe(recipe, overrides)
     cluster = Cluster(context, namespace)
     given = submission.load_settings(cluster, file, store=store, context=context, namespace=namespace)
     progress = open_console(stderr=True)
-    cluster.patience = given.patience(progress.print)
+    cluster.retry_policy = given.retry_policy(progress.print)
     if not (foreground or dry_run):
         submission.require_account(cluster, given.service_account)
     if not (dry_run or no_memory_check or submission.is_in_cluster()):
         placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
     pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
-    run = runs.run_id(pinned)
+    run = records.run_id(pinned)
     if dry_run:
-        click.echo(summary.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
+        click.echo(output.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return
     opened = open_store(given.store)
-    if runs.DRIVER_JOB not in os.environ:  # whoever follows a driver was told already
-        summary.print_header(progress, run, opened)
+    if records.DRIVER_JOB not in os.environ:  # whoever follows a driver was told already
+        output.print_header(progress, run, opened)
     if foreground:
-        with open_display(progress, lambda path: runs.where(opened, path)) as display:
+        with open_display(progress, lambda path: records.where(opened, path)) as display:
             record = submission.drive(cluster, pinned, given, display)
         _print_end(opened, record, given.store, None)
         return
@@ -199,9 +204,9 @@ def submit(
         progress.print(f"the run goes on; {command()} logs -f {run} follows it, {command()} cancel {run} ends it")
         return
     except GateError:  # there is a model all the same
-        summary.print_next(open_console(), run, given.store)
+        output.print_next(open_console(), run, given.store)
         raise
-    summary.print_next(open_console(), run, given.store)
+    output.print_next(open_console(), run, given.store)
 
 
 @cli.command()
@@ -211,17 +216,18 @@ def submit(
 @json_option
 def status(run: str | None, store: str | None, context: str | None, namespace: str | None, as_json: bool) -> None:
     """Show how far RUN is, stage by stage; on a cluster, what keeps a stage from running, and what to do about it."""
-    from llamarefine_k8s import live, summary
+    from llamarefine_k8s.cluster import run_status
+    from llamarefine_k8s.commands import output
 
     opened = open_store(store)
-    record, jobs, trouble = live.find_status(opened, run, context, namespace)
+    record, jobs, trouble = run_status.find_status(opened, run, context, namespace)
     if as_json:
         known = record.model_dump(mode="json") if record else {}
         print_json(known | ({"cluster": [asdict(job) for job in jobs]} if jobs else {}))
     else:
         if record:
-            summary.print_status(open_console(), opened, record)
-        summary.print_live(open_console(), record, jobs, trouble)
+            output.print_status(open_console(), opened, record)
+        output.print_live(open_console(), record, jobs, trouble)
 
 
 @cli.command()
@@ -236,10 +242,10 @@ def logs(
 
     It comes from the cluster while a stage's pod is there, afterwards from the store.
     """
-    from llamarefine_k8s import live
+    from llamarefine_k8s.cluster import run_status
 
-    name, stage = live.run_and_stage(run_and_stage)
-    for line in live.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
+    name, stage = run_status.run_and_stage(run_and_stage)
+    for line in run_status.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
         print_text(line)
 
 
@@ -248,16 +254,16 @@ def logs(
 @cluster_options
 def cancel(run: str, context: str | None, namespace: str | None) -> None:
     """End RUN on the cluster and leave nothing of it there; what it made stays in the bucket."""
-    from llamarefine_k8s import live
-    from llamarefine_k8s.api import Cluster
+    from llamarefine_k8s.cluster import run_status
+    from llamarefine_k8s.cluster.api import Cluster
 
     cluster = Cluster(context, namespace)
-    name = live.find_run(cluster, run)
-    live.remove(cluster, name)
+    name = run_status.find_run(cluster, run)
+    run_status.remove(cluster, name)
     click.echo(f"{name}: nothing is left of it on the cluster; the same submit goes on where it stopped")
 
 
-cli.add_command(upkeep.list_runs)
+cli.add_command(maintenance.list_runs)
 
 
 @cli.command()
@@ -281,16 +287,17 @@ def pull(run: str | None, into: Path, what: str, force: bool, public_key: Path |
     With --public-key only what that key signed for RUN comes: each byte as the run's statement names it.
     """
     from llamarefine_jobs.contract.artifact import short
-    from llamarefine_k8s import provenance, results, runs, signing, summary
+    from llamarefine_k8s.commands import output
+    from llamarefine_k8s.runs import provenance, records, results, signing
 
     key = signing.read_public_key(public_key) if public_key else None
     opened = open_store(store)
-    record = runs.find(opened, run)
+    record = records.find(opened, run)
     manifest = results.part_of(opened, record, what)
     signed = provenance.require(opened, record.run, manifest, key) if key else None
     results.pull(opened, manifest, what, into, force=force)
     statement = provenance.pull(opened, record.run, into, signed) if what == "model" else None
-    summary.print_pulled(open_console(), manifest, what, into, statement)
+    output.print_pulled(open_console(), manifest, what, into, statement)
     if key:
         click.echo(f"  as the key {short(signing.name_of(key))} signed it for {record.run}")
 
@@ -301,10 +308,10 @@ def pull(run: str | None, into: Path, what: str, force: bool, public_key: Path |
 @store_option
 def report(run: str | None, in_browser: bool, store: str | None) -> None:
     """Print the before/after report of RUN as Markdown."""
-    from llamarefine_k8s import results, runs
+    from llamarefine_k8s.runs import records, results
 
     opened = open_store(store)
-    name = runs.find(opened, run).run
+    name = records.find(opened, run).run
     if in_browser:
         page = results.report_page(opened, name)
         click.echo(f"opening {page}")
@@ -336,15 +343,15 @@ def report(run: str | None, in_browser: bool, store: str | None) -> None:
 @store_option
 def infer(run_and_questions: tuple[str, ...], overrides: tuple[str, ...], store: str | None, **options: Any) -> int:
     """Ask the model of RUN. Without a QUESTION or --prompts it is a conversation, question by question."""
-    from llamarefine_k8s import local, runs
+    from llamarefine_k8s.runs import local_executor, records
 
     opened = open_store(store)
-    record, questions = runs.find_first(opened, run_and_questions)
-    arguments = local.infer_arguments(questions, overrides, **options)
-    return local.infer(record.own_recipe(), opened.uri, arguments)
+    record, questions = records.find_first(opened, run_and_questions)
+    arguments = local_executor.infer_arguments(questions, overrides, **options)
+    return local_executor.infer(record.own_recipe(), opened.uri, arguments)
 
 
-for kept in (upkeep.verify, upkeep.gc, upkeep.version):
+for kept in (maintenance.verify, maintenance.gc, maintenance.version):
     cli.add_command(kept)
 
 
@@ -357,15 +364,16 @@ def _print_end(
     opened: "Store", record: "RunRecord", store: str | None, into: Path | None, *, as_json: bool = False
 ) -> None:
     """What a finished run shows: the comparison, and what to type next."""
-    from llamarefine_k8s import results, summary
-    from llamarefine_k8s.runs import DRIVER_JOB
+    from llamarefine_k8s.commands import output
+    from llamarefine_k8s.runs import results
+    from llamarefine_k8s.runs.records import DRIVER_JOB
 
     report = results.read_report(opened, record.run)
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
-        summary.print_report(open_console(), report)
-        summary.print_places(open_console(), opened, record, into)
+        output.print_report(open_console(), report)
+        output.print_places(open_console(), opened, record, into)
         if DRIVER_JOB not in os.environ:  # its log is read on another machine, by someone who is told there
-            summary.print_next(open_console(), record.run, store, is_here=into is not None)
+            output.print_next(open_console(), record.run, store, is_here=into is not None)
     results.check_gates(report)

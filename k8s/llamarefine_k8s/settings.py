@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from llamarefine_jobs import __version__, plain_yaml
 from llamarefine_jobs.contract.credentials import plain_secrets, refuse_credentials
 from llamarefine_jobs.contract.errors import RecipeError
-from llamarefine_jobs.contract.patience import GIVE_UP_AFTER_S, Patience
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, RetryPolicy
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.contract.version import __version__
+from llamarefine_jobs.untrusted import safe_yaml
 
 FILE = Path("llamarefine.yaml")
 FILE_VARIABLE = "LLAMAREFINE_SETTINGS"
@@ -148,9 +149,9 @@ class Settings(_Section):
         wanted = int(STAGES[stage].needs_gpu) if gpus is None else gpus
         return wanted if self.gpu_resource else 0
 
-    def patience(self, say: Callable[[str], None]) -> Patience:
+    def retry_policy(self, say: Callable[[str], None]) -> RetryPolicy:
         """That of whoever drives or follows a run. An address that never answered is told soon: it may be wrong."""
-        return Patience(self.give_up_after_s, say, first_s=_FIRST_S)
+        return RetryPolicy(self.give_up_after_s, say, first_s=_FIRST_S)
 
     def image(self, name: str) -> str:
         """The image of a stage, or of the launcher."""
@@ -189,7 +190,7 @@ def read_file(file: Path) -> dict[str, Any]:
     """What a settings file says, unchecked; nothing where there is none."""
     try:
         with file.open("rb") as source:
-            text = source.read(plain_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
+            text = source.read(safe_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -200,7 +201,7 @@ def read_file(file: Path) -> dict[str, Any]:
 def read_text(text: str, where: str) -> dict[str, Any]:
     """The plain values of a settings file; RecipeError where it holds something else."""
     try:
-        values = plain_yaml.load(text)
+        values = safe_yaml.load(text)
     except ValueError as error:
         raise RecipeError(f"{where}: cannot be read as YAML: {error}") from None
     if values is None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from tests import s3_server
 from tests.store import samples
 
-from llamarefine_jobs.checkpoints import Checkpoint, Checkpoints
 from llamarefine_jobs.store import Store
+from llamarefine_jobs.training.checkpoints import Checkpoint, Checkpoints
 
 ADAPTER_BYTES = 50_500_000  # 12.6 M parameters in fp32
 FILES = {"adapter_model.safetensors": 1, "best/adapter_model.safetensors": 1, "optimizer.pt": 2}  # x ADAPTER_BYTES

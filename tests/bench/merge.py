@@ -62,9 +62,9 @@ def measure_sum(folder: Path, dtype: str) -> None:
     """The streamed sum alone, as merge.work does it."""
     import torch
 
-    from llamarefine_jobs.lora import read_adapter
     from llamarefine_jobs.merge import Sum, one_thread
-    from llamarefine_jobs.weights import Weights, write_weights
+    from llamarefine_jobs.models.lora import read_adapter
+    from llamarefine_jobs.models.weights import Weights, write_weights
 
     torch.zeros(1)  # imported before the clock starts
     began = time.monotonic(), time.process_time()
@@ -80,7 +80,7 @@ def measure_proof(folder: Path, dtype: str) -> None:
     """The proof that follows it."""
     from transformers.utils import logging
 
-    from llamarefine_jobs import merge_proof
+    from llamarefine_jobs.models import merge_proof
 
     logging.disable_progress_bar()
     (folder / "merged" / "config.json").write_bytes((folder / "base" / "config.json").read_bytes())

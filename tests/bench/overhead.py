@@ -27,11 +27,11 @@ from tests.k8s.acting import patches, program_map
 from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
-from llamarefine_k8s import live, submission
-from llamarefine_k8s.api import Cluster
-from llamarefine_k8s.manifests import JOB_NAME, stage_job_name
-from llamarefine_k8s.reasons import condition
-from llamarefine_k8s.runs import run_id
+from llamarefine_k8s.cluster import run_status, submission
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.cluster.manifests import JOB_NAME, stage_job_name
+from llamarefine_k8s.cluster.reasons import condition
+from llamarefine_k8s.runs.records import run_id
 from llamarefine_k8s.settings import Settings
 
 PATIENCE_S = 300.0
@@ -99,7 +99,7 @@ def drive(cluster: Cluster, given: Settings, moments: Moments) -> list[str]:
     run = run_id(recipe)
     submission.start(cluster, recipe, given, lambda text: None)
     moments.wait(run, "complete")
-    live.remove(cluster, run)
+    run_status.remove(cluster, run)
     return [run, *(stage_job_name(run, stage) for stage in SEQUENCE)]
 
 

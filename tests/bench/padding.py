@@ -11,8 +11,8 @@ import csv
 import json
 from pathlib import Path
 
-from llamarefine_jobs.docstrings import question_rows
-from llamarefine_jobs.sampling import WholeBatches
+from llamarefine_jobs.data.docstrings import question_rows
+from llamarefine_jobs.training.batches import WholeBatches
 
 _EPOCHS = 5
 

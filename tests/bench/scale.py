@@ -26,16 +26,16 @@ from tests.k8s import control_plane
 
 from llamarefine_jobs.contract.artifact import run_path
 from llamarefine_jobs.contract.errors import LlamaRefineError
-from llamarefine_jobs.contract.patience import Patience
+from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import live
-from llamarefine_k8s.api import Cluster
-from llamarefine_k8s.cluster import ClusterExecutor
-from llamarefine_k8s.manifests import RUN
-from llamarefine_k8s.pipeline import Task
-from llamarefine_k8s.runs import Driver, RunRecord, StageRecord
+from llamarefine_k8s.cluster import run_status
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.cluster.executor import ClusterExecutor
+from llamarefine_k8s.cluster.manifests import RUN
+from llamarefine_k8s.runs.pipeline import Task
+from llamarefine_k8s.runs.records import Driver, RunRecord, StageRecord
 from llamarefine_k8s.settings import Settings
 
 LLAMAREFINE = str(Path(sys.executable).parent / "llamarefine")
@@ -108,11 +108,11 @@ def measure_drivers(count: int) -> None:
     with control_plane.serve() as kubeconfig, tempfile.TemporaryDirectory() as folder:
         os.environ["KUBECONFIG"] = str(kubeconfig)
         os.environ.pop("KUBERNETES_SERVICE_HOST", None)
-        cluster, recipe = Cluster(patience=Patience(120)), load_recipe(DEMO)
+        cluster, recipe = Cluster(retry_policy=RetryPolicy(120)), load_recipe(DEMO)
         tasks = [Task(f"demo-{n:08x}", "sft", f"{n:064x}", recipe, folder) for n in range(count)]
 
         def wait_for(task: Task) -> None:
-            executor = ClusterExecutor(Cluster(patience=Patience(120)), Settings(gpu_resource=None))
+            executor = ClusterExecutor(Cluster(retry_policy=RetryPolicy(120)), Settings(gpu_resource=None))
             with contextlib.suppress(LlamaRefineError):  # its Job is removed below
                 executor.execute(task, lambda line: None)
 
@@ -139,7 +139,7 @@ def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
     wall, cpu = [], []
     for _ in range(times):
         began_s, before_s = time.perf_counter(), time.thread_time()
-        live.look(cluster, live.find_run(cluster, run))
+        run_status.look(cluster, run_status.find_run(cluster, run))
         wall.append(time.perf_counter() - began_s)
         cpu.append(time.thread_time() - before_s)
     return statistics.median(wall), statistics.median(cpu)

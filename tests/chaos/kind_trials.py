@@ -16,8 +16,8 @@ from llamarefine_jobs.contract.artifact import run_path
 from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import runs
-from llamarefine_k8s.pipeline import READ_TO
+from llamarefine_k8s.runs import records
+from llamarefine_k8s.runs.pipeline import READ_TO
 from tests.k8s.acting import LESSONS, LESSONS_A_CHECKPOINT
 from tests.store import cutting_proxy
 
@@ -190,8 +190,8 @@ def _looks(watched: Watched) -> Iterator[None]:
 def _recorded_step(store: Store, run: str) -> float:
     """How far the run's record says that the stage is; beyond every step once it is done."""
     with contextlib.suppress(LlamaRefineError):  # the bucket may be away
-        record = runs.load(store, run)
-        stage = record.stages[STAGE] if record else runs.StageRecord()
+        record = records.load(store, run)
+        stage = record.stages[STAGE] if record else records.StageRecord()
         if stage.state in ("done", "reused"):
             return math.inf
         return stage.progress.step if stage.progress else 0
@@ -200,7 +200,7 @@ def _recorded_step(store: Store, run: str) -> float:
 
 def _judge(trial: Trial, store: Store, run: str, watched: Watched, *, trains: bool) -> Iterator[str]:
     """What is wrong with a run that is over."""
-    record = runs.load(store, run)
+    record = records.load(store, run)
     if watched.ended != "Complete" or record is None or record.state != "done":
         yield f"the driver's Job ended {watched.ended}: {record and record.state}, {record and record.error}"
         return

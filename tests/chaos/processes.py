@@ -26,7 +26,7 @@ _FORKS.set_forkserver_preload(
         "trl.trainer.dpo_trainer",
         "peft",
         "scipy.stats",
-        *(f"llamarefine_jobs.{stage}" for stage in ("training", "prepare", "sft", "dpo", "merge", "evaluate")),
+        *(f"llamarefine_jobs.{stage}" for stage in ("training.loop", "prepare", "sft", "dpo", "merge", "evaluate")),
         __name__,
     ]
 )

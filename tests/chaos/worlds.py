@@ -11,7 +11,7 @@ from llamarefine_jobs.contract.errors import IntegrityError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.recipe_file import load_recipe
-from llamarefine_jobs.sources import pin
+from llamarefine_jobs.sources.pinning import pin
 from llamarefine_jobs.store import Store
 from tests.jobs.tiny import made_up_rows
 from tests.store import samples

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.version import __version__
 
 from .rendering import BUCKET, MINIO, Values, needs_helm, render
 

@@ -8,8 +8,8 @@ import yaml
 
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.recipe_file import load_recipe
-from llamarefine_k8s.manifests import driver_job, stage_job
-from llamarefine_k8s.pipeline import Task
+from llamarefine_k8s.cluster.manifests import driver_job, stage_job
+from llamarefine_k8s.runs.pipeline import Task
 from llamarefine_k8s.settings import parse
 
 from .rendering import BUCKET, DEMO, ROOT, Object, Values, helm, needs_helm, one, render, settings_text

@@ -2,8 +2,8 @@
 
 import re
 
-from llamarefine_k8s import feed, live
-from llamarefine_k8s.access import PERMISSIONS
+from llamarefine_k8s.cluster import job_feed, run_status
+from llamarefine_k8s.cluster.access import PERMISSIONS
 
 from .rendering import BUCKET, ROOT, needs_helm, one, render
 
@@ -21,9 +21,9 @@ VERBS = {"get": "get", "objects": "list", "create": "create", "patch": "patch", 
 
 # Calls whose kind is a variable: what it ranges over.
 INDIRECT = {
-    *(("list", kind) for kind in live._KINDS),
-    *(("delete", kind) for kind in live._KINDS),
-    *(("watch", kind) for kind in ("Job", "Pod")),  # feed.JobFeed follows both, and lists before it watches
+    *(("list", kind) for kind in run_status._KINDS),
+    *(("delete", kind) for kind in run_status._KINDS),
+    *(("watch", kind) for kind in ("Job", "Pod")),  # job_feed.JobFeed follows both, and lists before it watches
     *(("list", kind) for kind in ("Job", "Pod")),
     *(("create", kind) for kind in ("Job", "ConfigMap", "Service")),  # manifests.py makes no other kind
 }
@@ -39,7 +39,7 @@ LOOKS = {"access", "placement", "preflight"}  # what these may not look at, they
 
 def asked() -> set[tuple[str, str]]:
     """Every verb and kind that a call of `Cluster` names in the launcher's source."""
-    paths = [path for path in (ROOT / "k8s/llamarefine_k8s").glob("*.py") if path.stem not in LOOKS]
+    paths = [path for path in (ROOT / "k8s/llamarefine_k8s").rglob("*.py") if path.stem not in LOOKS]
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     calls = re.findall(r'cluster\.(\w+)\(\s*"([A-Z]\w+)"', text)
     assert len(calls) > 10
@@ -63,6 +63,6 @@ def test_preflight_asks_about_all_that_is_granted() -> None:
 
 
 def test_what_is_watched_is_as_assumed() -> None:
-    source = (ROOT / "k8s/llamarefine_k8s/feed.py").read_text(encoding="utf-8")
-    assert feed.JobFeed
+    source = (ROOT / "k8s/llamarefine_k8s/cluster/job_feed.py").read_text(encoding="utf-8")
+    assert job_feed.JobFeed
     assert set(re.findall(r'"(Job|Pod|ConfigMap|Event)"', source)) == {"Job", "Pod"}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llamarefine_k8s import manifests
+from llamarefine_k8s.cluster import manifests
 
 from .rendering import BUCKET, MINIO, Object, Values, needs_helm, one, pods, render
 from .test_golden import CASES, EVERYTHING

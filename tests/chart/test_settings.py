@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from llamarefine_jobs import __version__
-from llamarefine_k8s.manifests import SETTINGS_MAP
+from llamarefine_jobs.contract.version import __version__
+from llamarefine_k8s.cluster.manifests import SETTINGS_MAP
 from llamarefine_k8s.settings import Settings, parse
 
 from .rendering import BUCKET, MINIO, ROOT, Values, needs_helm, one, render, settings_text

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.version import __version__
 from tests.repo.chart import DECIDED_BY_THE_CHART, values_schema
 
 from .rendering import BUCKET, CHART, DEMO, MINIO, Values, helm, needs_helm, refusal, render

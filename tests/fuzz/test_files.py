@@ -13,16 +13,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llamarefine_jobs.base import check_model
 from llamarefine_jobs.contract.artifact import MANIFEST, artifact_key, artifact_path, run_path
 from llamarefine_jobs.contract.recipe import Base, Rows
-from llamarefine_jobs.lora import read_adapter
-from llamarefine_jobs.reading import read_table
+from llamarefine_jobs.data.reading import read_table
+from llamarefine_jobs.models.base import check_model
+from llamarefine_jobs.models.lora import read_adapter
+from llamarefine_jobs.models.weights import INDEX, SINGLE_FILE, Weights
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.weights import INDEX, SINGLE_FILE, Weights
-from llamarefine_k8s import runs, verification
-from llamarefine_k8s.gpu_memory import estimates
-from llamarefine_k8s.results import Report, read_report
+from llamarefine_k8s.runs import records, verification
+from llamarefine_k8s.runs.gpu_memory import estimates
+from llamarefine_k8s.runs.results import Report, read_report
 
 from ..contract.test_memory import TINYLLAMA
 from ..jobs import tiny
@@ -118,7 +118,7 @@ def test_a_run_record(published: tuple[Store, bytes, str], data: bytes) -> None:
     store = published[0]
     store.write(run_path("small-00000000", "run.json"), data)
     with held("run.json"):
-        record = runs.load(store, "small-00000000")
+        record = records.load(store, "small-00000000")
         assert record
         assert record.run == "small-00000000"
         list(verification.verify(store, record))
@@ -227,4 +227,4 @@ def test_the_fuzzed_examples_are_right_before_they_are_changed(place: Path) -> N
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(HEADER, bytes(64)))
     (folder / "adapter_config.json").write_bytes(CONFIG)
     assert len(read_adapter(folder, "SFT")) == 1
-    assert runs.RunRecord.model_validate_json(RECORD)
+    assert records.RunRecord.model_validate_json(RECORD)

@@ -6,17 +6,18 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llamarefine_jobs import hh
 from llamarefine_jobs.contract import progress
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.data import hh
 from llamarefine_jobs.recipe_file import parse_recipe, to_yaml
-from llamarefine_jobs.screen import clean
-from llamarefine_k8s import settings, signing
-from llamarefine_k8s.manifests import driver_job, run_map, stage_job
-from llamarefine_k8s.pipeline import Task
-from llamarefine_k8s.podlog import PodLog
+from llamarefine_jobs.untrusted.control_characters import strip_control_characters
+from llamarefine_k8s import settings
+from llamarefine_k8s.cluster.manifests import driver_job, run_config_map, stage_job
+from llamarefine_k8s.cluster.pod_log import PodLog
+from llamarefine_k8s.runs import signing
+from llamarefine_k8s.runs.pipeline import Task
 
 from .target import fuzzed, held, mutated
 
@@ -89,7 +90,11 @@ def test_settings(text: bytes) -> None:
         found = settings.parse(settings.read_text(text.decode(errors="replace"), "fuzzed"), "fuzzed")
         task = Task("small-00000000", "sft", "0" * 64, SMALL, "s3://bucket/prefix")
         json.dumps(
-            [run_map("small-00000000", SMALL, found), driver_job("small-00000000", found), stage_job(task, found)]
+            [
+                run_config_map("small-00000000", SMALL, found),
+                driver_job("small-00000000", found),
+                stage_job(task, found),
+            ]
         )
 
 
@@ -127,7 +132,7 @@ def test_pod_log_lines(lines: list[bytes], after: str | None) -> None:
     """`after` is read from the bucket, where somebody else may have written it."""
     with held("pod log lines"):
         for text in PodLog(OneLog(lines), "pod", "stage", after).lines(follow=False):
-            assert "\n" not in clean(text).replace("\n", "")
+            assert "\n" not in strip_control_characters(text).replace("\n", "")
 
 
 @fuzzed(0.25)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.gpu import shapes
 from tests.gpu.shapes import HOW, INTERPRETED
-from tests.jobs.test_sft import make_context
+from tests.jobs.stages.test_sft import make_context
 
 if INTERPRETED:  # in this process, before anything imports torch, and in those of the stages
     interpreter = Path(__file__).parent / "interpreter"
@@ -27,7 +27,7 @@ def cuda() -> bool:
     import torch
 
     if torch.cuda.is_available():
-        from llamarefine_jobs.model import choose_backend
+        from llamarefine_jobs.models.backends import choose_backend
 
         choose_backend()  # Unsloth patches transformers, so a stage imports it first; here that is now
         return True
@@ -69,7 +69,7 @@ def trained(
 ) -> Path:
     """The folder of a finished SFT, with adapter/ in it."""
     from llamarefine_jobs import sft
-    from llamarefine_jobs.model import free_memory
+    from llamarefine_jobs.models.backends import free_memory
 
     context = make_context("sft", prepared, tmp_path_factory.mktemp(f"sft-{quantization}"), *settings)
     sft.work(context)

@@ -14,13 +14,13 @@ def main(prepared: Path, adapter: Path, gradient: Path) -> None:
 
     The file `gradient` gets that of the answers' loss, by the weights of the adapter, under their names.
     """
-    from llamarefine_jobs import model as models
+    from llamarefine_jobs.models import backends
 
-    backend = models.choose_backend()
+    backend = backends.choose_backend()
     from safetensors.torch import save_file
 
-    from llamarefine_jobs.encoding import encode_questions, load_tokenizer, read_rows
-    from llamarefine_jobs.scoring import score
+    from llamarefine_jobs.models.encoding import encode_questions, load_tokenizer, read_rows
+    from llamarefine_jobs.models.scoring import score
 
     tokenizer = load_tokenizer(prepared / "base")
     rows = encode_questions(tokenizer, read_rows(prepared / "questions", "test"))
@@ -28,7 +28,7 @@ def main(prepared: Path, adapter: Path, gradient: Path) -> None:
     model = backend.load(prepared / "base")
     for name in ("base", "sft"):
         if name == "sft":
-            model = models.attach_adapter(model, adapter)
+            model = backends.attach_adapter(model, adapter)
         scores = score(model, tokenizer.pad_token_id, rows, 4)
         found[name] = [one.logprob / one.tokens for one in scores]
     save_file(gradient_of(backend.load(prepared / "base"), backend, adapter, rows, tokenizer.pad_token_id), gradient)
@@ -42,7 +42,7 @@ def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id
     from safetensors.torch import load_file
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from llamarefine_jobs.model import ADAPTER_WEIGHTS
+    from llamarefine_jobs.models.backends import ADAPTER_WEIGHTS
     from llamarefine_jobs.sft import labelled
     from tests.jobs import tiny
 

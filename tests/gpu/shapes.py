@@ -57,7 +57,7 @@ def read_rows(count: int) -> list[tuple[str, str]]:
 
     The interpreter takes milliseconds for a token, and gets short ones.
     """
-    from llamarefine_jobs.docstrings import question_rows
+    from llamarefine_jobs.data.docstrings import question_rows
 
     if INTERPRETED:
         return [(f"what is {number}", f"it is {number}") for number in range(count)]

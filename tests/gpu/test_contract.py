@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamarefine_jobs import dpo, merge, sft, step_zero
-from llamarefine_jobs import model as models
+from llamarefine_jobs import dpo, merge, sft
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
-from llamarefine_jobs.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
-from llamarefine_jobs.entry import Context
-from llamarefine_jobs.scoring import generate, score
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
+from llamarefine_jobs.models.scoring import generate, score
+from llamarefine_jobs.training import step_zero
 from tests.gpu.shapes import INTERPRETED
 from tests.jobs import tiny
-from tests.jobs.test_dpo import make_dpo, prove_with
-from tests.jobs.test_sft import make_context
+from tests.jobs.stages.test_dpo import make_dpo, prove_with
+from tests.jobs.stages.test_sft import make_context
 
 Settings = tuple[str, ...]
 
@@ -26,7 +27,7 @@ Settings = tuple[str, ...]
 @pytest.fixture(autouse=True)
 def _free_memory(cuda: bool) -> Any:
     yield
-    models.free_memory()
+    backends.free_memory()
 
 
 @pytest.fixture
@@ -40,11 +41,11 @@ def dpo_context(prepared: Path, trained: Path, settings: Settings, tmp_path: Pat
 
 
 @pytest.fixture
-def backend() -> models.Backend:
-    return models.choose_backend()
+def backend() -> backends.Backend:
+    return backends.choose_backend()
 
 
-def test_on_cuda_the_wished_for_backend_runs(cuda: bool, backend: models.Backend) -> None:
+def test_on_cuda_the_wished_for_backend_runs(cuda: bool, backend: backends.Backend) -> None:
     wish = os.environ.get("LLAMAREFINE_BACKEND")
     assert (backend.accelerator != "cpu") is cuda
     assert not wish or backend.name.startswith(wish)
@@ -52,7 +53,7 @@ def test_on_cuda_the_wished_for_backend_runs(cuda: bool, backend: models.Backend
 
 
 def test_the_trainers_batches_carry_every_answer_with_its_eos_and_no_prompt(
-    sft_context: Context, prepared: Path, backend: models.Backend
+    sft_context: Context, prepared: Path, backend: backends.Backend
 ) -> None:
     """Whatever the library makes of pre-tokenised rows: flattened or padded, the same tokens carry a loss."""
     trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
@@ -68,7 +69,9 @@ def test_the_trainers_batches_carry_every_answer_with_its_eos_and_no_prompt(
     assert trainer.padding_free is backend.flattens
 
 
-def test_a_batchs_loss_is_that_of_its_rows_alone(sft_context: Context, prepared: Path, backend: models.Backend) -> None:
+def test_a_batchs_loss_is_that_of_its_rows_alone(
+    sft_context: Context, prepared: Path, backend: backends.Backend
+) -> None:
     """Flattened or padded, no row sees another, and evaluation gives a loss without keeping logits."""
     trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
     some = rows[:4]
@@ -81,7 +84,7 @@ def test_a_batchs_loss_is_that_of_its_rows_alone(sft_context: Context, prepared:
 
 
 def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
-    sft_context: Context, prepared: Path, backend: models.Backend, quantization: str
+    sft_context: Context, prepared: Path, backend: backends.Backend, quantization: str
 ) -> None:
     trainer, _, tokenizer = build_sft(sft_context, prepared, backend)
     held_out = rows_of(sft_context, tokenizer, "validation")
@@ -98,7 +101,7 @@ def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
     assert changed == []
 
 
-def test_before_the_first_step_of_dpo_all_is_as_it_must_be(dpo_context: Context, backend: models.Backend) -> None:
+def test_before_the_first_step_of_dpo_all_is_as_it_must_be(dpo_context: Context, backend: backends.Backend) -> None:
     dpo.work(dpo_context)
     proof = dpo_context.metrics["step_zero"]
     assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -110,24 +113,24 @@ def test_before_the_first_step_of_dpo_all_is_as_it_must_be(dpo_context: Context,
     margins = [row["eval_reward_margin"] for row in dpo_context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > 0
     assert INTERPRETED or dpo_context.metrics["validation"]["accuracy"]["value"] > 0.5, "of two pairs it says nothing"
-    adapter = load_file(dpo_context.output / "adapter" / models.ADAPTER_WEIGHTS)
-    given = load_file(dpo_context.inputs["sft"] / "adapter" / models.ADAPTER_WEIGHTS)
+    adapter = load_file(dpo_context.output / "adapter" / backends.ADAPTER_WEIGHTS)
+    given = load_file(dpo_context.inputs["sft"] / "adapter" / backends.ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
 
 
 def test_a_reference_on_the_bare_base_is_refused(
-    dpo_context: Context, backend: models.Backend, quantization: str
+    dpo_context: Context, backend: backends.Backend, quantization: str
 ) -> None:
     base = dpo_context.inputs["prepare"] / "base"
     with pytest.raises(ProofError, match="the reference is not the SFT policy"):
         prove_with(dpo_context, backend.load(base, quantization=quantization))
 
 
-def test_the_merged_model_is_the_base_with_both_adapters(dpo_context: Context, backend: models.Backend) -> None:
+def test_the_merged_model_is_the_base_with_both_adapters(dpo_context: Context, backend: backends.Backend) -> None:
     """merge.work proves it itself, in fp32 on the CPU; here it is asked once more, by this backend."""
     dpo.work(dpo_context)
-    models.free_memory()
+    backends.free_memory()
     context = Context(**{**vars(dpo_context), "output": dpo_context.work / "merged", "metrics": {}})
     context.inputs["dpo"] = dpo_context.output
     context.parents["dpo"] = tiny.publish(
@@ -139,21 +142,21 @@ def test_the_merged_model_is_the_base_with_both_adapters(dpo_context: Context, b
     answers = [one for pair in pairs_of(dpo_context, tokenizer)[:4] for one in pair]
     merged = backend.load(context.output / "model", dtype=context.recipe.merge.dtype)
     found = per_token(merged, tokenizer, answers)
-    policy = models.merge_in_memory(
+    policy = backends.merge_in_memory(
         context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter", context.work / "again", bf16=backend.bf16
     )
-    apart = models.attach_adapter(backend.load(policy), dpo_context.output / "adapter")
+    apart = backends.attach_adapter(backend.load(policy), dpo_context.output / "adapter")
     expected = per_token(apart, tokenizer, answers)
     tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
     assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 3 * tolerance
 
 
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(
-    prepared: Path, trained: Path, backend: models.Backend, settings: Settings, tmp_path: Path
+    prepared: Path, trained: Path, backend: backends.Backend, settings: Settings, tmp_path: Path
 ) -> None:
     """Padding on the left must move no position. In bf16 near ties may fall either way, so the first tokens count."""
     tokenizer = load_tokenizer(prepared / "base")
-    model = models.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
+    model = backends.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
     context = make_context("sft", prepared, tmp_path, *settings)
     prompts = [row.prompt_ids for row in rows_of(context, tokenizer, "test")[:6]]
     options: dict[str, Any] = {"max_new_tokens": 4, "batch_rows": 6}
@@ -163,7 +166,7 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
 
 
 def test_recomputed_activations_learn_the_same(
-    prepared: Path, settings: Settings, tmp_path: Path, backend: models.Backend
+    prepared: Path, settings: Settings, tmp_path: Path, backend: backends.Backend
 ) -> None:
     losses = []
     for recompute in ("false", "true"):
@@ -172,13 +175,13 @@ def test_recomputed_activations_learn_the_same(
         context = make_context("sft", prepared, tmp_path / recompute, *short)
         sft.work(context)
         losses.append([row["loss"] for row in context.metrics["history"] if "loss" in row])
-        models.free_memory()
+        backends.free_memory()
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if backend.bf16 else 1e-4)
 
 
-def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tuple[Any, list[Any], Any]:
+def build_sft(context: Context, prepared: Path, backend: backends.Backend) -> tuple[Any, list[Any], Any]:
     """The trainer as sft.work builds it, the rows it was given, the tokenizer."""
-    from llamarefine_jobs import training
+    from llamarefine_jobs.training import loop
 
     section = context.recipe.sft
     tokenizer = load_tokenizer(prepared / "base")
@@ -187,10 +190,10 @@ def build_sft(context: Context, prepared: Path, backend: models.Backend) -> tupl
         prepared / "base", quantization=section.quantization, max_length_tokens=context.recipe.max_length_tokens
     )
     model = backend.add_adapter(
-        training.settle_model(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
+        loop.set_token_ids(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
     )
     held_out = rows_of(context, tokenizer, "validation")
-    watch = training.Watch(
+    watch = loop.Watch(
         section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, held_out, context)
     )
     return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows, tokenizer

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamarefine_jobs import model as models
 from llamarefine_jobs.contract.memory import CUDA_CONTEXT_BYTES, training_bytes
 from llamarefine_jobs.contract.memory import Shape as Sizes
+from llamarefine_jobs.models import backends
 from tests.bench.gpu import training as bench
 from tests.gpu.shapes import INTERPRETED, Shape, write_prepared
 from tests.jobs import tiny
@@ -59,7 +59,7 @@ def test_a_step_takes_the_memory_that_was_estimated(
 ) -> None:
     if not cuda:
         pytest.skip("the estimate is of a training in 16 bits, on CUDA")
-    backend = models.choose_backend()
+    backend = backends.choose_backend()
     with_unsloth = backend.name == "unsloth"
     if INTERPRETED and with_unsloth and recompute == "true":
         pytest.skip("what Unsloth moves to the host's memory would be counted too")
@@ -70,7 +70,7 @@ def test_a_step_takes_the_memory_that_was_estimated(
     values |= {"batch_rows": _ROWS, "micro_batch_rows": _ROWS, "checkpoint_every_s": "null"}
     recipe = tiny.recipe(*shape.settings, *(f"{stage}.{name}={value}" for name, value in values.items()))
     section: Any = recipe.section(stage)
-    models.free_memory()
+    backends.free_memory()
     before = torch.cuda.memory_allocated()
     model, tokenizer = bench.load(backend, recipe, section, prepared)
     trainer, tokens_per_row, _ = bench.build("ours", stage, recipe, backend, model, tokenizer, prepared)

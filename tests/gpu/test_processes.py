@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from llamarefine_jobs.store import Store
 from tests.gpu.shapes import INTERPRETED, TINY, Shape, read_rows, write_prepared
 from tests.jobs import processes, tiny
-from tests.jobs.test_training_resume import copy_up_to, newest_checkpoint
+from tests.jobs.training.test_resume import copy_up_to, newest_checkpoint
 
 EVERY = 1 if INTERPRETED else 3  # steps between checkpoints
 _CORNER_BYTES = {"tiny": 40 << 20, "tinyllama": 3 << 30}  # of the card: the model fits, a step of 48 rows does not
@@ -29,7 +29,7 @@ _CORNER_BYTES = {"tiny": 40 << 20, "tinyllama": 3 << 30}  # of the card: the mod
 def undisturbed(shape: Shape, cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without trouble."""
     from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
-    from llamarefine_jobs.sources import pin
+    from llamarefine_jobs.sources.pinning import pin
 
     folder = tmp_path_factory.mktemp(f"undisturbed-{shape.name}")
     # A card is through with the tiny model before a checkpoint is in the store.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamarefine_jobs import __version__
+from llamarefine_jobs.contract.version import __version__
 
 from ..e2e import kind
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256, answer, question
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.encoding import settle_tokenizer
+from llamarefine_jobs.contract.version import __version__
+from llamarefine_jobs.models.encoding import set_special_tokens
 from llamarefine_jobs.recipe_file import parse_recipe
-from llamarefine_jobs.sources import pin
+from llamarefine_jobs.sources.pinning import pin
 from llamarefine_jobs.store import Store
 
 RECIPE = """\
@@ -72,7 +72,7 @@ def make_tokenizer(texts: list[str], vocabulary: int = 400) -> Any:
         ),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    settle_tokenizer(tokenizer)
+    set_special_tokens(tokenizer)
     return tokenizer
 
 

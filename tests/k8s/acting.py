@@ -19,12 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs import __version__, entry
+from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key
 from llamarefine_jobs.contract.errors import DivergedError, LlamaRefineError, PreemptedError
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
+from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.store import Store
 
 STEPS = 400
@@ -168,7 +169,7 @@ def act_of(stage: str) -> str | None:
 def train(context: entry.Context) -> None:
     """Count steps for half a minute; on SIGTERM, or when the launcher is gone, publish a checkpoint and end."""
     checkpoint = context.fetch_checkpoint()
-    context.stop.hold()
+    context.stop.defer_exit()
     first = int((checkpoint / "step").read_text()) if checkpoint else 0
     for step in range(first + 1, STEPS + 1):
         context.progress(step, STEPS, loss=4.0 - step / STEPS, tokens_per_s=5120.0, eta_s=(STEPS - step) / 10)
@@ -185,7 +186,7 @@ def train(context: entry.Context) -> None:
 def learn(context: entry.Context) -> str:
     """Take LESSONS steps, with a checkpoint now and then and on SIGTERM. The result needs each step once, in order."""
     checkpoint = context.fetch_checkpoint()
-    context.stop.hold()
+    context.stop.defer_exit()
     step, learnt = json.loads((checkpoint / "state.json").read_text()) if checkpoint else (0, "")
     while step < LESSONS:
         time.sleep(LESSON_S)
@@ -253,7 +254,7 @@ def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:
 
 
 if __name__ == "__main__":
-    entry.settled_threads = lambda recipe: contextlib.nullcontext()  # no training, nothing to seed: torch stays out
+    entry.seeded_threads = lambda recipe: contextlib.nullcontext()  # no training, nothing to seed: torch stays out
     name = sys.argv.pop(1)
     if act_of(name) == "learn":
         open_store = entry.open_store

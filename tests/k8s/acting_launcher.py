@@ -4,11 +4,12 @@ import functools
 import sys
 from pathlib import Path
 
-from llamarefine_k8s import cli, local
+from llamarefine_k8s import cli
+from llamarefine_k8s.runs import local_executor
 
 ACTING = str(Path(__file__).parent / "acting.py")
 
-local.LocalExecutor = functools.partial(  # type: ignore[misc]
-    local.LocalExecutor, command=lambda stage: (sys.executable, ACTING, stage)
+local_executor.LocalExecutor = functools.partial(  # type: ignore[misc]
+    local_executor.LocalExecutor, command=lambda stage: (sys.executable, ACTING, stage)
 )
 cli.main()

@@ -7,7 +7,7 @@ from typing import Any
 
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.manifests import JOB_NAME, STAGE
+from llamarefine_k8s.cluster.manifests import JOB_NAME, STAGE
 
 from . import acting
 from .api_server import ApiServer

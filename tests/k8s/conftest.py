@@ -12,7 +12,7 @@ import pytest
 
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.recipe_file import load_recipe
-from llamarefine_jobs.sources import pin
+from llamarefine_jobs.sources.pinning import pin
 from llamarefine_jobs.store import Store
 
 from .api_server import ApiServer, served

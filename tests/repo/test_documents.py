@@ -95,9 +95,3 @@ def test_no_file_names_a_package_registry() -> None:
     )
     found = [path for path in tracked() if path != "uv.lock" and registry.search(text_of(path))]
     assert found == []
-
-
-def test_no_file_of_python_is_past_400_lines() -> None:
-    files = [path for path in tracked() if path.endswith(".py")]
-    assert files
-    assert [path for path in files if len(text_of(path).splitlines()) > 400] == []

@@ -19,7 +19,7 @@ def broken_contracts(tree: Path) -> list[str]:
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, check=False)
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert any("kept" in line and "broken" in line for line in lines), done.stdout + done.stderr
-    return [line.removesuffix(" BROKEN") for line in lines if line.endswith(" BROKEN")]
+    return [line.partition(" BROKEN")[0] for line in lines if " BROKEN" in line]
 
 
 @pytest.fixture
@@ -38,15 +38,18 @@ def test_the_rules_hold(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "rule"),
     [
-        ("jobs/llamarefine_jobs/contract/stages.py", "import llamarefine_jobs.objects", "The launcher stands on"),
+        ("jobs/llamarefine_jobs/contract/stages.py", "import llamarefine_jobs.store.objects", "Who may import whom"),
         ("jobs/llamarefine_jobs/contract/stages.py", "import yaml", "The contract needs no"),
-        ("jobs/llamarefine_jobs/objects.py", "import llamarefine_jobs.store", "The launcher stands on"),
-        ("jobs/llamarefine_jobs/sft.py", "import llamarefine_jobs.dpo", "Stages stand side by side"),
-        ("jobs/llamarefine_jobs/store.py", "import llamarefine_jobs.entry", "Stages stand side by side"),
+        ("jobs/llamarefine_jobs/store/objects.py", "import llamarefine_jobs.store.artifacts", "Inside the store"),
+        ("jobs/llamarefine_jobs/sft.py", "import llamarefine_jobs.dpo", "Who may import whom"),
+        ("jobs/llamarefine_jobs/store/artifacts.py", "import llamarefine_jobs.context", "Who may import whom"),
+        ("jobs/llamarefine_jobs/models/lora.py", "import llamarefine_jobs.training.loop", "Who may import whom"),
         ("jobs/llamarefine_jobs/sft.py", "import click", "Stages know neither"),
         ("jobs/llamarefine_jobs/entry.py", "import llamarefine_k8s.cli", "Stages know neither"),
-        ("k8s/llamarefine_k8s/plan.py", "import torch", "The launcher never reaches"),
-        ("k8s/llamarefine_k8s/plan.py", "import llamarefine_jobs.sft", "The launcher never reaches"),
+        ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_k8s.cluster.api", "The launcher: commands"),
+        ("k8s/llamarefine_k8s/runs/plan.py", "import kubernetes", "Only cluster/api.py"),
+        ("k8s/llamarefine_k8s/runs/plan.py", "import torch", "The launcher never reaches"),
+        ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_jobs.sft", "The launcher never reaches"),
     ],
 )
 def test_a_violation_is_found(tree: Path, module: str, line: str, rule: str) -> None:

@@ -10,10 +10,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from llamarefine_jobs.base import bring_base, install_base
 from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.contract.recipe import Base, Rows
-from llamarefine_jobs.reading import read_table
+from llamarefine_jobs.data.reading import read_table
+from llamarefine_jobs.models.base import bring_base, install_base
 
 
 def visit(kind: str, name: str, work: Path) -> dict[str, object]:

@@ -9,8 +9,8 @@ import pytest
 
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.errors import IntegrityError
-from llamarefine_jobs.pickled_code import refuse_pickled_code
 from llamarefine_jobs.store import Store
+from llamarefine_jobs.untrusted.pickles import refuse_pickled_code
 
 from ..jobs import processes, tiny
 

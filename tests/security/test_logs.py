@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from llamarefine_jobs.discretion import be_discreet, hide
+from llamarefine_jobs.untrusted.log_redaction import redact, redact_logs
 from tests.k8s.api_server import served as api_served
 from tests.k8s.conftest import LAUNCHER, RECIPE
 from tests.s3_server import S3Server
@@ -178,11 +178,11 @@ def test_no_stage_tells_a_credential(environment: dict[str, str], s3_uri: str, t
     ],
 )  # fmt: skip
 def test_a_credential_is_known_by_its_form(said: str, shown: str | None) -> None:
-    assert hide(said) == (shown or said)
+    assert redact(said) == (shown or said)
 
 
 def test_a_traceback_in_a_log_is_looked_through(caplog: pytest.LogCaptureFixture) -> None:
-    be_discreet()
+    redact_logs()
     try:
         raise ValueError("Authorization: Bearer abc.def")
     except ValueError:

@@ -10,11 +10,11 @@ import pytest
 from llamarefine_jobs.contract.artifact import File, Manifest, safe_relative_path
 from llamarefine_jobs.contract.errors import DataError, IntegrityError
 from llamarefine_jobs.contract.recipe import Rows
-from llamarefine_jobs.reading import read_table
-from llamarefine_jobs.sources import content_sha256
+from llamarefine_jobs.data.reading import read_table
+from llamarefine_jobs.sources.pinning import content_sha256
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import runs
-from llamarefine_k8s.results import report_page
+from llamarefine_k8s.runs import records
+from llamarefine_k8s.runs.results import report_page
 
 from ..store import samples
 
@@ -67,8 +67,8 @@ def test_a_record_that_names_another_run_is_not_read(run: str, store: Store) -> 
     """Its name becomes a file's name where a report is opened."""
     write_record(store, run, {})
     with pytest.raises(IntegrityError):
-        runs.load(store, "small-00000000")
-    assert runs.all_runs(store) == []
+        records.load(store, "small-00000000")
+    assert records.all_runs(store) == []
 
 
 def test_a_page_from_a_bucket_lands_in_a_new_folder(
@@ -146,7 +146,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_record_with_a_strange_recipe_is_one_line(store: Store) -> None:
     write_record(store, "small-00000000", {"name": "$(id)"})
-    record = runs.load(store, "small-00000000")
+    record = records.load(store, "small-00000000")
     assert record
     with pytest.raises(IntegrityError, match="its recorded recipe"):
         record.own_recipe()

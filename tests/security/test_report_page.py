@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llamarefine_jobs import page
+from llamarefine_jobs.report import page
 from llamarefine_jobs.store import Store
-from llamarefine_k8s import results
+from llamarefine_k8s.runs import results
+from tests.jobs.report.test_comparison import a_report, an_example
 
-from ..jobs.test_report import a_report, an_example
 from .browser import ATTACKS, CHROMIUM, look
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

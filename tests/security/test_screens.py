@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llamarefine_jobs import infer
-from llamarefine_jobs.scoring import Answer
-from llamarefine_jobs.screen import clean, for_stream
-from llamarefine_k8s import terminal
+from llamarefine_jobs.models.scoring import Answer
+from llamarefine_jobs.untrusted.control_characters import strip_control_characters, strip_for_stream
+from llamarefine_k8s.commands import terminal
 
 HOSTILE = "a\x1b[2Jb\x1b]0;owned\x07c\x9b31md\x08\x7fe\tf\ng"
 
@@ -26,16 +26,17 @@ def controls(text: str) -> set[str]:
 
 
 def test_control_characters_go_and_text_stays() -> None:
-    assert clean(HOSTILE) == "ab]0;ownedc31mde\tf\ng"
+    assert strip_control_characters(HOSTILE) == "ab]0;ownedc31mde\tf\ng"
     assert (
-        clean("a\x1b]8;;http://x\x1b\\b\x1b]52;c;eA==\x07 \u202egpj.exe\u2066") == "a]8;;http://x\\b]52;c;eA== gpj.exe"
+        strip_control_characters("a\x1b]8;;http://x\x1b\\b\x1b]52;c;eA==\x07 \u202egpj.exe\u2066")
+        == "a]8;;http://x\\b]52;c;eA== gpj.exe"
     )
-    assert clean("größer, 更好 🦙 e\u0301") == "größer, 更好 🦙 e\u0301"
+    assert strip_control_characters("größer, 更好 🦙 e\u0301") == "größer, 更好 🦙 e\u0301"
 
 
 def test_a_pipe_has_every_byte_and_a_terminal_has_none_that_it_obeys() -> None:
-    assert for_stream(HOSTILE, io.StringIO()) == HOSTILE
-    assert controls(for_stream(HOSTILE, Screen())) == set()
+    assert strip_for_stream(HOSTILE, io.StringIO()) == HOSTILE
+    assert controls(strip_for_stream(HOSTILE, Screen())) == set()
 
 
 @pytest.mark.parametrize("shown", [HOSTILE, Text(HOSTILE, "red"), "table"])

@@ -8,10 +8,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llamarefine_jobs import reading
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Rows
-from llamarefine_jobs.reading import read_table
+from llamarefine_jobs.data import reading
+from llamarefine_jobs.data.reading import read_table
 
 
 def read(path: Path) -> list[Any]:

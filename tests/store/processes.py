@@ -13,7 +13,7 @@ from . import samples
 
 # One server process imports boto3 once; each writer is a fork of it, single-threaded when it is made.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["boto3", "llamarefine_jobs.bucket", "llamarefine_jobs.store", __name__])
+PROCESSES.set_forkserver_preload(["boto3", "llamarefine_jobs.store.bucket", "llamarefine_jobs.store", __name__])
 
 
 def publish(uri: str, folder: Path, environment: dict[str, str], answer: Connection, start: Connection) -> None:

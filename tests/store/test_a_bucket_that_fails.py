@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, RecipeError, StoreError
-from llamarefine_jobs.contract.patience import Patience
+from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_jobs.store import Store
 
 from .. import s3_server
@@ -143,9 +143,11 @@ def flaky(s3: s3_server.S3Server) -> Iterator[FlakyServer]:
         server.shutdown()
 
 
-def behind(flaky: FlakyServer, uri: str, monkeypatch: pytest.MonkeyPatch, patience: Patience | None = None) -> Store:
+def behind(
+    flaky: FlakyServer, uri: str, monkeypatch: pytest.MonkeyPatch, retry_policy: RetryPolicy | None = None
+) -> Store:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{flaky.server_address[1]}")
-    return Store(uri, patience)
+    return Store(uri, retry_policy)
 
 
 def test_a_download_that_breaks_goes_on_where_it_broke(
@@ -165,7 +167,7 @@ def test_a_download_that_always_breaks_is_a_store_error_and_leaves_nothing(
     flaky: FlakyServer, s3_uri: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Store(s3_uri).publish(folder, samples.draft())
-    store = behind(flaky, s3_uri, monkeypatch, Patience(0.5))
+    store = behind(flaky, s3_uri, monkeypatch, RetryPolicy(0.5))
     flaky.breaks_left, flaky.breaks_from_bytes, flaky.share = 1000, 1, 0.0
     error = error_of(lambda: store.fetch(published, tmp_path / "target" / "fetched"))
     assert isinstance(error, StoreError)
@@ -189,7 +191,7 @@ def test_a_download_that_breaks_at_the_same_place_for_ever_is_given_up(
     flaky: FlakyServer, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Store(s3_uri).publish(samples.make_folder(tmp_path / "large", size_bytes=5_000_000), samples.draft())
-    store = behind(flaky, s3_uri, monkeypatch, Patience(0.5))
+    store = behind(flaky, s3_uri, monkeypatch, RetryPolicy(0.5))
     flaky.breaks_left, flaky.knows_no_ranges = 1000, True
     with pytest.raises(StoreError, match="gave up after"):
         store.fetch(published, tmp_path / "fetched", "adapter/adapter_model.safetensors")

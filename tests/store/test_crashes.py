@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.errors import AccessError, DiskFullError, LlamaRefineError, StoreError
-from llamarefine_jobs.objects import Objects
 from llamarefine_jobs.store import Store
+from llamarefine_jobs.store.objects import Objects
 
 from . import samples
 from .samples import KEY, STAGE

@@ -8,8 +8,8 @@ import pytest
 
 from llamarefine_jobs.contract.artifact import MANIFEST, File, Manifest, artifact_path
 from llamarefine_jobs.contract.errors import IntegrityError
-from llamarefine_jobs.objects import READ_LIMIT_BYTES
 from llamarefine_jobs.store import Store
+from llamarefine_jobs.store.objects import READ_LIMIT_BYTES
 
 from . import samples
 from .samples import KEY, STAGE

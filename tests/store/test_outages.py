@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llamarefine_jobs import sources
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.errors import AccessError, StoreError
-from llamarefine_jobs.contract.patience import Patience
+from llamarefine_jobs.contract.retry import RetryPolicy
+from llamarefine_jobs.sources import pinning
 from llamarefine_jobs.store import Store
 
 from .. import s3_server
@@ -30,8 +30,8 @@ def proxy(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 @pytest.fixture
 def store(proxy: CuttingProxy, s3_uri: str) -> Store:
-    """A store behind the proxy, with a run's patience, made short."""
-    return Store(s3_uri, Patience(30))
+    """A store behind the proxy, with a run's retry_policy, made short."""
+    return Store(s3_uri, RetryPolicy(30))
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_stranger_from_the_beginning_is_a_wrong_endpoint(store: Store, proxy: 
 def test_a_bucket_that_falls_silent_is_waited_out(
     store: Store, proxy: CuttingProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamarefine_jobs.bucket._READ_TIMEOUT_S", 1)
+    monkeypatch.setattr("llamarefine_jobs.store.bucket._READ_TIMEOUT_S", 1)
     with proxy.away(4, "stalls"):
         publish(store, folder)
 
@@ -164,7 +164,7 @@ def test_an_outage_that_lasts_ends_with_one_clear_error_and_nothing_torn(
     proxy: CuttingProxy, s3_uri: str, folder: Path
 ) -> None:
     said: list[str] = []
-    store = Store(s3_uri, Patience(12, said.append))
+    store = Store(s3_uri, RetryPolicy(12, said.append))
     store.manifest(STAGE, KEY)
     proxy.refuses = True
     began_s = time.monotonic()
@@ -189,7 +189,7 @@ def test_a_wrong_address_is_told_before_patience_begins(proxy: CuttingProxy, s3_
     proxy.refuses = True
     began_s = time.monotonic()
     with pytest.raises(StoreError, match="gave up after"):
-        Store(s3_uri, Patience(600, first_s=1)).manifest(STAGE, KEY)
+        Store(s3_uri, RetryPolicy(600, first_s=1)).manifest(STAGE, KEY)
     assert time.monotonic() - began_s < 30
 
 
@@ -203,7 +203,7 @@ def test_a_refused_precondition_is_not_waited_out(store: Store) -> None:
         raise error
 
     with pytest.raises(StoreError, match="the same again"):
-        store.objects.patience.call(fail)  # type: ignore[union-attr]
+        store.objects.retry_policy.call(fail)  # type: ignore[union-attr]
     assert len(tries) == 1
 
 
@@ -219,7 +219,7 @@ def by_tls(s3: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_bucket_behind_tls_that_is_away_is_waited_out(by_tls: CuttingProxy, s3_uri: str, folder: Path) -> None:
     """A connection that ends in the middle of the greeting says nothing of certificates."""
-    store = Store(s3_uri, Patience(30))
+    store = Store(s3_uri, RetryPolicy(30))
     with by_tls.away(4):
         publish(store, folder)
     assert by_tls.connections > 4
@@ -230,7 +230,7 @@ def test_who_has_the_address_of_a_bucket_behind_tls_for_a_while_is_waited_out(
     by_tls: CuttingProxy, s3_uri: str, tmp_path: Path, greeting: str
 ) -> None:
     """An ingress that starts again shows a certificate of its own, or none, until it has read its settings."""
-    store = Store(s3_uri, Patience(30))
+    store = Store(s3_uri, RetryPolicy(30))
     store.write("runs/one/run.json", b"{}")
     store.objects.client.close()  # type: ignore[union-attr]
     stranger = tls.certificate(tmp_path, "stranger")[1] if greeting == "another certificate" else None
@@ -242,13 +242,13 @@ def test_who_has_the_address_of_a_bucket_behind_tls_for_a_while_is_waited_out(
 def test_a_certificate_that_nobody_trusts_is_told_at_once(by_tls: CuttingProxy, s3_uri: str, tmp_path: Path) -> None:
     by_tls.impostors = [tls.certificate(tmp_path, "stranger")[1]] * 4
     with pytest.raises(AccessError, match=r"is not trusted .* name its authority by AWS_CA_BUNDLE"):
-        Store(s3_uri, Patience(30)).read("something")
+        Store(s3_uri, RetryPolicy(30)).read("something")
 
 
 def test_a_server_that_says_when_to_come_again_is_not_asked_before(store: Store, proxy: CuttingProxy) -> None:
     proxy.slow_downs, proxy.retry_after_s = 4, 3
     with pytest.raises(StoreError, match="SlowDown") as caught:
-        store.write("runs/one/run.json", b"{}", patient=False)
+        store.write("runs/one/run.json", b"{}", retry=False)
     assert caught.value.retry_after_s == 3
 
 
@@ -258,4 +258,4 @@ def test_a_source_in_a_bucket_that_is_away_is_waited_out_by_the_stage_that_reads
     """For longer than a person at a terminal waits."""
     store.write("inputs/one/rows.csv", b"q,a")
     with proxy.away(12):
-        assert sources.download_s3(f"{s3_uri}/inputs/one/rows.csv", tmp_path).read_bytes() == b"q,a"
+        assert pinning.download_s3(f"{s3_uri}/inputs/one/rows.csv", tmp_path).read_bytes() == b"q,a"

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from llamarefine_jobs import __version__
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.seal import seal, unseal
+from llamarefine_jobs.contract.self_digest import add_self_digest, read_self_digest
 from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.contract.version import __version__
 
 MANIFEST = "manifest.json"
 _MOST_FILES = 10_000  # an artifact has a hundred
@@ -111,13 +111,13 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """The manifest as it lies in the store, its own digest as the last key."""
-        return seal(self.model_dump_json(indent=2), _SEAL)
+        return add_self_digest(self.model_dump_json(indent=2), _SEAL)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
         """The manifest that `data` holds; ValueError where a byte of it was changed."""
         try:
-            body = unseal(data, _SEAL)
+            body = read_self_digest(data, _SEAL)
         except ValueError:
             body = None
         if body is None:

@@ -29,10 +29,10 @@ EARLIER_TOKENS = 256  # each row of its SFT was padded to, or cut at, so many
 def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
     """Print the figures of `steps` optimizer steps, or of as many as the rows give."""
     began_s = time.monotonic()
-    from llamarefine_jobs import model as models
     from llamarefine_jobs.contract.memory import Shape, training_bytes
+    from llamarefine_jobs.models import backends
 
-    backend = models.choose_backend()
+    backend = backends.choose_backend()
     import torch
 
     imported_s = time.monotonic()
@@ -97,14 +97,14 @@ def recipe_of(arm: str, stage: str, steps: int, cuda: bool) -> Any:
 
 def load(backend: Any, recipe: Any, section: Any, prepared: Path) -> tuple[Any, Any]:
     """The base with a fresh adapter, and its tokenizer. DPO is timed on the bare base: its arithmetic is the same."""
-    from llamarefine_jobs import training
-    from llamarefine_jobs.encoding import load_tokenizer
+    from llamarefine_jobs.models.encoding import load_tokenizer
+    from llamarefine_jobs.training import loop
 
     tokenizer = load_tokenizer(prepared / "base")
     model = backend.load(
         prepared / "base", quantization=section.quantization, max_length_tokens=recipe.max_length_tokens
     )
-    training.settle_model(model, tokenizer)
+    loop.set_token_ids(model, tokenizer)
     model = backend.add_adapter(
         model, section.lora, seed=recipe.seed, gradient_checkpointing=section.gradient_checkpointing
     )
@@ -115,8 +115,9 @@ def build(
     arm: str, stage: str, recipe: Any, backend: Any, model: Any, tokenizer: Any, prepared: Path
 ) -> tuple[Any, float, int]:
     """The stage's own trainer, or the earlier attempt's padding in it; mean tokens a row; how many rows."""
-    from llamarefine_jobs import dpo, sft, training
-    from llamarefine_jobs.encoding import encode_pairs, encode_questions, read_rows
+    from llamarefine_jobs import dpo, sft
+    from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, read_rows
+    from llamarefine_jobs.training import loop
 
     context: Any = bare_context(stage, recipe, prepared.parent)
     rows = read_rows(prepared / ("questions" if stage == "sft" else "preferences"), "train")
@@ -137,7 +138,7 @@ def build(
         lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
         longest = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
     if arm == "ours":  # the others take the rows as TRL does
-        training.settle_order(trainer, section, longest)
+        loop.use_whole_batches(trainer, section, longest)
     return trainer, sum(lengths) / len(lengths), len(rows)
 
 
@@ -155,9 +156,9 @@ def silent() -> Any:
 
 def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
     """A context without a store: the trainers' settings need its folder and its recipe."""
+    from llamarefine_jobs.context import Context
     from llamarefine_jobs.contract.stages import STAGES
-    from llamarefine_jobs.entry import Context
-    from llamarefine_jobs.stopping import Stop
+    from llamarefine_jobs.process.sigterm import Stop
     from llamarefine_jobs.store import Store
 
     return Context(

@@ -1,0 +1,72 @@
+"""A folder of data files, such as a Hub data set's, read by `datasets`: its own files and no others.
+
+Its card says which files are read, and may say any path or address. What the library would read is looked at first.
+"""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.data.parquet import batches, column_names, readable
+from llamarefine_jobs.sources.pinning import files_below
+
+_LIMIT_BYTES = 8 << 30  # of one file, unpacked
+_CHUNK_BYTES = 1 << 20
+
+
+def load_split(folder: Path, split: str, cache: Path) -> tuple[Any, Sequence[str]]:
+    """The rows of `split`, None where there is no such split, and the names of all splits.
+
+    Raises ValueError, in one line, where the folder is no data set, or leads out of itself.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=str(cache))
+        _check_files(folder, [str(file) for files in (builder.config.data_files or {}).values() for file in files])
+        builder.download_and_prepare()
+        found = builder.as_dataset()
+    except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError, RuntimeError) as error:
+        raise ValueError(str(error.__cause__ or error).splitlines()[0]) from None
+    return found.get(split), list(found)
+
+
+def _check_files(folder: Path, named: Sequence[str]) -> None:
+    """Each named file is one of the folder's own, and unpacks to something of a sane size."""
+    from datasets.utils.extract import Extractor
+
+    own = {file.absolute() for file in files_below(folder)}
+    for name in named:
+        if Path(name).absolute() not in own:
+            raise DataError(
+                f"{folder.name} names {name}, which is no file of its own; correct `data_files` in its card"
+            )
+        packed = Extractor.infer_extractor_format(name)
+        if packed == "gzip":
+            _check_gzip(Path(name))
+        elif name.endswith((".parquet", ".geoparquet", ".gpq")):
+            _check_parquet(Path(name))
+        elif packed:
+            raise DataError(f"{Path(name).name} is an archive ({packed}), and none is opened; unpack it first")
+
+
+def _check_parquet(path: Path) -> None:
+    def check_size(rows: int, size_bytes: int) -> None:
+        if size_bytes > _LIMIT_BYTES:
+            raise DataError(f"{path.name} stands for more than {_LIMIT_BYTES >> 30} GiB")
+
+    with readable(lambda why: DataError(f"{path.name} {why}")):
+        for _ in batches(path, column_names(path), check_size):
+            pass
+
+
+def _check_gzip(path: Path) -> None:
+    unpacked_bytes = 0
+    with gzip.open(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            unpacked_bytes += len(chunk)
+            if unpacked_bytes > _LIMIT_BYTES:
+                raise DataError(f"{path.name} unpacks to more than {_LIMIT_BYTES >> 30} GiB")

@@ -1,0 +1,173 @@
+"""The base model: brought from a folder, a bucket or the Hub, checked, and laid out for the other stages.
+
+Weights are copied as they are. Only safetensors are taken, and nothing that runs code of its own.
+"""
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+from typing import Any, get_args
+
+from llamarefine_jobs.contract.errors import DataError
+from llamarefine_jobs.contract.recipe import Base, LinearLayer
+from llamarefine_jobs.models.encoding import load_tokenizer
+from llamarefine_jobs.models.weights import INDEX, SINGLE_FILE, Weights
+from llamarefine_jobs.sources import hub, pinning
+from llamarefine_jobs.untrusted.remote_code import pickles_in, refuse_remote_code
+from llamarefine_jobs.untrusted.safe_json import read_object
+
+# Built as Llama is: the same seven linear layers in a block, under the same names.
+_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+_KEY = "prepare.base"
+
+
+def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
+    """The local folder of a base that is not made on the spot, and the commit of a Hub repository."""
+    match pinning.kind(base.source, hub_id_allowed=True):
+        case pinning.Kind.HUB:
+            repository = base.source.removeprefix("hf://")
+            folder = hub.snapshot(repository, base.revision, "model", _HUB_FILES, _KEY)
+            return folder, folder.name
+        case pinning.Kind.S3:
+            return pinning.download_s3(base.source, work / _KEY, base.fingerprint), None
+        case pinning.Kind.PATH:
+            return _in_hub_cache(pinning.local_path(base.source), base.revision)
+        case _:
+            raise DataError(f"{_KEY}: expected a Hub id, a folder, s3://… or tiny-llama, found {base.source}")
+
+
+def install_base(folder: Path, into: Path) -> Any:
+    """Check the model in `folder` and lay it out in `into`; its tokenizer, with our chat template.
+
+    Raises DataError, in one line, where it is not a plain Llama-like model in safetensors.
+    """
+    config = check_model(folder)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config["vocab_size"]:
+        raise DataError(
+            f"{_KEY}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}; "
+            "they do not belong together"
+        )
+    into.mkdir()
+    index = folder / INDEX
+    shards = set(_json(index).get("weight_map", {}).values()) | {INDEX} if index.is_file() else {SINGLE_FILE}
+    for name in ("config.json", *sorted(shards)):
+        shutil.copyfile(folder / name, into / name)
+    write_tokenizer_and_config(into, tokenizer, _json(folder / "generation_config.json"))
+    return tokenizer
+
+
+def write_tokenizer_and_config(into: Path, tokenizer: Any, generation: dict[str, Any]) -> None:
+    """Write the tokenizer and the generation config beside the weights."""
+    tokenizer.save_pretrained(into)
+    known = generation.get("eos_token_id")
+    eos = tokenizer.eos_token_id
+    settled = generation | {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if known != eos and not (isinstance(known, list) and eos in known):
+        settled["eos_token_id"] = eos
+    text = json.dumps({name: value for name, value in settled.items() if value is not None}, indent=2, sort_keys=True)
+    (into / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """The config of the model in `folder`; DataError where adapters could not be put on it and merged."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{_KEY}: {folder} holds no config.json; expected a model's folder")
+    config = _json(folder / "config.json")
+    kind = config.get("model_type")
+    try:
+        refuse_remote_code(folder)
+    except DataError as error:
+        raise DataError(f"{_KEY}: {error}") from None
+    if kind not in _MODEL_TYPES:
+        raise DataError(
+            f"{_KEY}: expected a causal language model built as Llama is ({', '.join(_MODEL_TYPES)}), found {kind}"
+        )
+    if "quantization_config" in config:
+        raise DataError(f"{_KEY}: the model is quantised, so nothing adds to it exactly; give its 16-bit original")
+    _check_weights(folder, config)
+    return config
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the data card says of the base in `folder`."""
+    config = _json(folder / "config.json")
+    shapes = Weights(folder).shapes.values()
+    return {
+        "model_type": config["model_type"],
+        "parameters": sum(prod(shape) for shape in shapes),
+        "layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "vocabulary": config["vocab_size"],
+    }
+
+
+def _check_weights(folder: Path, config: dict[str, Any]) -> None:
+    """The weights are safetensors, whole, and have the seven linear layers in each of the config's blocks."""
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
+        pickles = pickles_in(folder)
+        found = f"only {pickles[0]}, a pickle, which can run code as it is read" if pickles else "none"
+        raise DataError(f"{_KEY}: expected weights in safetensors, found {found}; convert them, or choose another base")
+    shapes = Weights(folder).shapes
+    layers, vocabulary, hidden = (_size(config, name) for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
+    for layer in range(layers):
+        for linear in get_args(LinearLayer):
+            part = "mlp" if linear in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            name = f"model.layers.{layer}.{part}.{linear}.weight"
+            if len(shapes.get(name, ())) != 2:
+                raise DataError(f"{_KEY}: the weights have no matrix {name}; adapters would not fit this base")
+            # What config.json says is what transformers makes room for, before it looks at the weights.
+            if shapes[name] != (expected := _shape(config, linear, hidden)):
+                raise DataError(f"{_KEY}: config.json makes {name} {expected}, the weights hold {shapes[name]}")
+    embeddings = shapes.get("model.embed_tokens.weight")
+    if embeddings != (vocabulary, hidden):
+        raise DataError(
+            f"{_KEY}: config.json says {vocabulary} tokens of {hidden} numbers, the weights hold {embeddings}"
+        )
+
+
+def _shape(config: dict[str, Any], linear: str, hidden: int) -> tuple[int, int]:
+    """The shape that config.json gives a linear layer of a block."""
+    heads = _size(config, "num_attention_heads")
+    width = _size(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+    outer = {
+        "q_proj": heads * width,
+        "o_proj": heads * width,
+        "k_proj": width * (_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads),
+    }
+    outer["v_proj"] = outer["k_proj"]
+    wide = outer.get(linear) or _size(config, "intermediate_size")
+    return (hidden, wide) if linear in ("o_proj", "down_proj") else (wide, hidden)
+
+
+def _size(config: dict[str, Any], name: str) -> int:
+    if name not in config:
+        raise DataError(f"{_KEY}: config.json does not say {name}")
+    size = config[name]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DataError(f"{_KEY}: config.json says {name}: {size!r:.40}; expected a number")
+    return size
+
+
+def _in_hub_cache(path: Path, revision: str | None) -> tuple[Path, str | None]:
+    """`path` itself, or the snapshot inside where it is a repository's folder in the Hub's cache."""
+    if not path.is_dir():
+        raise DataError(f"{_KEY}: {path} is no folder; expected a model's folder with config.json in it")
+    if not (path / "snapshots").is_dir():
+        return path, None
+    reference = path / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    if commit is None or not (path / "snapshots" / commit).is_dir():
+        raise DataError(f"{_KEY}: {path} has no snapshot of {revision or 'main'}")
+    return path / "snapshots" / commit, commit
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise DataError(f"{_KEY}: {error}") from None

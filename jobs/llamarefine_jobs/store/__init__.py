@@ -1,0 +1,9 @@
+"""Publish and fetch artifacts: a folder or an S3-compatible bucket behind one interface.
+
+The manifest is written last and a download is renamed last, so nothing half-written is ever read. Knows the contract;
+knows no stage, no training library, and no source outside the store.
+"""
+
+from llamarefine_jobs.store.artifacts import Store
+
+__all__ = ["Store"]

@@ -1,0 +1,159 @@
+"""The proof before the first DPO step that the reference is the SFT policy, and nothing else.
+
+A loss of ln 2 says only that policy and reference agree; a fresh adapter on the *bare base* gives it
+too. So the reference's log-probabilities are compared with those of base + SFT adapter, computed
+apart (the adapter beside the weights, not merged into them), and must differ from the bare base's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamarefine_jobs.context import Context
+from llamarefine_jobs.contract.errors import ProofError
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import Encoded
+from llamarefine_jobs.models.scoring import score
+
+LN_2 = math.log(2)
+_PAIRS = 16
+_LOSS_TOLERANCE = 1e-6
+_NOTHING_LEARNED = 1e-5  # nats per token
+# Nats per token by which two ways to compute the same policy may differ: rounding of the merged weights.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "nf4": 3e-1}
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Mean log-probability per answer token, of each answer of the first pairs, by models computed apart."""
+
+    pairs: Sequence[tuple[Encoded, Encoded]]
+    pad_id: int
+    batch_rows: int
+    base: list[float]
+    sft: list[float]
+    sft_twice: list[float]
+
+    @property
+    def answers(self) -> list[Encoded]:
+        return [answer for pair in self.pairs for answer in pair]
+
+
+def score_reference_separately(
+    backend: backends.Backend,
+    base: Path,
+    adapter: Path,
+    pairs: Sequence[tuple[Encoded, Encoded]],
+    pad_id: int,
+    batch_rows: int,
+) -> ReferenceScores:
+    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter counted twice."""
+    some = pairs[:_PAIRS]
+    answers = [answer for pair in some for answer in pair]
+    model = backend.load(base)
+    bare = _per_token(model, answers, pad_id, batch_rows)
+    model = backends.attach_adapter(model, adapter)
+    once = _per_token(model, answers, pad_id, batch_rows)
+    _scale_adapter(model, 2.0)
+    twice = _per_token(model, answers, pad_id, batch_rows)
+    del model
+    backends.free_memory()  # the policy is loaded next
+    return ReferenceScores(some, pad_id, batch_rows, bare, once, twice)
+
+
+def prove(trainer: Any, witness: ReferenceScores, context: Context) -> dict[str, float]:
+    """Check policy and reference before the first step; the figures, or ProofError that says what is wrong."""
+    loss, margin = _trainer_loss(trainer, len(witness.pairs))
+    with trainer.model.disable_adapter():
+        reference = _per_token(trainer.model, witness.answers, witness.pad_id, witness.batch_rows)
+    figures = judge(loss, margin, reference, witness, _tolerance(trainer.model))
+    context.note(
+        f"step 0: loss {loss:.8f} (ln 2 is {LN_2:.8f}), margin {margin:g}; the reference is the SFT policy within "
+        f"{figures['reference_error']:.1e} nats a token and {figures['distance_from_base']:.3g} away from the base"
+    )
+    return figures
+
+
+def judge(
+    loss: float, margin: float, reference: list[float], witness: ReferenceScores, tolerance: float
+) -> dict[str, float]:
+    """Decide from the figures alone: `reference` must be `witness.sft`, far from `witness.base`, and loss ln 2."""
+    error = _distance(reference, witness.sft)
+    learned = _distance(witness.sft, witness.base)
+    if learned <= _NOTHING_LEARNED:
+        raise ProofError(
+            f"the SFT adapter moves the base's log-probabilities by {learned:.1e} nats a token: it learned nothing, so "
+            "a reference with it cannot be told from one without; train SFT longer or at a higher learning rate"
+        )
+    if error > tolerance or error > learned / 3:
+        raise ProofError(
+            f"the reference is not the SFT policy: expected base + SFT within {min(tolerance, learned / 3):.1e} nats "
+            f"a token, found {error:.1e} away; {_suspect(reference, witness)}"
+        )
+    if abs(loss - LN_2) > _LOSS_TOLERANCE or abs(margin) > _LOSS_TOLERANCE:
+        raise ProofError(
+            f"policy and reference differ before the first step: expected loss ln 2 = {LN_2:.8f} and margin 0, found "
+            f"{loss:.8f} and {margin:.2e}; the policy does not start from the SFT policy"
+        )
+    return {
+        "loss": loss,
+        "margin": margin,
+        "reference_error": error,
+        "distance_from_base": _distance(reference, witness.base),
+    }
+
+
+def _suspect(reference: list[float], witness: ReferenceScores) -> str:
+    """Which of the known wrong references lies nearest, if one lies near at all."""
+    near = _distance(witness.sft, witness.base) / 10
+    if _distance(reference, witness.base) <= near:
+        return "it is the bare base: the SFT adapter is missing in it"
+    if _distance(reference, witness.sft_twice) <= near:
+        return "the SFT adapter counts twice in it"
+    return "neither the bare base nor the SFT adapter counted twice explains it: was SFT trained on another base?"
+
+
+def _trainer_loss(trainer: Any, pairs: int) -> tuple[float, float]:
+    """The trainer's own loss and reward margin over the first pairs, dropout off."""
+    import torch
+
+    model = trainer.model
+    was_training, precomputed = model.training, trainer.precompute_ref_logps
+    model.eval()
+    trainer.precompute_ref_logps = False  # both sides at once, whatever the training does later
+    losses = []
+    try:
+        for index in range(pairs):
+            batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index]]))
+            with torch.no_grad():
+                losses.append(float(trainer.compute_loss(model, batch)))
+        margins = [float(value) for value in trainer._metrics["eval"].pop("rewards/margins")]
+        trainer._metrics["eval"].clear()
+    finally:
+        trainer.precompute_ref_logps = precomputed
+        model.train(was_training)
+    return max(losses, key=lambda loss: abs(loss - LN_2)), max(margins, key=abs)
+
+
+def _per_token(model: Any, answers: list[Encoded], pad_id: int, batch_rows: int) -> list[float]:
+    return [found.logprob / found.tokens for found in score(model, pad_id, answers, batch_rows)]
+
+
+def _distance(one: list[float], other: list[float]) -> float:
+    """Mean absolute difference, in nats a token."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def _scale_adapter(model: Any, factor: float) -> None:
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(factor)
+
+
+def _tolerance(model: Any) -> float:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return _TOLERANCE["nf4"]
+    weight = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return _TOLERANCE["bf16" if "float16" in str(weight.dtype) else "fp32"]

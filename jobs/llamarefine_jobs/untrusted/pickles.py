@@ -1,0 +1,37 @@
+"""A checkpoint whose pickles hold more than tensors is refused before the trainer looks at it: nothing in it is run."""
+
+from pathlib import Path
+
+from llamarefine_jobs.contract.errors import IntegrityError
+from llamarefine_jobs.untrusted.remote_code import INERT
+
+_TENSORS = (".pt", ".pth")  # torch's own pickles: read as tensors and plain values, of which the trainer needs three
+
+
+def refuse_pickled_code(checkpoint: Path) -> None:
+    """Raise IntegrityError where a checkpoint holds more than tensors and plain values; nothing in it is run.
+
+    The optimizer's, the scheduler's and the random generators' states are torch's pickles. They are read here as the
+    trainer reads them, by an unpickler that knows tensors, numbers and texts, and refuses a call of anything else.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    for file in sorted(path for path in checkpoint.rglob("*") if not path.is_dir()):
+        name = file.relative_to(checkpoint).as_posix()
+        if file.suffix not in (*INERT, *_TENSORS):
+            raise IntegrityError(f"the checkpoint holds {name}, which no checkpoint of ours does; {_REMEDY}")
+        if file.suffix in _TENSORS:
+            try:
+                with safe_globals():
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except MemoryError:
+                raise
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+                raise IntegrityError(
+                    f"the checkpoint's {name} is more than tensors and plain values ({reason}); {_REMEDY}"
+                ) from None
+
+
+_REMEDY = "nothing of it was run: find out who wrote it, then remove the checkpoint and run again"

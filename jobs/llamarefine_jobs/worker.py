@@ -1,0 +1,71 @@
+"""One of the processes that train together, as the agent of its node starts it.
+
+    python -m llamarefine_jobs.worker sft --recipe recipe.yaml --store s3://bucket/prefix
+
+It does the stage's work and nothing around it: inputs lie in the folder that the agent made, and what the first process
+leaves there the agent publishes.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llamarefine_jobs.context import Context
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
+from llamarefine_jobs.entry import exit_code, find_parents, open_store, seeded_threads
+from llamarefine_jobs.process import sigterm
+from llamarefine_jobs.process.agent import OUTCOME
+from llamarefine_jobs.process.world import join
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.store import Store
+
+
+def main() -> None:
+    """Do a stage's work with the others, exit with its code."""
+    parser = argparse.ArgumentParser(prog="python -m llamarefine_jobs.worker", description=__doc__)
+    parser.add_argument("stage", choices=[name for name, stage in STAGES.items() if stage.has_checkpoints])
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--store", required=True)
+    options = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    with sigterm.ignoring_sigterm_at_exit(), exit_code(options.stage):
+        work(options.stage, pinning.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
+
+
+def work(stage_name: str, recipe: Recipe, store: Store) -> None:
+    """Meet the others, train, leave the outcome for the agent."""
+    stop = sigterm.install_handler()
+    world = join()
+    parents = find_parents(stage_name, recipe, store)
+    shared = Path(os.environ[sigterm.SHARED_FOLDER])
+    own = shared / f"process-{world.rank}"
+    own.mkdir()
+    context = Context(
+        stage=STAGES[stage_name],
+        recipe=recipe,
+        store=store,
+        key=artifact_key(stage_name, recipe, parents),
+        parents=parents,
+        inputs={name: shared / "inputs" / name for name in parents},
+        output=shared / "output",
+        work=own,
+        started_at=datetime.now(UTC),
+        stop=stop,
+        world=world,
+    )
+    with seeded_threads(recipe):
+        importlib.import_module(f"llamarefine_jobs.{stage_name}").work(context)
+    if world.is_first:
+        outcome = {"backend": context.backend, "accelerator": context.accelerator, "metrics": context.metrics}
+        (shared / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

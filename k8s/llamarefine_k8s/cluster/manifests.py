@@ -1,0 +1,371 @@
+"""Stage + recipe + settings → the objects of a run, as plain dictionaries in the API's own form. Pure.
+
+    ConfigMap <run>          the pinned recipe, and the settings it was submitted with
+    Job <run>                the driver: `llamarefine submit --foreground` inside the cluster
+    Job <run>-<stage>        one for each stage that is due, made by whoever drives the run
+    Service nodes-<run>-<stage>  for a training on several nodes: the name by which its pods find the first
+
+What `--dry-run` prints is what is sent. Whoever owns the stage Jobs (the driver Job, or the ConfigMap when a
+person's own machine drives) takes them along when it is removed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from llamarefine_jobs.contract.artifact import short
+from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
+from llamarefine_jobs.contract.recipe import Recipe, Training
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
+from llamarefine_jobs.contract.version import __version__
+from llamarefine_jobs.process.out_of_memory import OOM_VARIABLE
+from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_k8s.runs.pipeline import InterruptedRunError, Task
+from llamarefine_k8s.runs.signing import SIGNING_KEY
+from llamarefine_k8s.settings import ALL, DRIVER, Settings
+
+Manifest = dict[str, Any]
+
+RUN, STAGE, KEY = "llamarefine/run", "llamarefine/stage", "llamarefine/key"
+TEMPLATE_DIGEST = (
+    "llamarefine/made-from"  # a digest: a Job that is at work is followed only where a new one would equal it
+)
+JOB_NAME = "batch.kubernetes.io/job-name"
+RECIPE_FILE = "/etc/llamarefine/recipe.yaml"
+SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamarefine.yaml"
+CONTAINER = "stage"
+_CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
+_DRIVER_RETRIES = 3
+_MEETING_PORT = 29500  # agent.py's, where a training's processes meet
+
+
+def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The Job of one stage; a pod for each of its nodes."""
+    nodes = nodes_of(task.recipe, task.stage)
+    spec: Manifest = {
+        # One lost node ends the pods of all, and they are counted one by one.
+        "backoffLimit": settings.retries * nodes,
+        "podFailurePolicy": pod_failure_policy(CONTAINER),
+        "podReplacementPolicy": "Failed",  # the next pod starts when this one has saved and is gone
+        "ttlSecondsAfterFinished": settings.ttl_s,
+    }
+    if nodes > 1:
+        spec |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
+    if settings.deadline_s:
+        spec["activeDeadlineSeconds"] = settings.deadline_s
+    if settings.queue:
+        spec["suspend"] = True  # Kueue resumes it when its turn has come
+    labels = _labels(task.run, task.stage) | {KEY: short(task.key)}
+    spec["template"] = {"metadata": {"labels": labels}, "spec": _stage_pod(task, settings)}
+    queue = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(stage_job_name(task.run, task.stage), labels | queue, owner),
+        "spec": spec,
+    }
+    for name in (ALL, task.stage):
+        job = patched(job, settings.patches.get(name, {}))
+    made_from = hashlib.sha256(json.dumps([task.key, job["spec"]], sort_keys=True).encode()).hexdigest()[:16]
+    return patched(job, {"metadata": {"annotations": {TEMPLATE_DIGEST: made_from}}})
+
+
+def stage_service(task: Task, owner: Manifest | None = None) -> Manifest | None:
+    """What gives the pods of a training on several nodes names; None for a stage in one pod.
+
+    It goes with the run, not with the Job: a Job that is made anew needs it again at once.
+    """
+    if nodes_of(task.recipe, task.stage) == 1:
+        return None
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(_service_name(task), _labels(task.run, task.stage), owner),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # they meet before they are anything else
+            "selector": {JOB_NAME: stage_job_name(task.run, task.stage)},
+            "ports": [{"name": "meeting", "port": _MEETING_PORT}],
+        },
+    }
+
+
+def nodes_of(recipe: Recipe, stage: str) -> int:
+    """How many pods a stage runs in."""
+    section = recipe.section(stage)
+    return section.nodes if isinstance(section, Training) else 1
+
+
+def gpus_of(recipe: Recipe, stage: str, settings: Settings) -> int:
+    """How many GPUs each pod of a stage asks for: the recipe's count, unless the settings put it on CPUs.
+
+    RecipeError where recipe and settings name different counts.
+    """
+    section = recipe.section(stage)
+    wanted = settings.gpus_of(stage)
+    if not isinstance(section, Training) or section.gpus == 1 or wanted == 0:
+        return wanted
+    said = settings.resources_of(stage).gpus
+    if said is not None and said != section.gpus:
+        raise RecipeError(
+            f"{stage}.gpus is {section.gpus} in the recipe, resources.{stage}.gpus is {said} in the settings; leave it "
+            "out of the settings, or set it to 0 to train on CPUs"
+        )
+    return section.gpus
+
+
+def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The Job that drives a run inside the cluster."""
+    labels = _labels(run, DRIVER)
+    container = {
+        "name": DRIVER,
+        "image": settings.image("launcher"),
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": ["submit", RECIPE_FILE, "--foreground", "--settings", SETTINGS_FILE],
+        "env": [
+            *_environment(settings),
+            # Its Job is who drives: a pod that takes over from another goes on, and owns what that one made.
+            _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
+            _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
+            *_signing_key(settings),
+        ],
+        "resources": _resources(settings, DRIVER),
+        "securityContext": _CONTAINER_SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "config", "mountPath": _CONFIG, "readOnly": True},
+            {"name": "scratch", "mountPath": _SCRATCH},
+        ],
+    }
+    pod = {
+        "serviceAccountName": settings.service_account,
+        **_pod(settings, container),
+        "volumes": [{"name": "config", "configMap": {"name": run}}, {"name": "scratch", "emptyDir": {}}],
+        "terminationGracePeriodSeconds": 30,
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(run, labels, owner),
+        "spec": {
+            "backoffLimit": _DRIVER_RETRIES,
+            "podFailurePolicy": pod_failure_policy(DRIVER),
+            "podReplacementPolicy": "Failed",
+            "ttlSecondsAfterFinished": settings.ttl_s,
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+    return patched(job, settings.patches.get(DRIVER, {}))
+
+
+def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: Manifest | None = None) -> Manifest:
+    """The ConfigMap of a run: its pinned recipe, and the settings as they were when it was submitted."""
+    pinned = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
+    files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(pinned, sort_keys=False)}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(run, _labels(run), owner), "data": files}
+
+
+def _service_name(task: Task) -> str:
+    """A Service's name begins with a letter; a run's may begin with a digit."""
+    return f"nodes-{stage_job_name(task.run, task.stage)}"
+
+
+def stage_job_name(run: str, stage: str) -> str:
+    """At most 58 characters: a recipe's name has 40, the digest after it 8, a stage's name 8."""
+    return f"{run}-{stage}"
+
+
+def owner_reference(kind: str, name: str, uid: str) -> Manifest:
+    """What makes an object go when `name` goes."""
+    version = {"Job": "batch/v1", "ConfigMap": "v1"}[kind]
+    return {"apiVersion": version, "kind": kind, "name": name, "uid": uid, "controller": False}
+
+
+def pod_failure_policy(container: str) -> Manifest:
+    """errors.py's dispositions as the Job controller's rules; the first that fits decides.
+
+    A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts, 137
+    too: that is any SIGKILL, and only its reason tells the memory limit's, which the executor looks at.
+    """
+    codes: dict[Disposition, list[int]] = {disposition: [] for disposition in Disposition}
+    kinds: list[type[LlamaRefineError]] = [LlamaRefineError, *all_errors(), InterruptedRunError]
+    for kind in kinds:
+        codes[kind.disposition].append(kind.exit_code)
+    actions = {Disposition.RESUME: "Ignore", Disposition.FAIL: "FailJob", Disposition.RETRY: "Count"}
+    rules = [
+        {
+            "action": action,
+            "onExitCodes": {"containerName": container, "operator": "In", "values": sorted(codes[disposition])},
+        }
+        for disposition, action in actions.items()
+    ]
+    return {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, *rules]}
+
+
+def patched(manifest: Manifest, patch: Manifest) -> Manifest:
+    """`patch` merged into `manifest`: keys one by one, null removes a key.
+
+    Lists whose items have a `mountPath`, else a `name`, are merged by it (containers, env, volumes, volumeMounts);
+    any other list is replaced (args, tolerations).
+    """
+    kept = {name: item for name, item in manifest.items() if not (name in patch and patch[name] is None)}
+    return kept | {name: _merged(manifest.get(name), item) for name, item in patch.items() if item is not None}
+
+
+def _merged(value: Any, patch: Any) -> Any:
+    if isinstance(patch, dict):
+        return patched(value if isinstance(value, dict) else {}, patch)
+    key = next((key for key in ("mountPath", "name") if _all_have(patch, key)), None)
+    if key and _all_have(value, key):
+        items = {item[key]: item for item in value}
+        return list((items | {item[key]: _merged(items.get(item[key]), item) for item in patch}).values())
+    return patch
+
+
+def _all_have(items: Any, key: str) -> bool:
+    return isinstance(items, list) and bool(items) and all(isinstance(item, dict) and key in item for item in items)
+
+
+def _stage_pod(task: Task, settings: Settings) -> Manifest:
+    gpus = gpus_of(task.recipe, task.stage, settings)
+    name, service = stage_job_name(task.run, task.stage), _service_name(task)
+    is_one_pod = nodes_of(task.recipe, task.stage) == 1
+    mounts: list[Manifest] = [
+        {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
+        {"name": "scratch", "mountPath": _SCRATCH},
+    ]
+    scratch = {"sizeLimit": settings.scratch} if settings.scratch else {}
+    volumes: list[Manifest] = [
+        {
+            "name": "recipe",
+            "configMap": {"name": task.run, "items": [{"key": "recipe.yaml", "path": "recipe.yaml"}]},
+        },
+        {"name": "scratch", "emptyDir": scratch},
+    ]
+    if gpus and settings.shared_memory:  # data loaders hand tensors over in /dev/shm, of which a pod has 64 MiB
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108 the kernel's own place
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}})
+    threads = task.recipe.cpu_threads
+    container = {
+        "name": CONTAINER,
+        "image": settings.image(task.stage),
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
+        "env": [
+            *_environment(settings),
+            *([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
+            *([] if is_one_pod else [{"name": "MASTER_ADDR", "value": f"{name}-0.{service}"}]),
+            *(
+                [{"name": OOM_VARIABLE, "value": json.dumps(task.oom_micro_batch_rows)}]
+                if task.oom_micro_batch_rows
+                else []
+            ),
+        ],
+        "resources": _resources(settings, task.stage, gpus),
+        "securityContext": _CONTAINER_SECURITY,
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+    placement: Manifest = {}
+    if settings.stage_service_account:
+        placement["serviceAccountName"] = settings.stage_service_account
+    if settings.node_selector:
+        placement["nodeSelector"] = dict(settings.node_selector)
+    if settings.tolerations:
+        placement["tolerations"] = [dict(toleration) for toleration in settings.tolerations]
+    return {
+        "automountServiceAccountToken": False,
+        **({} if is_one_pod else {"subdomain": service}),
+        **placement,
+        **_pod(settings, container),
+        "volumes": volumes,
+        "terminationGracePeriodSeconds": settings.grace_s,
+    }
+
+
+_CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
+_POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "runAsGroup": 1000,
+    "fsGroup": 1000,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def _pod(settings: Settings, container: Manifest) -> Manifest:
+    """What every pod of ours has."""
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "enableServiceLinks": False,  # a variable for each service of the namespace is nobody's wish
+        "securityContext": _POD_SECURITY,
+        "containers": [container],
+    }
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if settings.priority_class:
+        pod["priorityClassName"] = settings.priority_class
+    return pod
+
+
+def _environment(settings: Settings) -> list[Manifest]:
+    """Where the bucket is, its credentials by reference, and a place to write under a read-only root."""
+    plain = {"AWS_REGION": settings.s3_region}
+    if settings.s3_endpoint:
+        plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
+    if settings.give_up_after_s != GIVE_UP_AFTER_S:
+        plain[GIVE_UP_VARIABLE] = str(settings.give_up_after_s)
+    plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "LLAMAREFINE_WORK": _SCRATCH, "PYTHONUNBUFFERED": "1"}
+    secret = [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        if settings.secret_name
+    ]
+    return [{"name": name, "value": value} for name, value in plain.items()] + secret
+
+
+def _signing_key(settings: Settings) -> list[Manifest]:
+    if not settings.signing_secret_name:
+        return []
+    reference = {"name": settings.signing_secret_name, "key": "signing-key.pem"}
+    return [{"name": SIGNING_KEY, "valueFrom": {"secretKeyRef": reference}}]
+
+
+def _from_label(variable: str, label: str) -> Manifest:
+    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
+
+
+def _resources(settings: Settings, name: str, gpus: int = 0) -> Manifest:
+    asked = settings.resources_of(name)
+    gpu = {str(settings.gpu_resource): str(gpus)} if gpus else {}
+    limits: Mapping[str, str] = asked.limits | gpu
+    resources: Manifest = {"requests": dict(asked.requests)}
+    return resources | ({"limits": dict(limits)} if limits else {})
+
+
+def _labels(run: str, component: str | None = None) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": "llamarefine",
+        "app.kubernetes.io/instance": run,
+        "app.kubernetes.io/version": __version__,
+        "app.kubernetes.io/managed-by": "llamarefine",
+        RUN: run,
+    }
+    if component == DRIVER:
+        labels["app.kubernetes.io/component"] = DRIVER
+    elif component:
+        labels |= {"app.kubernetes.io/component": "stage", STAGE: component}
+    return labels
+
+
+def _metadata(name: str, labels: Mapping[str, str], owner: Manifest | None = None) -> Manifest:
+    metadata: Manifest = {"name": name, "labels": dict(labels)}
+    return metadata | ({"ownerReferences": [owner]} if owner else {})

@@ -1,0 +1,89 @@
+"""A commented recipe to start from: one of the packaged ones, with a person's own values in place."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from llamarefine_jobs.contract.errors import DataError, from_os_error
+from llamarefine_jobs.recipe_file import parse_recipe
+
+FULL, DEMO = "tinyllama-nvidia-docs.yaml", "demo.yaml"
+
+KEYS = {
+    "name": "name",
+    "base": "prepare.base.source",
+    "questions": "prepare.questions.source",
+    "preferences": "prepare.preferences.source",
+}
+
+
+def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) -> None:
+    """Write a recipe with `sources` (see KEYS) in it, checked. Never replaces a file that is there."""
+    text = recipes_folder().joinpath(DEMO if demo else FULL).read_text(encoding="utf-8")
+    # The head speaks of the packaged recipe and its data, and its schema stays there.
+    text = f"# Made by `llamarefine init`; `llamarefine plan {path}` says what it would run.\n\n" + _without_head(text)
+    for name, value in ({"name": _run_name(path)} | dict(sources)).items():
+        text = put(text, KEYS[name], value)
+        if name in ("questions", "preferences") and not demo:
+            text = put(text, f"prepare.{name}.format", "auto")
+    parse_recipe(text, str(path))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise DataError(f"{path}: is there already; remove it, or name another file") from None
+    except OSError as error:
+        raise from_os_error(error) from None
+
+
+def defaults(path: Path) -> dict[str, str]:
+    """What the full recipe, written to `path`, says where a person may say something else."""
+    recipe = parse_recipe(recipes_folder().joinpath(FULL).read_text(encoding="utf-8"), FULL)
+    return {"name": _run_name(path)} | {name: source.source for name, source in recipe.sources().items()}
+
+
+def recipes_folder() -> Path:
+    """The packaged recipes: in the wheel beside this module, in a checkout under jobs/."""
+    packaged = Path(__file__).parents[1] / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "jobs" / "recipes"
+
+
+def put(text: str, key: str, value: str) -> str:
+    """`text`, a YAML of nested keys, with another plain value at `key`; every comment stays."""
+    lines = text.splitlines(keepends=True)
+    open_keys: list[tuple[int, str]] = []
+    for number, line in enumerate(lines):
+        name, colon, rest = line.partition(":")
+        if not colon or not name.strip() or name.lstrip().startswith(("#", "-")):
+            continue
+        indent = len(name) - len(name.lstrip())
+        open_keys = [(depth, parent) for depth, parent in open_keys if depth < indent] + [(indent, name.strip())]
+        if ".".join(parent for _, parent in open_keys) == key:
+            before, hash_sign, comment = rest.partition(" #")
+            gap = " " * (len(before) - len(before.rstrip())) if hash_sign else ""
+            lines[number] = f"{name}: {_scalar(value)}{gap}{hash_sign}{comment}".rstrip("\n") + "\n"
+            return "".join(lines)
+    raise AssertionError(f"the packaged recipe has no line for {key}")
+
+
+def _without_head(text: str) -> str:
+    """A recipe from its first key on."""
+    lines = text.splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
+    return "".join(lines[first:])
+
+
+def _run_name(path: Path) -> str:
+    """The file's name as a recipe may be called."""
+    return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40].strip("-") or "recipe"
+
+
+def _scalar(value: str) -> str:
+    """`value` as YAML: JSON's quoting is YAML's too, and plain words need none."""
+    plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() and value[0].isalpha()
+    return (
+        value
+        if plain and value.lower() not in ("true", "false", "null", "yes", "no", "on", "off")
+        else json.dumps(value)
+    )

@@ -1,0 +1,111 @@
+"""What a training will need of its GPU's memory: the contract's estimate, for the base that a recipe names.
+
+The estimate was counted without a card and never measured on one, so only what is far over the card is refused.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, from_os_error
+from llamarefine_jobs.contract.memory import Shape, training_bytes
+from llamarefine_jobs.contract.recipe import Base, Dpo, Recipe, Sft
+from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources.pinning import Kind
+from llamarefine_jobs.sources.web import read_head
+from llamarefine_jobs.store import Store
+from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
+from llamarefine_k8s.runs.checks import Check, fail, ok, warning
+
+REFUSED_FROM = 1.5  # times the card
+UNMEASURED = "an estimate that was never measured on a card"
+_CONFIG_BYTES = 1 << 20
+_KEY = "prepare.base"
+_PREPARED_CONFIG = "base/config.json"
+
+
+def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[str, int]:
+    """Bytes by training stage; nothing where the base's shape is not known from here, or it is the tiny one."""
+    base = recipe.prepare.base
+    is_near = ask_hub or pinning.kind(base.source, hub_id_allowed=True) is not Kind.HUB
+    try:
+        config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if is_near else None)
+        if config is None:
+            return {}
+        shape = Shape.of(config)
+        sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
+        return {
+            # The images hold Unsloth, which trains in one process.
+            name: training_bytes(shape, section, recipe.max_length_tokens, with_unsloth=section.processes == 1)
+            for name, section in sections.items()
+        }
+    except (LlamaRefineError, ValueError):
+        return {}  # whoever reads the base says what is wrong with it
+
+
+def base_config(base: Base) -> dict[str, Any] | None:
+    """The config.json of a base, read where it lies; None for the tiny one.
+
+    Raises DataError where there is none, AccessError or StoreError where it cannot be reached from here.
+    """
+    match pinning.kind(base.source, hub_id_allowed=True):
+        case Kind.PATH:
+            data = _read_file(pinning.local_path(base.source) / "config.json")
+        case Kind.S3:
+            parts = urlsplit(base.source)
+            data = open_objects(f"s3://{parts.netloc}").read(f"{unquote(parts.path).strip('/')}/config.json")
+        case Kind.HUB:
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            place = f"{base.source.removeprefix('hf://')}/resolve/{base.revision or 'main'}/config.json"
+            data = read_head(f"{hub}/{place}", _KEY, _CONFIG_BYTES, timeout_s=5)
+        case _:
+            return None
+    if data is None:
+        raise DataError(f"{_KEY}: {base.source} holds no config.json; expected a model's folder")
+    try:
+        return parse_object(data, "config.json")
+    except ValueError as error:
+        raise DataError(f"{_KEY}: {base.source}: {error}; expected a model's folder") from None
+
+
+def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
+    """The estimate beside a card: refused only where it is far over it."""
+    name = f"GPU memory for {stage}"
+    text = f"{gib(needed_bytes)} of the {gib(card_bytes)} {where}, {UNMEASURED}"
+    to_do = f"lower {stage}.micro_batch_rows or max_length_tokens, or set {stage}.gradient_checkpointing"
+    if needed_bytes > REFUSED_FROM * card_bytes:
+        return fail(name, text, to_do)
+    return warning(name, text, to_do) if needed_bytes > card_bytes else ok(name, text)
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes as people count a card's memory."""
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
+    """That of the base that is prepared already; None where there is none, or it is not the file that prepare wrote."""
+    if recipe.prepare.base.source == pinning.TINY_LLAMA:
+        return None
+    manifest = store.manifest("prepare", artifact_key("prepare", recipe, {}))
+    if manifest is None:
+        return None
+    data = store.read(f"{manifest.folder}/{_PREPARED_CONFIG}")
+    written = {file.sha256 for file in manifest.part(_PREPARED_CONFIG)}
+    if data is None or hashlib.sha256(data).hexdigest() not in written:
+        return None  # who fetches the base says so
+    return parse_object(data, "config.json")
+
+
+def _read_file(file: Path) -> bytes | None:
+    try:
+        with file.open("rb") as source:
+            return source.read(LIMIT_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise from_os_error(error) from None

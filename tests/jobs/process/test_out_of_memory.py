@@ -1,0 +1,148 @@
+"""Memory that runs out is recognised whoever says so, and a training that may goes on with smaller micro-batches."""
+
+import errno
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamarefine_jobs import entry
+from llamarefine_jobs.contract.artifact import Manifest
+from llamarefine_jobs.contract.errors import OutOfMemoryError
+from llamarefine_jobs.contract.recipe import Sft
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.process import out_of_memory
+from llamarefine_jobs.store import Store
+from tests.jobs import processes, tiny
+
+VOCABULARY = 60_000  # whose logits are what fills the memory
+ROOM_BYTES = 128 << 20  # over what micro-batches of 8 rows need; 16 rows need several times as much
+HALVE = "sft.on_out_of_memory=halve_micro_batch"
+
+
+def test_every_library_s_words_for_memory_that_runs_out_are_understood() -> None:
+    with pytest.raises(RuntimeError) as on_cpu:
+        torch.empty(1 << 50)
+    for error in (
+        on_cpu.value,
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+        RuntimeError("std::bad_alloc"),
+    ):
+        assert out_of_memory.is_out_of_memory(error), error
+        described = str(out_of_memory.out_of_memory_error("sft", error))
+        assert "\n" not in described
+        assert "lower sft.micro_batch_rows" in described
+    assert not out_of_memory.is_out_of_memory(RuntimeError("the memory of an elephant"))
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "micro_batch_rows", "fewer"), [(16, 16, 8), (16, 2, 1), (15, 5, 1), (18, 9, 3), (6, 3, 1)]
+)
+def test_fewer_rows_still_divide_the_batch(batch_rows: int, micro_batch_rows: int, fewer: int) -> None:
+    section = Sft(batch_rows=batch_rows, micro_batch_rows=micro_batch_rows)
+    assert out_of_memory.halved_micro_batch_rows(section) == fewer
+
+
+def test_at_one_row_it_fails_and_names_what_is_left_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe("sft.micro_batch_rows=1", HALVE)
+    with (
+        pytest.raises(SystemExit) as ended,
+        entry.exit_code("sft"),
+        out_of_memory.halving_micro_batches("sft", recipe),
+    ):
+        torch.empty(1 << 50)
+    assert ended.value.code == OutOfMemoryError.exit_code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "even with micro_batch_rows 1: lower max_length_tokens, set sft.gradient_checkpointing to true" in said[0]
+
+
+def test_without_leave_a_training_that_runs_out_of_memory_fails_with_the_setting_to_change() -> None:
+    recipe = tiny.recipe()
+    with pytest.raises(RuntimeError, match="can't allocate"), out_of_memory.halving_micro_batches("sft", recipe):
+        torch.empty(1 << 50)
+
+
+def test_a_training_out_of_memory_goes_on_from_its_checkpoint_with_half_the_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # each further arena would reserve 64 MB of address space
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # what a step freed is given back, and asked for again
+    recipe = prepare(tmp_path)
+    roomy, tight = tmp_path / "roomy", tmp_path / "tight"
+
+    process = processes.start("sft", recipe, str(roomy), "--set", "sft.micro_batch_rows=8")
+    needed_bytes, _ = follow(process)
+    assert process.returncode == 0
+
+    options = ("--set", "sft.micro_batch_rows=16", "--set", "sft.checkpoint_every_steps=1", "--set", HALVE)
+    process = processes.start("sft", recipe, str(tight), *options)
+    _, lines = follow(process, limit_bytes=needed_bytes + ROOM_BYTES, at_step=3)
+    assert process.returncode == 0, "\n".join(lines)
+    said = [line for line in lines if "memory ran out" in line]
+    assert said == [
+        "sft: memory ran out with micro-batches of 16 rows: starts anew with 8, from the newest checkpoint; "
+        "the 16 rows of a step stay"
+    ]
+
+    undisturbed, halved = published(roomy), published(tight)
+    assert halved.key == undisturbed.key
+    assert halved.metrics["micro_batch_rows"] == 8
+    assert halved.metrics["ran_out_of_memory_at_micro_batch_rows"] == [16]
+    assert halved.metrics["resumed_at_step"] >= 2
+    expected, found = (load_file(next(store.rglob(backends.ADAPTER_WEIGHTS))) for store in (roomy, tight))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)
+
+
+def prepare(folder: Path) -> Path:
+    """A recipe file, and two stores `roomy` and `tight` with a base of many tokens for it."""
+    prepared = tiny.write_prepared(folder / "prepared")
+    tiny.make_model(VOCABULARY).save_pretrained(prepared / "base")
+    changes = ("sft.batch_rows=16", "sft.max_steps=6")
+    for store in ("roomy", "tight"):
+        tiny.publish_prepared(Store(str(folder / store)), prepared, tiny.recipe(*changes))
+    (folder / "recipe.yaml").write_text(
+        tiny.RECIPE.replace("sft: {epochs: 2,", "sft: {epochs: 2, max_steps: 6,").replace(
+            "micro_batch_rows: 4, batch_rows: 8", "micro_batch_rows: 4, batch_rows: 16", 1
+        )
+    )
+    return folder / "recipe.yaml"
+
+
+def follow(
+    process: subprocess.Popen[str], limit_bytes: int | None = None, at_step: int | None = None
+) -> tuple[int, list[str]]:
+    """The most address space that the process had, and its lines; the limit is set once it has done `at_step`."""
+    lines, peak_bytes = [], 0
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        peak_bytes = max(peak_bytes, peak_of(process.pid))
+        if limit_bytes and processes.step(line) == at_step:
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    process.wait(60)
+    return peak_bytes, lines
+
+
+def peak_of(pid: int) -> int:
+    """What counts against RLIMIT_AS."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmPeak:"):
+            return int(line.split()[1]) << 10
+    return 0  # it is ending
+
+
+def published(store: Path) -> Manifest:
+    manifest: Any = next((store / "artifacts" / "sft").rglob("manifest.json"))
+    return Manifest.from_bytes(manifest.read_bytes())

@@ -1,0 +1,267 @@
+"""DPO after SFT: proved right before the first step, and every wrong way refused. Real trainers, a tiny model."""
+
+import math
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llamarefine_jobs import dpo, sft
+from llamarefine_jobs.context import Context
+from llamarefine_jobs.contract.errors import IntegrityError, ProofError
+from llamarefine_jobs.contract.prompt import answer, question
+from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.training import step_zero
+from tests.jobs import tiny
+from tests.jobs.stages.test_sft import assert_longest_first, make_context, record_widths
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_prepared(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished SFT, with adapter/ in it."""
+    context = make_context("sft", prepared, tmp_path_factory.mktemp("sft"))
+    sft.work(context)
+    return context.output
+
+
+@pytest.fixture
+def context(prepared: Path, trained: Path, tmp_path: Path) -> Context:
+    return make_dpo(prepared, trained, tmp_path)
+
+
+def make_dpo(prepared: Path, trained: Path, folder: Path, *overrides: str) -> Context:
+    """A DPO context whose SFT adapter is published with prepare as its parent."""
+    context = make_context("dpo", prepared, folder, *overrides, sft=trained)
+    context.parents["sft"] = tiny.publish(
+        context.store, trained, "sft", context.recipe, {"prepare": context.parents["prepare"]}
+    )
+    return context
+
+
+def test_before_the_first_step_loss_is_ln_2_and_the_reference_is_the_sft_policy(context: Context) -> None:
+    dpo.work(context)
+    proof = context.metrics["step_zero"]
+    assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert proof["margin"] == 0
+    assert proof["reference_error"] < 1e-5
+    assert proof["distance_from_base"] > 100 * proof["reference_error"]
+
+
+def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -> None:
+    dpo.work(context)
+    margins = [row["eval_reward_margin"] for row in context.metrics["history"] if "eval_reward_margin" in row]
+    assert margins[-1] > margins[0] > 0
+    held_out = context.metrics["validation"]
+    assert held_out["pairs"] == 10
+    assert held_out["accuracy"]["value"] == 1
+    assert held_out["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
+    assert 0 < held_out["margin"]["low"] < held_out["margin"]["value"] < held_out["margin"]["high"]
+    adapter = load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS)
+    given = load_file(context.inputs["sft"] / "adapter" / backends.ADAPTER_WEIGHTS)
+    assert adapter.keys() == given.keys()
+    assert all(not torch.equal(adapter[name], given[name]) for name in adapter), "it is the SFT adapter trained further"
+
+
+def test_a_step_takes_its_pairs_from_the_longest_to_the_shortest(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = record_widths(monkeypatch)
+    dpo.work(context)
+    assert_longest_first(widths, context.recipe.dpo.micro_batches)
+
+
+def test_a_reference_on_the_bare_base_is_refused(context: Context) -> None:
+    """The classic: a fresh adapter on the base. Policy and reference agree, so ln 2 says nothing."""
+    base = context.inputs["prepare"] / "base"
+    with pytest.raises(ProofError, match="it is the bare base: the SFT adapter is missing in it"):
+        prove_with(context, backends.choose_backend().load(base))
+
+
+def test_an_sft_adapter_counted_twice_is_refused(context: Context) -> None:
+    adapter = context.inputs["sft"] / "adapter"
+    once = backends.merge_in_memory(context.inputs["prepare"] / "base", adapter, context.work / "once", bf16=False)
+    twice = backends.merge_in_memory(once, adapter, context.work / "twice", bf16=False)
+    with pytest.raises(ProofError, match="the SFT adapter counts twice in it"):
+        prove_with(context, backends.choose_backend().load(twice))
+
+
+def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Path) -> None:
+    other = tiny.write_prepared(tmp_path / "other", seed=5)
+    policy = backends.merge_in_memory(
+        other / "base", context.inputs["sft"] / "adapter", context.work / "policy", bf16=False
+    )
+    with pytest.raises(ProofError, match="was SFT trained on another base"):
+        prove_with(context, backends.choose_backend().load(policy))
+
+
+def test_a_policy_that_forgot_sft_is_refused_though_its_reference_is_right(context: Context) -> None:
+    """What the first user's attempt did the other way round: policy and reference are different models."""
+    base = backends.choose_backend().load(context.inputs["prepare"] / "base")
+    trainer, witness = trainer_on(context, base)
+    trainer.ref_model = backends.choose_backend().load(sft_policy(context))
+    loss, margin = step_zero._trainer_loss(trainer, len(witness.pairs))
+    with pytest.raises(ProofError, match="the policy does not start from the SFT policy"):
+        step_zero.judge(loss, margin, witness.sft, witness, 1e-4)
+
+
+def test_an_sft_adapter_that_learned_nothing_is_refused(context: Context, tmp_path: Path) -> None:
+    idle = tmp_path / "idle" / "adapter"
+    shutil.copytree(context.inputs["sft"] / "adapter", idle)
+    weights = load_file(idle / backends.ADAPTER_WEIGHTS)
+    save_file(
+        {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in weights.items()},
+        idle / backends.ADAPTER_WEIGHTS,
+    )
+    context.inputs["sft"] = idle.parent
+    with pytest.raises(ProofError, match="it learned nothing"):
+        dpo.work(context)
+    assert not list(context.output.iterdir())
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(context: Context, tmp_path: Path) -> None:
+    other = make_context("sft", tiny.write_prepared(tmp_path / "other", seed=5), tmp_path / "elsewhere", "seed=4")
+    context.parents["sft"] = tiny.publish(
+        other.store, context.inputs["sft"], "sft", other.recipe, {"prepare": other.parents["prepare"]}
+    )
+    with pytest.raises(IntegrityError, match=r"the SFT adapter .* was not trained from this run's prepare"):
+        dpo.work(context)
+
+
+def test_the_same_base_prepared_again_is_the_same_base(context: Context) -> None:
+    """The record of how the adapter was made may be gone; its key still says what bytes it was made from."""
+    prepare = context.parents["prepare"]
+    again = prepare.model_copy(update={"finished_at": prepare.finished_at.replace(year=2000)})
+    context.parents["prepare"] = again
+    shutil.rmtree(context.work / "store" / "artifacts" / "prepare")
+    dpo.work(context)
+    assert (context.output / "adapter" / backends.ADAPTER_WEIGHTS).exists()
+
+
+def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(context.inputs["prepare"], wide)
+    tokenizer = load_tokenizer(wide / "base")
+    tiny.make_model(len(tokenizer), hidden_size=64).save_pretrained(wide / "base")
+    context.inputs["prepare"] = wide
+    with pytest.raises(Exception, match="the adapter does not fit its base") as caught:
+        dpo.work(context)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trainer_that_renders_rows_in_its_own_way_is_refused(context: Context) -> None:
+    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    pairs = encode_pairs(tokenizer, rows_of(context, "train"))
+    dpo.check_rows(trainer, pairs)
+    cut = [(replace(chosen, answer_ids=chosen.answer_ids[:-1]), rejected) for chosen, rejected in pairs]
+    with pytest.raises(ProofError, match="not those of the chat template"):
+        dpo.check_rows(trainer, cut)
+
+
+def test_in_random_conversations_no_prompt_token_is_counted_and_every_answers_eos_is(
+    prepared: Path, trained: Path, tmp_path: Path
+) -> None:
+    context = make_dpo(prepared, trained, tmp_path)
+    rows = random_pairs(200)
+    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)), rows)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    assert len(trainer.train_dataset) == len(rows)
+    for row, fed in zip(rows, trainer.train_dataset, strict=True):
+        batch = trainer.data_collator([fed])  # (2, T): chosen, then rejected
+        for place, said in enumerate((row["chosen"], row["rejected"])):
+            counted = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
+            assert counted[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(counted) == said + tokenizer.eos_token
+            assert not batch["completion_mask"][place][: len(fed["prompt_ids"])].any()
+
+
+def test_the_trainer_keeps_no_copy_of_the_adapter_as_reference(context: Context) -> None:
+    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
+    assert list(trainer.model.peft_config) == ["default"]
+    assert trainer.ref_model is None
+
+
+def test_a_reference_computed_beforehand_trains_the_same(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    """Two epochs compute the reference once; the first epoch must equal that of a run that computes it each time."""
+    losses = []
+    for epochs in ("1", "2"):
+        (tmp_path / epochs).mkdir()
+        context = make_dpo(
+            prepared,
+            trained,
+            tmp_path / epochs,
+            f"dpo.epochs={epochs}",
+            "dpo.lr_schedule=constant",
+            "dpo.warmup_fraction=0",
+        )
+        dpo.work(context)
+        losses.append([row["loss"] for row in context.metrics["history"] if "loss" in row and row["step"] <= 8])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def prove_with(context: Context, model: Any) -> dict[str, float]:
+    """The step-0 proof of a trainer on `model` as the frozen policy."""
+    trainer, witness = trainer_on(context, model)
+    return step_zero.prove(trainer, witness, context)
+
+
+def random_pairs(count: int) -> list[dict[str, Any]]:
+    """Pairs over conversations of one to five turns, in any script."""
+    draw = random.Random(11)
+
+    def text() -> str:
+        alphabet = draw.choice(["abc XYZ.,?\n", "éàüß ñ", "日本語。 ", "👍🏽 \t-", "</>|user assistant"])
+        return "".join(draw.choices(alphabet, k=draw.randint(1, 30)))
+
+    rows = []
+    for place in range(count):
+        turns = [message for _ in range(draw.randint(0, 2)) for message in (*question(text()), *answer(text()))]
+        prompt = [*turns, *question(text())]
+        rows.append({"prompt": prompt, "chosen": text(), "rejected": text(), "group": str(place)})
+    return rows
+
+
+def trainer_on(
+    context: Context, model: Any, rows: list[dict[str, Any]] | None = None
+) -> tuple[Any, step_zero.ReferenceScores]:
+    from llamarefine_jobs.training import loop
+
+    backend = backends.choose_backend()
+    base = context.inputs["prepare"] / "base"
+    tokenizer = load_tokenizer(base)
+    rows = rows or rows_of(context, "train")
+    pairs = encode_pairs(tokenizer, rows)
+    witness = step_zero.score_reference_separately(
+        backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4
+    )
+    model = backend.add_adapter(
+        loop.set_token_ids(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
+    )
+    held_out = dpo.HeldOut(pairs, tokenizer.pad_token_id, context)
+    watch = loop.Watch(context.recipe.dpo, context, 10, held_out.measure)
+    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, watch)
+    return trainer, witness
+
+
+def sft_policy(context: Context) -> Path:
+    folder = context.work / "policy"
+    if folder.exists():
+        return folder
+    return backends.merge_in_memory(
+        context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter", folder, bf16=False
+    )
+
+
+def rows_of(context: Context, split: str) -> list[dict[str, Any]]:
+    return read_rows(context.inputs["prepare"] / "preferences", split)

@@ -1,0 +1,64 @@
+"""What a checkpoint says of the best adapter is checked before a training goes on with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llamarefine_jobs.contract.errors import IntegrityError
+from llamarefine_jobs.models.backends import ADAPTER_WEIGHTS
+from llamarefine_jobs.training.best_adapter import check_best, read_best
+
+WHERE = "s3://bucket/checkpoints/sft/0"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [(b'{"loss": 2.5, "step": 8}', (2.5, 8)), (b'{"loss": 2, "step": 1}', (2, 1))]
+)
+def test_loss_and_step_are_read(said: bytes, found: tuple[float, int], tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(said)
+    assert read_best(tmp_path, WHERE) == found
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"loss": 1.5}',
+        b'{"loss": NaN, "step": 8}',
+        b'{"loss": -Infinity, "step": 8}',
+        b'{"loss": "1.5", "step": 8}',
+        b'{"loss": true, "step": 8}',
+        b'{"loss": 1.5, "step": 8.5}',
+        b'{"loss": 1.5, "step": 0}',
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_loss_or_no_step_is_refused_in_one_line(said: bytes, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(said)
+    with pytest.raises(IntegrityError, match=f"checkpoint under {WHERE} is damaged: its best.json") as refused:
+        read_best(tmp_path, WHERE)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(tmp_path: Path) -> None:
+    trained = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
+    with pytest.raises(IntegrityError, match="missing"):
+        check_best(tmp_path, trained, WHERE)
+    for best, said in (
+        ({"a": torch.zeros(2, 3)}, "another shape"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(3)}, "another shape"),
+        ({"a": torch.full((2, 3), torch.nan), "b": torch.zeros(3)}, "no numbers"),
+    ):
+        save_file(best, tmp_path / ADAPTER_WEIGHTS)
+        with pytest.raises(IntegrityError, match=said):
+            check_best(tmp_path, trained, WHERE)
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"no safetensors")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        check_best(tmp_path, trained, WHERE)
+    save_file(trained, tmp_path / ADAPTER_WEIGHTS)
+    check_best(tmp_path, trained, WHERE)

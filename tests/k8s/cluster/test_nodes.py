@@ -1,0 +1,132 @@
+"""Which node a pod fits on, and what its GPUs hold: by what the API server says of nodes, pods and quotas."""
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from llamarefine_k8s.cluster import nodes
+
+Object = dict[str, Any]
+GPU = "nvidia.com/gpu"
+
+
+def node(name: str = "one", *, taints: tuple[Object, ...] = (), ready: str = "True", **labels: str) -> Object:
+    status = {
+        "allocatable": {"cpu": "3920m", "memory": "16Gi", GPU: "2", "pods": "110"},
+        "conditions": [{"type": "Ready", "status": ready}],
+        "images": [{"names": ["registry.example.com/llamarefine-sft:1", "docker.io/library/mine:1"]}],
+    }
+    spec = {"taints": list(taints)} if taints else {}
+    return {"metadata": {"name": name, "labels": dict(labels)}, "spec": spec, "status": status}
+
+
+def pod(
+    requests: dict[str, str],
+    limits: dict[str, str] | None = None,
+    *,
+    node_name: str = "",
+    phase: str = "Running",
+    **more: Any,
+) -> Object:
+    resources = {"requests": requests, "limits": limits or {}}
+    spec = {"containers": [{"resources": resources}], "nodeName": node_name, **more}
+    return {"spec": spec, "status": {"phase": phase}}
+
+
+def test_what_runs_on_a_node_is_taken_from_what_it_has() -> None:
+    there = [
+        pod({"cpu": "1", "memory": "4Gi"}, {GPU: "1"}, node_name="one"),
+        pod({"cpu": "500m"}, node_name="one", phase="Pending"),
+        pod({"cpu": "2"}, node_name="one", phase="Succeeded"),
+        pod({"cpu": "2"}, node_name="two"),
+    ]
+    free = nodes.free_of(node(), there)
+    assert (free["cpu"], free["memory"], free[GPU]) == (Decimal("2.42"), 12 * 2**30, 1)
+    assert nodes.lacks(pod({"cpu": "2420m", "memory": "12Gi"}, {GPU: "1"})["spec"], free) is None
+    assert nodes.lacks(pod({}, {GPU: "2"})["spec"], free) == f"has 1 {GPU}, not 2"
+    assert nodes.lacks(pod({"memory": "13Gi"})["spec"], free) == "has 12.0Gi memory, not 13.0Gi"
+
+
+def test_a_limit_without_a_request_is_what_is_asked_for() -> None:
+    asked = nodes.requests_of(pod({"cpu": "1"}, {"cpu": "4", "memory": "1Gi"})["spec"])
+    assert (asked["cpu"], asked["memory"]) == (1, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("it", "wants", "why"),
+    [
+        (node(), {}, None),
+        (node(ready="False"), {}, "is not ready"),
+        (node() | {"spec": {"unschedulable": True}}, {}, "cordoned"),
+        (node(gpu="a100"), {"nodeSelector": {"gpu": "h200"}}, "has not the label gpu=h200"),
+        (node(gpu="h200"), {"nodeSelector": {"gpu": "h200"}}, None),
+    ],
+)
+def test_a_node_that_takes_no_such_pod_says_why(it: Object, wants: Object, why: str | None) -> None:
+    found = nodes.why_not(pod({}, **wants)["spec"], it)
+    assert found == why or (why and found and why in found)
+
+
+@pytest.mark.parametrize(
+    ("toleration", "tolerated"),
+    [
+        ({"key": GPU, "operator": "Exists"}, True),
+        ({"key": GPU, "operator": "Exists", "effect": "NoSchedule"}, True),
+        ({"key": GPU, "operator": "Exists", "effect": "NoExecute"}, False),
+        ({"key": GPU, "value": "present"}, True),
+        ({"key": GPU, "operator": "Equal", "value": "other"}, False),
+        ({"operator": "Exists"}, True),
+        ({"key": "other", "operator": "Exists"}, False),
+    ],
+)
+def test_taints_are_tolerated_as_kubernetes_does(toleration: Object, tolerated: bool) -> None:
+    tainted = node(taints=({"key": GPU, "value": "present", "effect": "NoSchedule"},))
+    assert (nodes.why_not(pod({}, tolerations=[toleration])["spec"], tainted) is None) is tolerated
+
+
+def test_a_taint_that_only_prefers_keeps_nobody_away() -> None:
+    assert nodes.why_not(pod({})["spec"], node(taints=({"key": "x", "effect": "PreferNoSchedule"},))) is None
+
+
+@pytest.mark.parametrize(
+    ("resource", "labels", "size_bytes"),
+    [
+        (GPU, {"nvidia.com/gpu.memory": "143771"}, 143771 << 20),
+        (
+            "nvidia.com/mig-1g.18gb",
+            {"nvidia.com/gpu.memory": "143771", "nvidia.com/mig-1g.18gb.memory": "16384"},
+            2**34,
+        ),
+        ("nvidia.com/mig-3g.71gb", {}, 71 * 10**9),
+        (GPU, {"karpenter.k8s.aws/instance-gpu-memory": "24576"}, 24 * 2**30),
+        (GPU, {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}, 80 * 10**9),
+        (GPU, {"cloud.google.com/gke-accelerator": "nvidia-l4"}, 24 * 10**9),
+        (GPU, {"cloud.google.com/gke-accelerator": "nvidia-of-tomorrow"}, None),
+        (GPU, {"nvidia.com/gpu.memory": "much"}, None),
+        (GPU, {}, None),
+    ],
+)
+def test_the_card_is_known_by_the_labels_that_clusters_have(
+    resource: str, labels: dict[str, str], size_bytes: int | None
+) -> None:
+    assert nodes.card_bytes(node(**labels), resource) == size_bytes
+
+
+def test_a_quota_counts_what_is_left() -> None:
+    status = {
+        "hard": {"requests.memory": "10Gi", f"requests.{GPU}": "1", "pods": "9"},
+        "used": {"requests.memory": "7Gi"},
+    }
+    quota = {"status": status}
+    assert nodes.over_quota(pod({"memory": "3Gi"}, {GPU: "1"})["spec"], quota) is None
+    assert nodes.over_quota(pod({"memory": "4Gi"})["spec"], quota) == (
+        "has 3.0Gi of requests.memory left, asked for is 4.0Gi"
+    )
+    assert GPU in (nodes.over_quota(pod({}, {GPU: "2"})["spec"], quota) or "")
+
+
+def test_an_image_is_found_under_the_name_that_a_node_gives_it() -> None:
+    assert list(nodes.on_node("registry.example.com/llamarefine-sft:1", [node()])) == ["one"]
+    assert list(nodes.on_node("mine:1", [node()])) == ["one"]
+    assert list(nodes.on_node("mine:2", [node()])) == []

@@ -1,0 +1,280 @@
+"""The launcher against a real cluster: stages that act, in pods, with their log, their end and their replacement."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamarefine_jobs.contract.stages import SEQUENCE
+from tests.chart.kind_cluster import KindCluster, eventually
+from tests.e2e import kind
+from tests.k8s.acting import STEPS, program_map
+from tests.k8s.on_cluster import SMALL, OnCluster
+from tests.s3_server import KEY, SECRET, find_minio
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LLAMAREFINE_E2E"), reason="builds images and takes minutes: `make e2e` runs it"
+)
+NAMESPACE = "launcher"
+
+
+def secret(name: str, key: str) -> dict[str, Any]:
+    data = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": key}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data}
+
+
+@pytest.fixture(scope="module")
+def the_cluster(kind_cluster: KindCluster) -> KindCluster:
+    """The launcher's namespace, with the chart's permissions and the program that the stages act by."""
+    if not find_minio():
+        pytest.skip("minio not found")
+    kind_cluster.make_namespace(NAMESPACE)
+    for each in (secret("llamarefine-bucket", SECRET), secret("wrong", "wrong-secret"), program_map()):
+        each["metadata"]["namespace"] = NAMESPACE
+        kind_cluster.apply(each)
+    # The chart brings account and permissions; its bucket is the one below.
+    store = ["--set", "settings.store=s3://llamarefine/chart", "--set", "networkPolicy.enabled=false"]
+    kind_cluster.run("helm", "install", "llamarefine", "charts/llamarefine", "-n", NAMESPACE, *store)
+    return kind_cluster
+
+
+@pytest.fixture(scope="module")
+def endpoint(the_cluster: KindCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A MinIO on this machine, at the address by which the nodes see it."""
+    engine = kind.engine(the_cluster.environment)
+    network = the_cluster.run(str(engine), "network", "inspect", "kind")
+    gateway = re.search(r'"[Gg]ateway": "(\d+\.\d+\.\d+\.\d+)"', network)
+    assert gateway, network
+    with socket.socket() as probe:
+        probe.bind((gateway[1], 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("minio")
+    (folder / "llamarefine").mkdir()  # a bucket
+    process = subprocess.Popen(
+        [str(find_minio()), "server", "--quiet", "--address", f"{gateway[1]}:{port}", str(folder)],
+        env={**os.environ, "MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"},
+    )
+    yield f"http://{gateway[1]}:{port}"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def on(the_cluster: KindCluster, endpoint: str, tmp_path: Path) -> OnCluster:
+    made = OnCluster(the_cluster, NAMESPACE, endpoint, tmp_path)
+    made.act("{}")
+    return made
+
+
+def has_step(on: OnCluster, run: str, step: int) -> Callable[[], bool]:
+    return lambda: f"step={step} " in on.run("logs", run, "sft")[1]
+
+
+def test_a_run_is_submitted_once_and_leaves_its_story(on: OnCluster, recipe_file: Path) -> None:
+    run = on.submit(recipe_file)
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 0, said
+    assert "runs already; this attaches to it" in said
+    assert "evaluate: done" in said
+    assert "done" in on.run("status", run)[1]
+    assert "sft: published" in on.run("logs", run, "sft")[1]
+    jobs = on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")
+    assert {job["metadata"]["name"] for job in jobs} == {run, *(f"{run}-{stage}" for stage in SEQUENCE)}
+
+
+def test_what_a_dry_run_prints_is_what_is_made(on: OnCluster, recipe_file: Path) -> None:
+    shown = list(yaml.safe_load_all(on.run("submit", str(recipe_file), "--dry-run")[1]))
+    run = on.submit(recipe_file)
+    eventually(lambda: len(on.pods(run)) > len(SEQUENCE), 120)
+    made = {each["metadata"]["name"]: each for each in on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")}
+    jobs = [each for each in shown if each["kind"] == "Job"]
+    assert len(jobs) == len(SEQUENCE) + 1
+    for job in jobs:
+        there = made[job["metadata"]["name"]]
+        if "llamarefine/key" in there["metadata"]["labels"]:  # known only once the stage's parents are made
+            for labels in (job["metadata"]["labels"], job["spec"]["template"]["metadata"]["labels"]):
+                labels["llamarefine/key"] = there["metadata"]["labels"]["llamarefine/key"]
+        assert job["metadata"]["labels"] == there["metadata"]["labels"]
+        assert _within(job["spec"], there["spec"]), job["metadata"]["name"]
+
+
+def test_neither_a_killed_driver_nor_a_killed_stage_loses_or_repeats_anything(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    run = on.submit(recipe_file)
+    eventually(has_step(on, run, 20), 90)
+    first = on.drivers(run)
+    on.made.kubectl("-n", NAMESPACE, "delete", "pod", *first)
+    eventually(lambda: on.drivers(run, "Running") not in ([], first))
+    for each in on.pods(run, stage="sft"):
+        on.made.kubectl("-n", NAMESPACE, "delete", "pod", each["metadata"]["name"])
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 0, said
+    log = on.run("logs", run, "sft")[1]
+    on.made.kubectl("-n", NAMESPACE, "delete", "jobs", "-l", f"llamarefine/run={run}")
+    kept = on.run("logs", run, "sft")[1]
+    assert [int(step) for step in re.findall(r"progress stage=sft step=(\d+)", kept)] == list(range(1, STEPS + 1))
+    assert "goes on from the checkpoint" in log
+
+
+def test_a_stages_failure_comes_back_with_its_words_and_its_code(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "diverge"}')
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 15
+    assert said.splitlines()[-1] == "error: sft: the loss became NaN at step 3; lower sft.learning_rate"
+    run = re.search(r"small-[0-9a-f]{8}", said)
+    assert run
+    assert len(on.pods(run[0], stage="sft")) == 1
+
+
+def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named(
+    on: OnCluster, recipe_file: Path
+) -> None:
+    small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
+    on.act('{"sft": "hoard memory"}', resources=dict.fromkeys(SEQUENCE, small))
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 14
+    assert said.splitlines()[-1] == (
+        "error: sft was killed for want of memory: it may use 300Mi; raise resources.sft.limits.memory"
+    )
+    assert "another one goes on" not in said
+
+
+def test_a_stage_over_its_memory_limit_goes_on_with_half_the_micro_batch_where_the_recipe_says_so(
+    on: OnCluster, recipe_file: Path
+) -> None:
+    """64 MiB a row: 8 and 4 rows are too many for 300 MiB."""
+    small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
+    on.act('{"sft": "hoard memory for each row"}', resources=dict.fromkeys(SEQUENCE, small))
+    leave = ("--set", "sft.on_out_of_memory=halve_micro_batch", "--set", "sft.micro_batch_rows=8")
+    code, said = on.run("submit", str(recipe_file), *leave)
+    assert code == 0, said
+    assert re.findall(r"starts anew with micro-batches of (\d) rows instead of (\d)", said) == [("4", "8"), ("2", "4")]
+    run = re.search(r"small-[0-9a-f]{8}", said)
+    assert run
+    assert "hoards for 2 rows" in on.run("logs", run[0], "sft")[1]
+
+
+def test_a_stage_that_is_killed_is_tried_again(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    run = on.submit(recipe_file)
+    eventually(has_step(on, run, 5), 90)
+    (pod,) = on.pods(run, stage="sft")
+    on.made.kubectl("-n", NAMESPACE, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 0, said
+
+
+def test_cancel_leaves_nothing_behind_within_15_s(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    run = on.submit(recipe_file)
+    eventually(has_step(on, run, 5), 90)
+    code, said = on.run("cancel", run)
+    assert code == 0, said  # it fails when something is left after 15 s
+    assert on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == []
+    assert "interrupted" in on.run("status", run)[1]
+
+
+def test_a_killed_laptop_ends_neither_the_run_nor_what_it_says(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    laptop = on.start("submit", str(recipe_file))
+    run = eventually(lambda: next(iter(on.runs()), None), 60)
+    eventually(has_step(on, run, 5), 90)
+    laptop.kill()
+    laptop.wait()
+    code, said = on.run("logs", "-f", run, "driver")
+    assert code == 0, said
+    assert "evaluate: done" in said
+    assert on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run},llamarefine/stage=evaluate")
+
+
+def test_a_run_driven_from_here_goes_with_the_release_too(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    laptop = on.start("submit", str(recipe_file), "--foreground")
+    run = eventually(lambda: next(iter(on.runs()), None), 60)
+    eventually(lambda: on.pods(run, stage="sft"), 90)
+    (kept,) = on.made.objects(NAMESPACE, "configmaps", f"llamarefine/run={run}")
+    assert [owner["name"] for owner in kept["metadata"]["ownerReferences"]] == ["llamarefine-settings"]
+    laptop.send_signal(signal.SIGINT)
+    assert laptop.wait(60) == 130
+    eventually(lambda: on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == [])
+
+
+def test_corrected_settings_replace_the_stage_that_failed_and_nothing_before_it(
+    on: OnCluster, recipe_file: Path
+) -> None:
+    huge = {"requests": {"cpu": "1000"}}
+    on.act("{}", resources=dict.fromkeys(SEQUENCE, SMALL) | {"sft": huge}, start_timeout_s=30)
+    code, said = on.run("submit", str(recipe_file), "--detach")
+    assert code == 0, said
+    on.act("{}")
+    code, said = on.run("submit", str(recipe_file))
+    assert "it goes on with the settings it began with; for other ones, `llamarefine cancel small-" in said
+    assert code != 0
+    assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in said
+    code, said = on.run("submit", str(recipe_file))
+    assert code == 0, said
+    assert "prepare: was in the store already" in said
+    assert "sft: done" in said
+
+
+@pytest.fixture
+def quota(the_cluster: KindCluster) -> Iterator[None]:
+    """The namespace may ask for one CPU in all."""
+    metadata = {"name": "small", "namespace": NAMESPACE}
+    the_cluster.apply(
+        {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": {"requests.cpu": "1"}}}
+    )
+    yield
+    the_cluster.kubectl("-n", NAMESPACE, "delete", "resourcequota", "small")
+
+
+def status_names(on: OnCluster, recipe_file: Path, stage: str, word: str, to_do: str) -> None:
+    """Submit; `status` must say `word` within 30 s after the Job of `stage` was made, and `to_do` with it."""
+    run = on.submit(recipe_file, "--set", "prepare.questions.source=python-docstrings")  # no file to bring
+    job = run if stage == "driver" else f"{run}-{stage}"
+    eventually(lambda: on.made.kubectl("-n", NAMESPACE, "get", "job", job, "--ignore-not-found"), 90)
+
+    def said() -> str | None:
+        text = on.run("status", run)[1]
+        return text if re.search(word, text) else None
+
+    assert to_do in eventually(said, 30)
+    assert on.run("cancel", run)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "word", "to_do"),
+    [
+        ({"image_tag": "absent"}, "driver", "ErrImage|ImagePullBackOff|ErrImageNeverPull", "check image_registry"),
+        ({"secret_name": "absent"}, "driver", 'secret "absent" not found', "kubectl create secret generic absent"),
+        ({"secret_name": "wrong"}, "driver", "refuses these credentials .SignatureDoesNotMatch", "check key, secret"),
+        ({"store": "s3://absent/x"}, "driver", "there is no bucket `absent`", "create it or correct the store's URI"),
+        ({"gpu_resource": "amd.com/gpu"}, "sft", "Unschedulable: .*Insufficient amd.com/gpu", "resources.sft.gpus"),
+    ],
+)
+def test_status_names_the_reason_within_30_s(
+    on: OnCluster, recipe_file: Path, settings: dict[str, Any], stage: str, word: str, to_do: str
+) -> None:
+    on.act("{}", **settings)
+    status_names(on, recipe_file, stage, word, to_do)
+
+
+def test_status_names_an_exceeded_quota(on: OnCluster, recipe_file: Path, quota: None) -> None:
+    on.act("{}", resources=dict.fromkeys(SEQUENCE, SMALL) | {"sft": {"requests": {"cpu": "2"}}})
+    status_names(on, recipe_file, "sft", "QuotaExceeded: exceeded quota: small", "ask for less (resources.sft)")
+
+
+def _within(part: Any, whole: Any) -> bool:
+    """Whether all of `part` stands in `whole`, to which the server added its defaults."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(_within(value, whole.get(name)) for name, value in part.items())
+    if isinstance(part, list):
+        return isinstance(whole, list) and len(part) == len(whole) and all(map(_within, part, whole))
+    return bool(part == whole or (not part and not whole))

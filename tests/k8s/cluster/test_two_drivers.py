@@ -1,0 +1,190 @@
+"""Drivers that are killed at any moment, and drivers that meet: one Job a stage, each line of a log once."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamarefine_jobs.contract.errors import LlamaRefineError, StoreError
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import SEQUENCE
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.cluster import submission
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.runs import pipeline, records
+from llamarefine_k8s.runs.pipeline import StageLog
+from llamarefine_k8s.runs.records import Journal, RunRecord
+from llamarefine_k8s.settings import Settings
+from tests.k8s.acting_node import ActingNode
+from tests.k8s.api_server import ApiServer, served
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["boto3", "kubernetes", "llamarefine_jobs.store.bucket", "llamarefine_k8s.cluster.submission", __name__]
+)
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def show(self, record: RunRecord) -> None: ...
+
+    def note(self, stage: str, text: str) -> None: ...
+
+
+def drive(environment: dict[str, str], recipe: Recipe, store: str) -> None:
+    """One driver's process, from its start to its end."""
+    from kubernetes.config import kube_config
+
+    os.environ.update(environment)
+    pipeline._KEEP_EVERY_S = 0.1  # in the midst of a stage, too
+    kube_config.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
+    given = Settings(store=store, gpu_resource=None)
+    try:
+        submission.drive(Cluster(retry_policy=given.retry_policy(lambda text: None)), recipe, given, Silent())
+    except LlamaRefineError as error:
+        sys.exit(error.exit_code)
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    with served() as made:
+        yield made
+
+
+@pytest.fixture
+def start(
+    api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """Starts a driver; in a pod of the run's Job where `in_cluster`."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    kubeconfig = str(api.kubeconfig(tmp_path))
+    started = []
+
+    def start_one(*, in_cluster: bool = True) -> Any:
+        run = records.run_id(recipe())
+        job = {"LLAMAREFINE_DRIVER_JOB": run, "LLAMAREFINE_DRIVER_UID": "the-driver"} if in_cluster else {}
+        s3 = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        process = PROCESSES.Process(target=drive, args=({"KUBECONFIG": kubeconfig} | s3 | job, recipe(), s3_uri))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def kept_lines(store: Store, run: str, stage: str) -> list[str]:
+    with StageLog(store, run, stage) as log:
+        return log.file.read_text().splitlines()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_driver_killed_at_any_moment_makes_no_second_job_and_loses_no_line(
+    api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any], seed: int
+) -> None:
+    chance, store, run = random.Random(seed), Store(s3_uri), records.run_id(recipe())
+    node = ActingNode(api, recipe(), store, seed)
+    kills = 0
+    while True:
+        driver = start()
+        if kills < 10:
+            driver.join(chance.uniform(0.05, 2.5))
+        else:
+            driver.join(120)
+        if driver.exitcode == 0:
+            break
+        assert driver.exitcode in (None, 30, 130), driver.exitcode
+        assert kills < 10, "the last driver did not end"
+        kills += 1
+        os.kill(driver.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        driver.join(30)
+        if chance.random() < 0.2:
+            api.stop()
+            api.start()
+    node.close()
+    assert kills
+    assert node.made == list(SEQUENCE)
+    for stage in SEQUENCE:
+        assert kept_lines(store, run, stage) == ActingNode.lines_of(stage)
+    record = records.load(store, run)
+    assert record
+    assert record.state == "done"
+
+
+def test_what_a_driver_heard_is_kept_though_driver_and_pod_vanish_together(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_KEEP_EVERY_S", 0.0)
+    store = Store(s3_uri)
+    log = StageLog(store, "run", "sft").__enter__()  # and never left
+    for second in (1, 2):
+        log.write(f"line {second}", f"2026-11-26T00:00:0{second}Z")
+    with StageLog(store, "run", "sft") as successor:
+        assert successor.file.read_text() == "line 1\nline 2\n"
+        assert successor.read_to == "2026-11-26T00:00:02Z"
+        monkeypatch.setattr(store.objects, "write", Raises(StoreError("the bucket is away")))
+        successor.write("line 3", "2026-11-26T00:00:03Z")
+    assert kept_lines(store, "run", "sft") == ["line 1", "line 2", "line 3"]
+
+
+class Raises:
+    """A call that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *arguments: Any, **more: Any) -> None:
+        raise self.error
+
+
+def test_of_drivers_that_start_together_one_drives_and_the_others_leave(
+    api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
+) -> None:
+    node = ActingNode(api, recipe(), Store(s3_uri), seed=1)
+    drivers = [start(in_cluster=False) for _ in range(4)]
+    for driver in drivers:
+        driver.join(120)
+    node.close()
+    assert sorted(driver.exitcode for driver in drivers) == [0, 1, 1, 1]
+    assert node.made == list(SEQUENCE)
+
+
+def test_two_pods_of_one_driver_end_well(
+    api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
+) -> None:
+    """A node that was taken for lost and is not: its driver's pod is at work beside its replacement."""
+    node = ActingNode(api, recipe(), Store(s3_uri), seed=2)
+    first = start()
+    time.sleep(0.7)
+    second = start()
+    for driver in (first, second):
+        driver.join(120)
+        assert driver.exitcode == 0
+    node.close()
+    assert node.made == list(SEQUENCE)
+
+
+def test_the_second_of_two_new_drivers_is_told_who_drives(
+    recipe: Callable[..., Recipe], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Journal(store, recipe(), lambda record: None) for _ in range(2))
+    monkeypatch.setenv(records.DRIVER_JOB, "another")
+    second.record = second.record.model_copy(update={"driver": records.Driver.this_process()})
+    monkeypatch.delenv(records.DRIVER_JOB)
+    with second, pytest.raises(LlamaRefineError, match="is being driven already, by process 1 on another"):
+        first.__enter__()

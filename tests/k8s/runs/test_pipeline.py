@@ -1,0 +1,236 @@
+"""The loop over the stages: what runs, what is known already, what stops it. Artifacts are real, stages act."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llamarefine_jobs.contract.errors import (
+    DivergedError,
+    IntegrityError,
+    LlamaRefineError,
+    PreemptedError,
+    StoreError,
+    all_errors,
+)
+from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import SEQUENCE
+from llamarefine_jobs.store import Store
+from llamarefine_k8s.runs.pipeline import InterruptedRunError, Pipeline
+from llamarefine_k8s.runs.records import RunRecord, find
+from tests.k8s.acting import Acting, fail
+
+
+class Seen:
+    """A observer that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[RunRecord] = []
+        self.notes: list[tuple[str, str]] = []
+
+    def show(self, record: RunRecord) -> None:
+        self.records.append(record)
+
+    def note(self, stage: str, text: str) -> None:
+        self.notes.append((stage, text))
+
+
+def drive(recipe: Recipe, store: Store, executor: Acting | None = None, seen: Seen | None = None) -> list[str]:
+    """Drive a run; the stages that ran."""
+    executor = executor or Acting()
+    Pipeline(recipe, store, executor, seen or Seen(), retry_after_s=(0.01, 0.01)).drive()
+    return executor.ran
+
+
+def manifests(store: Store, stage: str) -> list[Path]:
+    return sorted(Path(store.objects.root).glob(f"artifacts/{stage}/*/manifest.json"))
+
+
+def test_every_stage_runs_once_in_sequence(recipe: Callable[..., Recipe], store: Store) -> None:
+    assert drive(recipe(), store) == list(SEQUENCE)
+    assert drive(recipe(), store) == []
+    record = find(store, None)
+    assert record.state == "done"
+    assert {stage.state for stage in record.stages.values()} == {"reused"}
+
+
+@pytest.mark.parametrize(
+    ("change", "due"),
+    [
+        ("dpo.beta=0.2", ["dpo", "merge", "evaluate"]),
+        ("merge.dtype=float32", ["merge", "evaluate"]),
+        ("evaluate.generated_rows=3", ["evaluate"]),
+        ("seed=7", list(SEQUENCE)),
+        ("sft.log_every_steps=1", []),
+        ("infer.temperature=0.5", []),
+        ("name=another", []),
+    ],
+)
+def test_a_change_runs_what_it_can_change_and_no_more(
+    recipe: Callable[..., Recipe], store: Store, change: str, due: list[str]
+) -> None:
+    drive(recipe(), store)
+    assert drive(recipe(change), store) == due
+
+
+def test_going_back_runs_nothing(recipe: Callable[..., Recipe], store: Store) -> None:
+    drive(recipe(), store)
+    drive(recipe("dpo.beta=0.2"), store)
+    assert drive(recipe(), store) == []
+
+
+def test_without_its_manifest_an_artifact_is_not_there(recipe: Callable[..., Recipe], store: Store) -> None:
+    drive(recipe(), store)
+    manifests(store, "sft")[0].unlink()
+    assert drive(recipe(), store) == ["sft"], "the same bytes came out again, so nothing after it is due"
+
+
+@pytest.mark.parametrize("stage", SEQUENCE)
+def test_a_flipped_byte_is_named_though_nothing_would_run(
+    recipe: Callable[..., Recipe], store: Store, stage: str
+) -> None:
+    drive(recipe(), store)
+    for file in manifests(store, stage)[0].parent.rglob("*"):
+        if file.is_dir():
+            continue
+        data = file.read_bytes()
+        file.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        executor = Acting()
+        with pytest.raises(IntegrityError) as caught:
+            drive(recipe(), store, executor)
+        assert file.name in str(caught.value)
+        assert executor.ran == []
+        file.write_bytes(data)
+    assert drive(recipe(), store) == []
+
+
+def test_what_a_stage_says_is_told_once_and_the_rest_is_the_logs(recipe: Callable[..., Recipe], store: Store) -> None:
+    def talk(on_line: Callable[[str], None]) -> None:
+        on_line("sft: packing is off")
+        on_line("sft: packing is off")
+        on_line("UserWarning: of a library")
+        on_line("progress stage=sft step=2 steps=4 loss=3.5 tokens_per_s=100 eta_s=1")
+
+    seen = Seen()
+    drive(recipe(), store, Acting(sft=talk), seen)
+    assert seen.notes == [("prepare", "backend: acting"), ("sft", "packing is off")]
+    log = store.read(f"runs/{find(store, None).run}/logs/sft.log")
+    assert log is not None
+    assert log.decode().splitlines()[-4:-1] == [
+        "sft: packing is off",
+        "sft: packing is off",
+        "UserWarning: of a library",
+    ]
+    progress = find(store, None).stages["sft"].progress
+    assert progress is not None
+    assert (progress.step, progress.steps, progress.loss) == (2, 4, 3.5)
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.reason)
+def test_a_failed_stage_stops_the_run_with_its_own_kind_of_error(
+    recipe: Callable[..., Recipe], store: Store, kind: type[LlamaRefineError]
+) -> None:
+    executor = Acting(sft=fail(kind("it did not work")))
+    with pytest.raises(kind) as caught:
+        drive(recipe(), store, executor)
+    assert "sft" in str(caught.value)
+    assert caught.value.exit_code == kind.exit_code
+    record = find(store, None)
+    assert record.state == record.stages["sft"].state == ("interrupted" if kind is PreemptedError else "failed")
+    assert record.stages["prepare"].state == "done"
+    assert record.stages["dpo"].state == "pending"
+    assert set(executor.ran) == {"prepare", "sft"}
+    assert drive(recipe(), store) == ["sft", "dpo", "merge", "evaluate"], "the next run goes on"
+
+
+def test_trouble_with_the_store_is_tried_three_times(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = Acting(sft=fail(StoreError("the bucket answered 503")))
+    seen = Seen()
+    with pytest.raises(StoreError):
+        drive(recipe(), store, executor, seen)
+    assert executor.ran == ["prepare", "sft", "sft", "sft"]
+    assert find(store, None).stages["sft"].attempts == 3
+    assert ("sft", "the bucket answered 503; trying again in 0.01 s") in seen.notes
+
+
+def test_trouble_that_passes_is_forgotten(recipe: Callable[..., Recipe], store: Store) -> None:
+    failures = [StoreError("the bucket answered 503")]
+
+    def stumble(on_line: Callable[[str], None]) -> None:
+        if failures:
+            raise failures.pop()
+
+    executor = Acting(sft=stumble)
+    assert drive(recipe(), store, executor) == ["prepare", "sft", "sft", "dpo", "merge", "evaluate"]
+    assert find(store, None).state == "done"
+
+
+def test_no_other_failure_is_tried_again(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = Acting(sft=fail(DivergedError("NaN")))
+    with pytest.raises(DivergedError, match=r"^sft: NaN$"):
+        drive(recipe(), store, executor)
+    assert executor.ran == ["prepare", "sft"]
+
+
+def test_a_stage_that_publishes_nothing_is_found_out(recipe: Callable[..., Recipe], store: Store) -> None:
+    class Idle(Acting):
+        def execute(self, task: object, on_line: Callable[[str], None]) -> None:
+            return
+
+    with pytest.raises(IntegrityError, match=r"prepare ended well, but .* has no artifact"):
+        drive(recipe(), store, Idle())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_goes_to_the_stage_that_runs(
+    recipe: Callable[..., Recipe], store: Store, number: signal.Signals
+) -> None:
+    def interrupted(on_line: Callable[[str], None]) -> None:
+        os.kill(os.getpid(), number)
+        raise PreemptedError("saved")
+
+    executor = Acting(sft=interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedRunError) as caught:
+        drive(recipe(), store, executor)
+    assert executor.cancelled == 1
+    assert str(caught.value) == "interrupted in sft; kept: prepare; the same command goes on from there"
+    assert caught.value.exit_code == 130
+    assert find(store, None).state == "interrupted"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_came_too_late_stops_before_the_next_stage(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = Acting(sft=lambda on_line: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(InterruptedRunError, match="kept: prepare, sft;"):
+        drive(recipe(), store, executor)
+    assert executor.ran == ["prepare", "sft"]
+    assert find(store, None).stages["sft"].state == "done"
+
+
+def test_the_report_comes_into_the_runs_folder(recipe: Callable[..., Recipe], store: Store) -> None:
+    drive(recipe("evaluate.gates=[{metric: loss, at_most: 1.0}]"), store)
+    record = find(store, None)
+    names = {entry.path for entry in store.entries(f"runs/{record.run}/report/")}
+    assert names == {f"runs/{record.run}/report/report.{kind}" for kind in ("html", "md", "json")}
+    assert record.state == "done"
+    assert record.gates_passed is False
+
+
+def test_a_mistake_of_ours_is_written_down_and_not_hidden(recipe: Callable[..., Recipe], store: Store) -> None:
+    def stumble(on_line: Callable[[str], None]) -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError):
+        drive(recipe(), store, Acting(sft=stumble))
+    assert find(store, None).stages["sft"].error == "sft: ZeroDivisionError: ours"
+
+
+def test_the_same_loop_drives_a_run_in_a_bucket(recipe: Callable[..., Recipe], s3_uri: str) -> None:
+    store = Store(s3_uri)
+    assert drive(recipe(), store) == list(SEQUENCE)
+    assert drive(recipe(), store) == []
+    run = find(store, None).run
+    assert (store.read(f"runs/{run}/logs/sft.log") or b"").startswith(b"sft: backend: acting\n")
