@@ -1,4 +1,4 @@
-"""A recipe as a YAML file: read with overrides on top, every mistake one line, written back whole."""
+"""Read a recipe from a YAML file, with overrides and one line per mistake, and write one."""
 
 import difflib
 import reprlib
@@ -14,15 +14,16 @@ from llamarefine_jobs.contract.errors import RecipeError
 from llamarefine_jobs.contract.recipe import Recipe, Section
 from llamarefine_jobs.untrusted import safe_yaml
 
-# A few lines of YAML can alias themselves into a value whose full repr fills the memory.
-_BRIEF = reprlib.Repr()
-_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist, _BRIEF.maxstring, _BRIEF.maxother = 2, 3, 4, 80, 80
+# A few lines of YAML with aliases can be a value whose full repr would not fit in memory.
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxlevel, _SHORT_REPR.maxdict, _SHORT_REPR.maxlist = 2, 3, 4
+_SHORT_REPR.maxstring, _SHORT_REPR.maxother = 80, 80
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe, with ``section.key=value`` overrides on top.
+    """Read and validate a recipe, after applying ``section.key=value`` overrides.
 
-    Raises RecipeError; one line a mistake, each with the key, what was found and what is allowed.
+    Raises RecipeError with one line per mistake: the key, what was found and what is allowed.
     """
     try:
         with path.open("rb") as file:
@@ -39,7 +40,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """`load_recipe` on the text itself; `where` names it in errors."""
+    """Parse and validate a recipe like `load_recipe`, from its text. Errors begin with `where`."""
     try:
         values = safe_yaml.load(text)
     except ValueError as error:
@@ -55,18 +56,18 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set ``section.key=value`` in the recipe's plain values; the value is YAML."""
+    """Apply one ``section.key=value`` override to the recipe's unvalidated values. The value is YAML."""
     shown = _one_line(override)
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise RecipeError(f"--set {shown}: expected key=value, such as sft.epochs=2")
     *sections, key = name.strip().split(".")
     for section in sections:
-        if values.get(section) is None:  # `sft:` with nothing below it reads as null
+        if values.get(section) is None:  # YAML reads `sft:` with nothing below it as null
             values[section] = {}
         below = values[section]
         if not isinstance(below, dict):
-            raise RecipeError(f"--set {shown}: `{section}` holds {_kind(below)}, no keys")
+            raise RecipeError(f"--set {shown}: expected keys below `{section}`, found {_kind(below)}")
         values = below
     try:
         values[key] = safe_yaml.load(text)
@@ -75,7 +76,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _causes(error: ValidationError) -> list[ErrorDetails]:
-    """Its mistakes, but none that only follows from one below it (a list without its one wrong item is too short)."""
+    """Return the mistakes without those that follow from another (a list without its invalid item is too short)."""
     mistakes = error.errors()
     below = {mistake["loc"][:depth] for mistake in mistakes for depth in range(len(mistake["loc"]))}
     return [mistake for mistake in mistakes if mistake["loc"] not in below or not mistake["loc"]]
@@ -87,7 +88,7 @@ def _explain(mistake: ErrorDetails) -> str:
     found = mistake.get("input")
     match mistake["type"]:
         case "extra_forbidden":
-            return f"`{name}` is no key of a recipe; {_nearest(location)}"
+            return f"`{name}` is not a key of a recipe; {_suggestion(location)}"
         case "missing":
             return f"`{name}` is missing"
         case "value_error":
@@ -99,8 +100,8 @@ def _explain(mistake: ErrorDetails) -> str:
             return f"`{name}`: {expected[0].lower()}{expected[1:]}, found {_shown(found)}"
 
 
-def _nearest(location: Sequence[int | str]) -> str:
-    """What may stand where an unknown key stands, the nearest spelling first."""
+def _suggestion(location: Sequence[int | str]) -> str:
+    """Return what to write instead of an unknown key: the key with the nearest spelling, or a list of valid keys."""
     *path, wrong = (str(part) for part in location)
     section: Any = Recipe
     for part in path:
@@ -122,7 +123,7 @@ def _nearest(location: Sequence[int | str]) -> str:
     ]
     if elsewhere:
         return f"did you mean `{elsewhere[0]}`?"
-    return f"there are {', '.join(names)}"
+    return f"expected one of {', '.join(names)}"
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:
@@ -143,8 +144,8 @@ def _kind(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     try:
-        return _BRIEF.repr(value)
-    except ValueError:  # Python refuses to write out an integer of thousands of digits
+        return _SHORT_REPR.repr(value)
+    except ValueError:  # Python refuses to convert an integer of thousands of digits to text
         return "a number too long to show"
 
 
@@ -153,5 +154,5 @@ def _one_line(error: object) -> str:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults written out."""
+    """Return the recipe as YAML, including all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

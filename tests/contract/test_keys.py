@@ -16,7 +16,7 @@ from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 RECIPE = Recipe.model_validate(
     {"name": "keys", "prepare": {"questions": {"source": "a.csv"}, "preferences": {"source": "b.jsonl"}}}
 )
-FREE = {
+NOT_IN_KEY = {
     "gpus",
     "nodes",
     "checkpoint_every_s",
@@ -116,7 +116,7 @@ def test_every_value_of_a_section_is_in_the_key_or_declared_free(stage: str) -> 
     before = artifact_key(stage, RECIPE, parents)
     for path in paths:
         after = artifact_key(stage, replaced(RECIPE, (stage, *path), "something else"), parents)
-        assert (after == before) == (path[-1] in FREE), f"{stage}.{'.'.join(path)}"
+        assert (after == before) == (path[-1] in NOT_IN_KEY), f"{stage}.{'.'.join(path)}"
 
 
 def test_the_place_of_a_source_is_not_in_the_key_once_its_content_is() -> None:

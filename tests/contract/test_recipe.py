@@ -52,14 +52,14 @@ def test_a_recipe_survives_being_written_and_read() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("sft.epoch=2", "mine.yaml: `sft.epoch` is no key of a recipe; did you mean `sft.epochs`?"),
-        ("dop.beta=2", "mine.yaml: `dop` is no key of a recipe; did you mean `dpo`?"),
-        ("beta=0.2", "mine.yaml: `beta` is no key of a recipe; did you mean `dpo.beta`?"),
-        ("sft.lora.rnak=8", "mine.yaml: `sft.lora.rnak` is no key of a recipe; did you mean `sft.lora.rank`?"),
-        ("sft.beta=0.2", "mine.yaml: `sft.beta` is no key of a recipe; did you mean `dpo.beta`?"),
+        ("sft.epoch=2", "mine.yaml: `sft.epoch` is not a key of a recipe; did you mean `sft.epochs`?"),
+        ("dop.beta=2", "mine.yaml: `dop` is not a key of a recipe; did you mean `dpo`?"),
+        ("beta=0.2", "mine.yaml: `beta` is not a key of a recipe; did you mean `dpo.beta`?"),
+        ("sft.lora.rnak=8", "mine.yaml: `sft.lora.rnak` is not a key of a recipe; did you mean `sft.lora.rank`?"),
+        ("sft.beta=0.2", "mine.yaml: `sft.beta` is not a key of a recipe; did you mean `dpo.beta`?"),
         (
             "merge.zzz=1",
-            "mine.yaml: `merge.zzz` is no key of a recipe; there are dtype, max_shard_mb",
+            "mine.yaml: `merge.zzz` is not a key of a recipe; expected one of dtype, max_shard_mb",
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_an_override_reaches_into_a_section_that_holds_nothing() -> None:
     [
         ("sft.epochs", "expected key=value"),
         ("=2", "expected key=value"),
-        ("name.x=2", "`name` holds the value 'mine', no keys"),
+        ("name.x=2", "expected keys below `name`, found the value 'mine'"),
         ("sft.epochs=[", "the value is not YAML"),
     ],
 )

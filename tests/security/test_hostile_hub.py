@@ -26,12 +26,12 @@ def of_rows(**attack: Any) -> Repository:
 def attacks(outside: Path) -> dict[str, tuple[Repository, int, str]]:
     """By name: what the Hub does, the exit code that it is answered by, and words of the reason."""
     return {
-        "dataset:a/name-up": (Repository({"../../owned.csv": CSV}), 11, "no plain relative path"),
-        "dataset:a/name-deep": (Repository({"a/../../../owned.csv": CSV}), 11, "no plain relative path"),
-        "dataset:a/name-absolute": (Repository({str(outside / "owned.csv"): CSV}), 11, "no plain relative path"),
-        "dataset:a/name-backslash": (Repository({"..\\..\\owned.csv": CSV}), 11, "no plain relative path"),
-        "dataset:a/name-control": (Repository({"a\n\x1b[2Jowned.csv": CSV}), 11, "no plain relative path"),
-        "dataset:a/name-long": (Repository({"owned" * 60 + ".csv": CSV}), 11, "no plain relative path"),
+        "dataset:a/name-up": (Repository({"../../owned.csv": CSV}), 11, "not a plain relative path"),
+        "dataset:a/name-deep": (Repository({"a/../../../owned.csv": CSV}), 11, "not a plain relative path"),
+        "dataset:a/name-absolute": (Repository({str(outside / "owned.csv"): CSV}), 11, "not a plain relative path"),
+        "dataset:a/name-backslash": (Repository({"..\\..\\owned.csv": CSV}), 11, "not a plain relative path"),
+        "dataset:a/name-control": (Repository({"a\n\x1b[2Jowned.csv": CSV}), 11, "not a plain relative path"),
+        "dataset:a/name-long": (Repository({"owned" * 60 + ".csv": CSV}), 11, "not a plain relative path"),
         "dataset:a/name-case": (Repository({"a.csv": CSV, "A.csv": b"question,answer\n1,2\n"}), 11, "are one file"),
         "dataset:a/name-accent": (Repository({"ä.csv": CSV, "a\u0308.csv": CSV}), 11, "are one file"),
         "dataset:a/etag-up": (of_rows(etag="../../../owned"), 11, "as ETag"),

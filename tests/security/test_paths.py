@@ -27,7 +27,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_no_manifest_holds_a_path_that_leads_out(path: str) -> None:
-    with pytest.raises(ValueError, match="no plain relative path"):
+    with pytest.raises(ValueError, match="not a plain relative path"):
         safe_relative_path(path)
 
 

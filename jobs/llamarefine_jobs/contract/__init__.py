@@ -1,1 +1,1 @@
-"""What the stages and the launcher agree on. Imports the standard library and pydantic only."""
+"""Formats, names and rules that stages and launcher share. Imports the standard library and pydantic only."""

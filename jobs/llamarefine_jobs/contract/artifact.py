@@ -1,11 +1,11 @@
-"""Keys, the bucket's layout, and the manifest that makes a folder of files an artifact.
+"""Artifact keys, the layout of the store, and the manifest that turns a folder of files into an artifact.
 
-artifacts/<stage>/<key>/manifest.json           written last: without it there is no artifact
-artifacts/<stage>/<key>/<attempt>/…             the files of the one writer whose manifest won
-checkpoints/<stage>/<key>/<step>/…              the same two, for each checkpoint of a training
+artifacts/<stage>/<key>/manifest.json           written last: without it the artifact does not exist
+artifacts/<stage>/<key>/<attempt>/…             the files; of several writers, those of the one that wrote the manifest
+checkpoints/<stage>/<key>/<step>/…              manifest and files in the same way, for each checkpoint of a training
 runs/<run>/{run.json, logs/<stage>.log, report/…}
 inputs/<sha256>/…                               files that the launcher uploaded for a recipe
-check/…                                         what preflight writes and removes
+check/…                                         files that preflight writes and removes
 """
 
 import hashlib
@@ -26,30 +26,33 @@ from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.contract.version import __version__
 
 MANIFEST = "manifest.json"
-_MOST_FILES = 10_000  # an artifact has a hundred
-# Control characters, those that turn the direction of what follows, a surrogate, and what separates elsewhere.
-_STRANGE = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-# Windows' own, whatever follows.
+_MAX_FILES = 10_000  # real artifacts have about a hundred
+# Control characters, bidirectional controls, surrogates, and characters that separate paths or lines on some systems.
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# Names that Windows reserves for devices, with any extension.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
-_SEAL = "manifest_sha256"
+_DIGEST_KEY = "manifest_sha256"
 
 
 def safe_relative_path(path: str) -> str:
-    """`path` if it stays inside the folder it is joined to, anywhere, and is what it looks like; else ValueError."""
+    """Return `path` if it is a plain relative path on every operating system.
+
+    Raises ValueError if the path, joined to a folder, could lead out of it, or if it could be displayed misleadingly.
+    """
     parts = PurePosixPath(path).parts
     if (
         not parts
         or path != str(PurePosixPath(path))
         or path.startswith("/")
-        or _STRANGE.search(path)
+        or _FORBIDDEN.search(path)
         or any(part.endswith((".", " ")) or _DEVICE.match(part) or len(part.encode()) > 255 for part in parts)
     ):
-        raise ValueError(f"{path!r:.120} is no plain relative path")
+        raise ValueError(f"{path!r:.120} is not a plain relative path")
     return path
 
 
 def folded(path: str) -> str:
-    """`path` as a file system knows it where neither case nor the way an accent is written counts."""
+    """Return `path` as file systems compare it that ignore case and the Unicode normalization form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
 
@@ -70,20 +73,20 @@ class File(_Record):
 
 
 class Parent(_Record):
-    """An artifact that this one was made from."""
+    """A parent artifact, named by its key and the digest of its manifest."""
 
     key: Sha256
     manifest_sha256: Sha256
 
 
 class Manifest(_Record):
-    """What an artifact is, what it was made from, by what and how."""
+    """Record of an artifact or checkpoint: its files, its parents, and the recipe and software that made it."""
 
     format: Literal[1] = 1
     stage: str
     key: Sha256
-    attempt: RelativePath = Field("unpublished", description="folder of the files, beside the manifest")
-    files: tuple[File, ...] = Field((), max_length=_MOST_FILES)
+    attempt: RelativePath = Field("unpublished", description="folder of the files, next to the manifest")
+    files: tuple[File, ...] = Field((), max_length=_MAX_FILES)
     parents: dict[str, Parent] = {}
     recipe: dict[str, Any]
     seed: int
@@ -99,62 +102,62 @@ class Manifest(_Record):
     metrics: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _one_entry_a_file(self) -> Self:
-        """One entry a file, also where case and accents do not count, and none where another needs a folder."""
+    def _check_paths(self) -> Self:
+        """Refuse two entries for one file, also if they differ in case only, and a file that is another's folder."""
         paths = {folded(file.path) for file in self.files}
         if len(paths) != len(self.files):
             raise ValueError("a file is listed twice")
         for path in paths:
             if any(parent.as_posix() in paths for parent in PurePosixPath(path).parents):
-                raise ValueError("a file is listed where another needs a folder")
+                raise ValueError("a path is listed as a file and as a folder")
         return self
 
     def to_bytes(self) -> bytes:
-        """The manifest as it lies in the store, its own digest as the last key."""
-        return add_self_digest(self.model_dump_json(indent=2), _SEAL)
+        """Return the manifest as stored: JSON with the manifest's own digest as the last key."""
+        return add_self_digest(self.model_dump_json(indent=2), _DIGEST_KEY)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """The manifest that `data` holds; ValueError where a byte of it was changed."""
+        """Parse a stored manifest. Raises ValueError if it is not a manifest or any byte of it was changed."""
         try:
-            body = read_self_digest(data, _SEAL)
+            body = read_self_digest(data, _DIGEST_KEY)
         except ValueError:
             body = None
         if body is None:
-            raise ValueError("is no manifest, or was changed after it was written")
+            raise ValueError("is not a manifest, or was changed after it was written")
         try:
             found = cls.model_validate_json(body)
-            _digest([found.recipe, found.metrics])  # NaN and infinity are no JSON, and no digest would be their own
+            _digest([found.recipe, found.metrics])  # raises ValueError for NaN and infinity, which JSON does not have
             return found
         except ValueError:
             raise ValueError("is a manifest that this version cannot read") from None
 
     def sha256(self) -> str:
-        """The digest that a child records."""
+        """Return the digest of the stored manifest, which children record."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def part(self, *prefixes: str) -> tuple[File, ...]:
-        """The files under `prefixes` (``"base/"`` is a folder, ``"data_card.json"`` a file); all without any."""
+        """Return the files under `prefixes` (``"base/"``: a folder, ``"data_card.json"``: a file); without any, all."""
         return tuple(file for file in self.files if not prefixes or _is_under(file.path, prefixes))
 
     def content_sha256(self, *prefixes: str) -> str:
-        """The digest of the bytes under `prefixes`: path, size and sha256 of each file, nothing else."""
+        """Return the digest of the files under `prefixes`: of the path, size and sha256 of each, and nothing else."""
         listing = sorted((file.path, file.size_bytes, file.sha256) for file in self.part(*prefixes))
         return _digest(listing)
 
     @property
     def folder(self) -> str:
-        """Where the files lie in the store."""
+        """The folder of the files in the store."""
         return f"{artifact_path(self.stage, self.key)}/{self.attempt}"
 
 
 def artifact_key(stage: str, recipe: Recipe, parents: Mapping[str, Manifest]) -> str:
-    """The key of what `stage` makes from `recipe` and `parents`: same key, same result.
+    """Return the key of the artifact that `stage` makes from `recipe` and `parents`: same key, same result.
 
-    sha256 of the canonical JSON of the stage, its part of the recipe, the bytes it reads of each
-    parent, the prompt template and the package's version. A parent counts by the bytes that are
-    read of it, not by its whole manifest: new preference pairs do not train SFT again, and neither
-    does a parent that was made a second time with the same result.
+    The key is the sha256 of the canonical JSON of the stage, its part of the recipe, the content it reads of
+    each parent, the prompt template and the package's version. Of a parent only the files that the stage reads
+    count, not the whole manifest: new preference pairs do not train SFT again, and neither does a parent that was
+    made a second time with the same result.
     """
     reads = STAGES[stage].reads
     return _digest(
@@ -169,23 +172,23 @@ def artifact_key(stage: str, recipe: Recipe, parents: Mapping[str, Manifest]) ->
 
 
 def artifact_path(stage: str, key: str) -> str:
-    """The folder of an artifact in the store."""
+    """Return the folder of an artifact in the store."""
     return f"artifacts/{stage}/{key}"
 
 
 def checkpoint_path(stage: str, key: str, step: int | None = None) -> str:
-    """The folder of a stage's checkpoints in the store, or of one of them."""
+    """Return the folder of a stage's checkpoints in the store, or of the one at `step`."""
     folder = f"checkpoints/{stage}/{key}"
     return folder if step is None else f"{folder}/{step:08d}"
 
 
 def run_path(run: str, *names: str) -> str:
-    """The folder of a run in the store, or a file in it."""
+    """Return the path of a run's folder in the store, or of a file in it."""
     return "/".join(("runs", run, *names))
 
 
 def short(key: str) -> str:
-    """A key as people read it."""
+    """Return the first twelve characters of a key, for logs and errors."""
     return key[:12]
 
 

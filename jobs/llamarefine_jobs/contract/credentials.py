@@ -1,7 +1,7 @@
-"""Where credentials must not stand: in an address, or as a plain value among settings.
+"""Refuse credentials in addresses, and find them as plain text in pod settings.
 
-A recipe is copied into run.json, into a ConfigMap and into manifests, and an address into messages. So what would
-have to be hidden in all of those places is refused before it gets to one.
+A recipe is copied into run.json, into a ConfigMap and into manifests, and an address into messages. Credentials would
+have to be hidden in all of these places, so they are refused before they reach one.
 """
 
 import re
@@ -15,26 +15,26 @@ _SECRET = re.compile(
 
 
 def refuse_credentials(address: str) -> str:
-    """`address` if it carries no user, password or signature; ValueError otherwise, which does not repeat it."""
+    """Return `address`. Raises ValueError, without repeating it, if it contains a user, password or signature."""
     if "://" not in address:
         return address
     parts = urlsplit(address)
     if "@" in parts.netloc:
         raise ValueError(
             "expected an address without credentials, found some before the @: they would be copied into logs and the "
-            "bucket; give them by the environment, or bring the data to a bucket"
+            "bucket; set them in the environment, or copy the data to a bucket"
         )
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):
         if _SECRET.search(name):
             raise ValueError(
                 f"expected an address without credentials, found the parameter {name}: it would be copied into logs "
-                "and the bucket; bring the data to a bucket or a folder first"
+                "and the bucket; copy the data to a bucket or a folder first"
             )
     return address
 
 
 def plain_secrets(values: Any) -> Iterator[str]:
-    """The names of the environment variables within `values`, a piece of a pod, that hold a secret in plain text."""
+    """Yield the names of environment variables in `values`, a part of a pod, whose plain-text value is a secret."""
     if isinstance(values, dict):
         name = values.get("name")
         if isinstance(name, str) and values.get("value") and _SECRET.search(name):

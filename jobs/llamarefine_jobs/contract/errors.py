@@ -1,7 +1,7 @@
-"""One tree of errors, and the exit code each means.
+"""All errors of the package, each with its exit code and what an executor does about it.
 
-A stage's exit code is its word to whoever runs it: the local executor prints the reason, and the
-Job's podFailurePolicy is generated from `Disposition`. The codes stay clear of the shell's own
+A stage's exit code tells its executor why it failed: the local executor prints the reason, and a
+Job's podFailurePolicy is generated from `Disposition`. No code is one that a shell uses itself
 (1, 2, 126 to 165).
 """
 
@@ -11,15 +11,15 @@ from typing import ClassVar
 
 
 class Disposition(Enum):
-    """What an executor does with a stage that ended this way."""
+    """What an executor does with a stage that ended with an error."""
 
-    FAIL = "fail"  # the same input fails the same way: stop at once, say why
-    RETRY = "retry"  # may pass by itself: try again, count the tries
-    RESUME = "resume"  # nobody's fault: try again from the checkpoint, do not count
+    FAIL = "fail"  # the same input fails the same way: stop at once and report why
+    RETRY = "retry"  # the failure may pass: start the stage again, and count the attempts
+    RESUME = "resume"  # not the stage's failure: start it again from its checkpoint, without counting the attempt
 
 
 class LlamaRefineError(Exception):
-    """A failure with a reason a person can act on: one line, no traceback."""
+    """Base class of all errors: a one-line message that a person can act on. Itself: a failure of no other kind."""
 
     exit_code: ClassVar[int] = 1
     reason: ClassVar[str] = "failed"
@@ -27,79 +27,87 @@ class LlamaRefineError(Exception):
 
 
 class RecipeError(LlamaRefineError):
-    """The recipe, or an option on top of it, is wrong."""
+    """The recipe, a setting, an environment variable or a command's arguments are wrong."""
 
     exit_code = 10
     reason = "recipe"
 
 
 class DataError(LlamaRefineError):
-    """The data, the base model or the tokenizer cannot be used as given."""
+    """A file, a table, a model, an adapter or an artifact that is needed is missing or cannot be used as it is."""
 
     exit_code = 11
     reason = "data"
 
 
 class AccessError(LlamaRefineError):
-    """Something may not be read or written: a folder, a bucket, the API server."""
+    """A folder, bucket, web server, cluster or key cannot be accessed with the permissions and addresses given."""
 
     exit_code = 12
     reason = "permission"
 
 
 class DiskFullError(LlamaRefineError):
-    """No space is left where the stage works or publishes."""
+    """No space is left on the local disk or in the bucket."""
 
     exit_code = 13
     reason = "disk full"
 
 
 class OutOfMemoryError(LlamaRefineError):
-    """The accelerator or the machine has too little memory for the recipe."""
+    """The GPU or the machine has, or by the estimate will have, too little memory for the recipe."""
 
     exit_code = 14
     reason = "out of memory"
 
 
 class DivergedError(LlamaRefineError):
-    """The loss became NaN or infinite."""
+    """A training or a model became numerically unusable.
+
+    Raised if the training loss is NaN, infinite or several nats above the first one, if a validation loss, a weight of
+    the adapter or the tiny base's loss is not finite, and if a model gives a test answer no finite log-probability.
+    """
 
     exit_code = 15
     reason = "diverged"
 
 
 class IntegrityError(LlamaRefineError):
-    """Bytes are not those that the manifest promises."""
+    """Stored bytes are damaged, unsafe, or not what they should be.
+
+    Raised if bytes differ from their digest, if a document in the store cannot be read or belongs to something else,
+    if artifacts do not belong together, if a signature is wrong, and if a file could execute code.
+    """
 
     exit_code = 16
     reason = "integrity"
 
 
 class ProofError(LlamaRefineError):
-    """A check of the training or of the merge itself failed: the result would be wrong."""
+    """A self-check of a training or of the merge failed, so the result would be wrong."""
 
     exit_code = 17
     reason = "proof"
 
 
 class GateError(LlamaRefineError):
-    """A quality gate of the recipe does not hold; model and report are kept."""
+    """The evaluation does not pass a quality gate of the recipe; model and report are kept."""
 
     exit_code = 18
     reason = "quality gate"
 
 
 class StoreError(LlamaRefineError):
-    """The bucket or the network failed after the client's own retries."""
+    """The bucket, the API server, the Hub or a web server failed in a way that may pass."""
 
     exit_code = 20
     reason = "store"
     disposition = Disposition.RETRY
-    retry_after_s: float | None = 0.0  # what the server asked for; None: the same request fails again
+    retry_after_s: float | None = 0.0  # pause that the server asked for; None: the same request would fail again
 
 
 class PeerLostError(LlamaRefineError):
-    """A process of a training on several is gone, and the others cannot go on without it."""
+    """A training in several processes lost one of them, or they could not start together."""
 
     exit_code = 21
     reason = "process lost"
@@ -107,7 +115,10 @@ class PeerLostError(LlamaRefineError):
 
 
 class PreemptedError(LlamaRefineError):
-    """SIGTERM came; a checkpoint was saved where the stage has one."""
+    """The stage was stopped from outside: by SIGTERM, Ctrl-C, or the removal of its Job.
+
+    A training has tried to save a checkpoint; the message says whether that succeeded.
+    """
 
     exit_code = 30
     reason = "preempted"
@@ -115,30 +126,30 @@ class PreemptedError(LlamaRefineError):
 
 
 def all_errors() -> list[type[LlamaRefineError]]:
-    """Every kind of error that has an exit code of its own, by exit code."""
+    """Return every error class that has its own exit code, sorted by exit code."""
     return sorted(LlamaRefineError.__subclasses__(), key=lambda kind: kind.exit_code)
 
 
 def by_exit_code(exit_code: int) -> type[LlamaRefineError]:
-    """The kind of error that a stage's exit code means; the root for a code of no kind."""
+    """Return the error class with this exit code; LlamaRefineError if there is none."""
     kinds = {kind.exit_code: kind for kind in all_errors()}
     return kinds.get(exit_code, LlamaRefineError)
 
 
 def from_os_error(error: OSError) -> LlamaRefineError:
-    """The error of the tree that an operating system's error means, with the path it names."""
+    """Return the error of this module that corresponds to an OSError, with the path that it names."""
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFullError(f"no space is left to write{where}: free some, then run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessError(f"no permission for{where}: {error.strerror}; choose another folder or change its owner")
-    if "No usable temporary directory" in str(error):  # tempfile's word where it can write to none, as on a full disk
-        return DiskFullError("no temporary folder takes a file: free some space, or name another one by TMPDIR")
+    if "No usable temporary directory" in str(error):  # tempfile's message if it cannot write, such as on a full disk
+        return DiskFullError("no temporary folder can be written to: free some space, or set TMPDIR to another folder")
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return DataError(f"cannot read{where}: {error.strerror}")
-    return LlamaRefineError(f"the operating system refused{where}: {error.strerror or error}")
+    return LlamaRefineError(f"operating system error{where and f' on{where}'}: {error.strerror or error}")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says; its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""How far a stage is, as one line of its log: read by people, parsed by whoever runs the stage.
+"""The progress line in a stage's log: read by people, parsed by the stage's executor.
 
 progress stage=sft step=40 steps=100 loss=4.2137 tokens_per_s=5120 eta_s=12
 """
@@ -13,7 +13,7 @@ _LINE = re.compile(r"(?:^|\s)progress((?: [a-z_]+=[^\s=]+)+)\s*$")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a stage stands. Unknown figures are None and are left out of the line."""
+    """Progress of a stage. Unknown values are None and are left out of the line."""
 
     stage: str
     step: int
@@ -24,13 +24,13 @@ class Progress:
     eta_s: float | None = None
 
     def line(self) -> str:
-        """This as one log line."""
+        """Return the progress as one log line."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return "progress " + " ".join(f"{name}={_text(value)}" for name, value in pairs if value is not None)
 
 
 def parse(line: str) -> Progress | None:
-    """The progress in a log line, or None when the line holds something else."""
+    """Return the progress that a log line reports, or None if it is not a progress line."""
     found = _LINE.search(line)
     if not found:
         return None

@@ -1,8 +1,8 @@
-"""The one chat template: SFT, DPO, evaluate, infer and the served model all render with it.
+"""The chat template that SFT, DPO, evaluate, infer and the served model all use.
 
-It writes the turns as TinyLlama-Chat knows them (``<|user|>`` newline, text, EOS), with one
-difference: the newline between turns stands before a turn, not after EOS, so a rendered
-conversation ends exactly at the answer's EOS and every prompt is a prefix of its conversation.
+It renders turns in the format of TinyLlama-Chat (``<|user|>`` newline, text, EOS), with one
+difference: the newline between turns comes before a turn, not after EOS. So a rendered
+conversation ends exactly at the answer's EOS, and every prompt is a prefix of its conversation.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ class Message(TypedDict):
 
 
 def question(text: str) -> list[Message]:
-    """The conversation that asks one question."""
+    """Return a conversation of one user turn."""
     return [{"role": "user", "content": text}]
 
 
 def answer(text: str) -> list[Message]:
-    """The turn that answers."""
+    """Return an assistant turn, as a list of one message."""
     return [{"role": "assistant", "content": text}]

@@ -1,7 +1,7 @@
-"""The recipe: one YAML file that says everything a run does.
+"""The recipe: one YAML file that determines everything a run does.
 
-Every unknown key is an error. Units stand in the names. A field marked `_FREE` cannot change what
-a stage makes, so it stays out of the artifact's key.
+Every unknown key is an error. Names contain the unit. A field marked `_NOT_IN_KEY` cannot change what
+a stage makes, so it is not part of the artifact's key.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llamarefine_jobs.contract.credentials import refuse_credentials
 
-_FREE: dict[str, Any] = {"in_key": False}
+_NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -19,14 +19,14 @@ LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 class Section(BaseModel):
-    """A part of the recipe: every key known, every value of its type, nothing changed afterwards."""
+    """A part of the recipe. Unknown keys and values of another type are errors; instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _yaml_numbers(cls, values: Any) -> Any:
-        """Let 1 stand for 1.0 and "2e-4", which YAML 1.1 reads as text, for a number."""
+        """Accept 1 for 1.0, and "2e-4", which YAML 1.1 reads as text, as a number."""
         if not isinstance(values, Mapping):
             return values
         numbers = {
@@ -41,12 +41,13 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Where rows or a model come from: a path, ``s3://``, ``https://``, ``hf://datasets/owner/name``, a built-in."""
+    """Source of rows or a model: a path, ``s3://``, ``https://``, ``hf://datasets/owner/name``, or a built-in name."""
 
     source: str = Field(min_length=1)
     revision: str | None = Field(None, description="branch, tag or commit of a Hub repository; a commit pins it")
     fingerprint: str | None = Field(
-        None, description="what the launcher saw behind the source when the run was planned; written by it, not by you"
+        None,
+        description="identifies the source's content when the run was planned; written by the launcher, not by you",
     )
 
     @field_validator("source")
@@ -56,7 +57,7 @@ class Source(Section):
 
 
 class TinyModel(Section):
-    """The shape and the pre-training of the tiny Llama made on the spot (`base.source: tiny-llama`)."""
+    """Shape and pre-training of the tiny Llama that `prepare` makes (`base.source: tiny-llama`)."""
 
     hidden_size: Count = 96
     intermediate_size: Count = 256
@@ -69,7 +70,7 @@ class TinyModel(Section):
 
 
 class Base(Source):
-    """The base model: a Hub id, a folder, ``s3://…``, or ``tiny-llama`` to train one on the spot."""
+    """The base model: a Hub id, a folder, ``s3://…``, or ``tiny-llama`` to pre-train a tiny one."""
 
     source: str = Field("TinyLlama/TinyLlama-1.1B-Chat-v1.0", min_length=1)
     tiny: TinyModel = TinyModel()
@@ -78,22 +79,24 @@ class Base(Source):
 class Rows(Source):
     """A table of rows and how to read it."""
 
-    format: Literal["auto", "csv", "jsonl", "parquet", "hub"] = Field("auto", description="auto: by the name's ending")
+    format: Literal["auto", "csv", "jsonl", "parquet", "hub"] = Field(
+        "auto", description="auto: by the file's extension"
+    )
     split: str = Field("train", description="split of a Hub data set")
 
 
 class Questions(Rows):
-    """Questions and answers, one pair a row. ``python-docstrings`` makes them from the standard library."""
+    """Questions and answers, one pair per row. ``python-docstrings`` makes them from the standard library."""
 
     question_column: str = "question"
     answer_column: str = "answer"
     conflicting_answers: Literal["keep_first", "keep_all", "drop"] = Field(
-        "keep_first", description="the same question with different answers: which stay; all are reported"
+        "keep_first", description="which answers to keep if a question has several; all conflicts are reported"
     )
 
 
 class Preferences(Rows):
-    """Preference pairs, HH-style text or message lists. ``python-docstrings`` makes them by stated rules."""
+    """Preference pairs, as HH-style text or message lists. ``python-docstrings`` makes them by documented rules."""
 
     prompt_column: str = "prompt"
     chosen_column: str = "chosen"
@@ -101,18 +104,18 @@ class Preferences(Rows):
 
 
 class Prepare(Section):
-    """Base model and data: read, checked, de-duplicated, split, brought into the store."""
+    """How base model and data are read, checked, de-duplicated and split."""
 
     base: Base = Base()
     questions: Questions
     preferences: Preferences
     too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="a row over max_length_tokens: left out, or its answer cut at a sentence's end"
+        "drop", description="rows over max_length_tokens: drop them, or truncate the answer at the end of a sentence"
     )
-    max_rows: Count | None = Field(None, description="of each set, taken evenly; all when null")
-    max_cell_bytes: Count = Field(1_000_000, description="a longer cell is not text someone asked: the row is dropped")
+    max_rows: Count | None = Field(None, description="rows to use of each data set, spread evenly over it; null: all")
+    max_cell_bytes: Count = Field(1_000_000, description="rows with a longer cell are dropped")
     near_duplicate_similarity: float = Field(
-        0.9, gt=0, le=1, description="Jaccard similarity of word 3-grams from which two questions count as one"
+        0.9, gt=0, le=1, description="two questions with at least this Jaccard similarity of word 3-grams count as one"
     )
     validation_fraction: Fraction = 0.05
     test_fraction: Fraction = 0.10
@@ -120,16 +123,16 @@ class Prepare(Section):
     @model_validator(mode="after")
     def _rows_to_train_on(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction leave no row to train on; their sum must be under 1")
+            raise ValueError("validation_fraction + test_fraction leave no row to train on; expected a sum under 1")
         if not (self.validation_fraction and self.test_fraction):
             raise ValueError(
-                "validation_fraction and test_fraction must both be over 0: a run without them proves nothing"
+                "validation_fraction and test_fraction must both be over 0: without held-out rows nothing is measured"
             )
         return self
 
 
 class Lora(Section):
-    """The adapter's shape (https://arxiv.org/abs/2106.09685)."""
+    """Shape of the LoRA adapter (https://arxiv.org/abs/2106.09685)."""
 
     rank: Count = 16
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha/rank, with rslora by alpha/sqrt(rank)")
@@ -141,12 +144,12 @@ class Lora(Section):
 
 
 class Training(Section):
-    """What SFT and DPO share."""
+    """Settings that SFT and DPO share."""
 
     lora: Lora = Lora()
-    quantization: Literal["none", "nf4"] = Field("none", description="nf4 holds the base in 4 bits (QLoRA); CUDA only")
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: the base in 4 bits (QLoRA), on CUDA only")
     epochs: float = Field(1.0, gt=0)
-    max_steps: Count | None = Field(None, description="stop after so many optimizer steps, whatever `epochs` says")
+    max_steps: Count | None = Field(None, description="stop after this many optimizer steps, regardless of `epochs`")
     learning_rate: float = Field(2e-4, gt=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.1
@@ -154,31 +157,39 @@ class Training(Section):
     max_gradient_norm: float = Field(1.0, gt=0)
     batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
     micro_batch_rows: Count = Field(
-        8, description="rows in one forward pass; batch_rows is a multiple of it", json_schema_extra=_FREE
+        8, description="rows in one forward pass; batch_rows must be a multiple", json_schema_extra=_NOT_IN_KEY
     )
     on_out_of_memory: Literal["fail", "halve_micro_batch"] = Field(
-        "fail", description="halve_micro_batch: start anew from the newest checkpoint", json_schema_extra=_FREE
+        "fail",
+        description="halve_micro_batch: restart from the newest checkpoint with smaller micro-batches",
+        json_schema_extra=_NOT_IN_KEY,
     )
-    evaluate_every_steps: Count | None = Field(None, description="measure the validation split; null: four times a run")
+    evaluate_every_steps: Count | None = Field(
+        None, description="steps between validations; null: four validations per training"
+    )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: slower, less memory"
+        False, description="recompute activations in the backward pass: slower, needs less memory"
     )
-    checkpoint_every_s: Count | None = Field(600, description="publish a checkpoint so often", json_schema_extra=_FREE)
-    checkpoint_every_steps: Count | None = Field(None, description="and every so many steps", json_schema_extra=_FREE)
-    log_every_steps: Count = Field(5, json_schema_extra=_FREE)
+    checkpoint_every_s: Count | None = Field(
+        600, description="seconds between checkpoints; null: none by time", json_schema_extra=_NOT_IN_KEY
+    )
+    checkpoint_every_steps: Count | None = Field(
+        None, description="steps between further checkpoints; null: none by steps", json_schema_extra=_NOT_IN_KEY
+    )
+    log_every_steps: Count = Field(5, json_schema_extra=_NOT_IN_KEY)
     gpus: Count = Field(
-        1, description="processes on each node, a GPU for each; on CPUs just processes", json_schema_extra=_FREE
+        1, description="processes on each node, each with one GPU if there are any", json_schema_extra=_NOT_IN_KEY
     )
-    nodes: Count = Field(1, description="machines, on a cluster a pod each", json_schema_extra=_FREE)
+    nodes: Count = Field(1, description="machines; on a cluster, pods", json_schema_extra=_NOT_IN_KEY)
 
     @property
     def processes(self) -> int:
-        """How many train together; they split each batch among them."""
+        """Number of processes that train together and split each batch among them."""
         return self.gpus * self.nodes
 
     @property
     def micro_batches(self) -> int:
-        """How many forward passes a process makes for one optimizer step."""
+        """Number of forward passes that each process makes for one optimizer step."""
         return self.batch_rows // (self.micro_batch_rows * self.processes)
 
     @model_validator(mode="after")
@@ -190,43 +201,43 @@ class Training(Section):
         if self.batch_rows % (self.micro_batch_rows * self.processes):
             raise ValueError(
                 f"batch_rows {self.batch_rows} is shared by {self.gpus} gpus x {self.nodes} nodes: it must be a "
-                f"multiple of {self.micro_batch_rows * self.processes}, their micro_batch_rows; lower micro_batch_rows "
-                "or raise batch_rows"
+                f"multiple of {self.micro_batch_rows * self.processes}, the micro_batch_rows of all of them together; "
+                "lower micro_batch_rows or raise batch_rows"
             )
         if self.nodes > 1 and self.on_out_of_memory != "fail":
             raise ValueError(
-                f"on_out_of_memory: {self.on_out_of_memory} works on one node, nodes is {self.nodes}: one that starts "
-                "anew would leave the others behind; set it to fail"
+                f"on_out_of_memory: {self.on_out_of_memory} works on one node only, nodes is {self.nodes}: if one node "
+                "restarted, the others would lose it; set it to fail"
             )
         return self
 
 
 class Sft(Training):
-    """Supervised fine-tuning with LoRA: the loss counts the answer's tokens only."""
+    """Supervised fine-tuning with LoRA. Only the answer's tokens count in the loss."""
 
     packing: Literal["auto", "never"] = Field(
-        "auto", description="auto: several rows in one sequence where attention keeps them apart"
+        "auto", description="auto: several rows in one sequence, if attention can keep them apart; never: padding"
     )
 
 
 class Dpo(Training):
-    """Direct preference optimisation (https://arxiv.org/abs/2305.18290) against the SFT policy."""
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290) with the SFT model as the reference policy."""
 
     learning_rate: float = Field(5e-6, gt=0, le=1)
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
+    beta: float = Field(0.1, gt=0, description="strength of the penalty for leaving the reference policy")
 
 
 class Merge(Section):
-    """Base + SFT adapter + DPO adapter in one fp32 pass, rounded once."""
+    """How base, SFT adapter and DPO adapter are merged: added in fp32, rounded once."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        "float16", description="float16 rounds a DPO update eight times finer than bfloat16"
+        "float16", description="of the merged weights; float16 rounds eight times finer than bfloat16"
     )
-    max_shard_mb: Count = Field(4000, description="a model file is at most so many MB")
+    max_shard_mb: Count = Field(4000, description="largest size of a model file, in MB")
 
 
 class Gate(Section):
-    """A bound that the evaluation must hold, or the run ends with an error (the report is kept)."""
+    """A bound on a metric. If the evaluation is outside, the run ends with an error and the report is kept."""
 
     metric: Literal["loss", "perplexity", "preference_accuracy", "preference_margin", "token_f1", "chrf", "stop_rate"]
     model: Literal["base", "sft", "merged"] = "merged"
@@ -241,10 +252,10 @@ class Gate(Section):
 
 
 class Evaluate(Section):
-    """Base, base + SFT, merged, side by side on the test split."""
+    """How base, base + SFT adapter and merged model are compared on the test split."""
 
-    max_rows: Count | None = Field(None, description="of the test questions and of the test pairs; all when null")
-    generated_rows: Count = Field(64, description="test questions that each model answers")
+    max_rows: Count | None = Field(None, description="test questions and test pairs to use, of each; null: all")
+    generated_rows: Count = Field(64, description="test questions that each model generates an answer to")
     max_new_tokens: Count = 256
     shown_examples: Count = Field(8, description="answers shown side by side in the report")
     batch_rows: Count = 8
@@ -254,26 +265,26 @@ class Evaluate(Section):
 
 
 class Infer(Section):
-    """Answers for prompts, from a finished run."""
+    """How a finished run's model answers prompts."""
 
     max_new_tokens: Count = 256
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token each time")
+    temperature: float = Field(0.0, ge=0, description="0: always the most likely token")
     top_p: float = Field(1.0, gt=0, le=1)
     batch_rows: Count = 8
 
 
 class Recipe(Section):
-    """One run, from the base model to the report."""
+    """Everything that a run does, from the base model to the report."""
 
     name: str = Field(
-        pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="names the run; lower case, digits, -"
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="prefix of the run's name; lower case, digits, -"
     )
     seed: int = Field(42, ge=0, le=2**32 - 1)
     max_length_tokens: int = Field(
-        1024, ge=16, lt=2**31, description="of prompt and answer together, template included"
+        1024, ge=16, lt=2**31, description="limit for prompt and answer together, including the template"
     )
     cpu_threads: Count | None = Field(
-        None, description="threads on a CPU; with 1 the same recipe gives the same bytes; null: all"
+        None, description="CPU threads; null: all; with 1 the same recipe always gives the same bytes"
     )
     prepare: Prepare
     sft: Sft = Sft()
@@ -283,17 +294,17 @@ class Recipe(Section):
     infer: Infer = Infer()
 
     def section(self, stage: str) -> Section:
-        """The part of the recipe that is `stage`'s own."""
+        """Return the section of the recipe that belongs to `stage`."""
         section: Section = getattr(self, stage)
         return section
 
     def key_payload(self, stage: str) -> dict[str, Any]:
-        """All of the recipe that can change what `stage` makes."""
+        """Return every value of the recipe that can change what `stage` makes."""
         common = {"seed": self.seed, "max_length_tokens": self.max_length_tokens, "cpu_threads": self.cpu_threads}
         return {"common": common, stage: _in_key(self.section(stage))}
 
     def sources(self) -> dict[str, Source]:
-        """What prepare reads from outside the store, by name."""
+        """Return the sources that prepare reads from outside the store, by name."""
         return {
             "base": self.prepare.base,
             "questions": self.prepare.questions,
@@ -301,26 +312,28 @@ class Recipe(Section):
         }
 
     def with_sources(self, sources: Mapping[str, Source]) -> "Recipe":
-        """This recipe with other sources, checked anew."""
+        """Return this recipe with other sources, validated."""
         values = self.model_dump()
         values["prepare"] |= {name: source.model_dump() for name, source in sources.items()}
         return Recipe.model_validate(values)
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors."""
+    """Return the recipe's JSON schema, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def _in_key(value: Any) -> Any:
-    """`value` as plain data without the fields that cannot change a result.
+    """Return `value` as plain data, without the fields that cannot change a result.
 
-    A source that has a fingerprint is known by it: where it lies is no part of what it is.
+    A source with a fingerprint is identified by it, not by its location.
     """
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         named = {
-            name: _in_key(getattr(value, name)) for name, field in fields.items() if field.json_schema_extra != _FREE
+            name: _in_key(getattr(value, name))
+            for name, field in fields.items()
+            if field.json_schema_extra != _NOT_IN_KEY
         }
         if named.get("fingerprint"):
             named.pop("source")

@@ -1,24 +1,24 @@
-"""A document's own digest as its last key: whoever reads it knows whether a byte was changed.
+"""JSON documents that contain their own digest as the last key, so that a reader detects any changed byte.
 
-It is taken over the bytes as they lie there, so a document of another version of this package, or of pydantic, is as
-good as one of ours.
+The digest covers the bytes as stored, so documents that another version of this package or of pydantic wrote can
+be verified as well.
 """
 
 import hashlib
 import re
 
-_SEAL = r',\n  "%s": "([0-9a-f]{64})"\n}\n\Z'
+_LAST_KEY = r',\n  "%s": "([0-9a-f]{64})"\n}\n\Z'
 
 
 def add_self_digest(body: str, name: str) -> bytes:
-    """`body`, a JSON object indented by 2, with its digest under `name`."""
+    """Return `body`, a JSON object indented by 2, with its digest added as the last key, `name`."""
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f'{body[:-2]},\n  "{name}": "{digest}"\n}}\n'.encode()
 
 
 def read_self_digest(data: bytes, name: str) -> bytes | None:
-    """The body that was sealed; None where there is no seal of that name. ValueError where a byte was changed."""
-    found = re.search((_SEAL % name).encode(), data)
+    """Return the body without its digest; None if its last key is not `name`. Raises ValueError if a byte changed."""
+    found = re.search((_LAST_KEY % name).encode(), data)
     if not found:
         return None
     body = data[: found.start()] + b"\n}"

@@ -1,4 +1,4 @@
-"""THE table of stages. Module, image folder, recipe section, bucket prefix and label all derive from it."""
+"""The table of stages. Module, image folder, recipe section, bucket prefix and label all derive from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what it reads of which parent, what it writes, where it runs.
+    """One stage: which parts of its parents it reads, what it writes, whether it needs a GPU.
 
-    `reads` maps a parent to the parts of its artifact that decide this stage's result: exactly
-    those are fetched, and exactly their bytes enter this stage's key. A part is a folder
+    `reads` maps a parent to the parts of its artifact that determine this stage's result: exactly
+    these parts are fetched, and exactly their content enters this stage's key. A part is a folder
     (``"base/"``) or a file.
     """
 
@@ -22,6 +22,7 @@ class Stage:
 
     @property
     def module(self) -> str:
+        """The Python module that runs the stage."""
         return f"llamarefine_jobs.{self.name}"
 
 
