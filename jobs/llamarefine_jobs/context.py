@@ -1,6 +1,6 @@
-"""What a stage's work function receives: recipe, inputs, output folder, store, and the log.
+"""Inputs and services that a stage's work function receives: recipe, inputs, output folder, store, log.
 
-Everything around the work (arguments, signals, publishing, the exit code) is in entry.py.
+Arguments, signals, publishing and the exit code are handled by entry.py, around the work.
 """
 
 import contextlib
@@ -37,52 +37,52 @@ _LIBRARIES = (
 
 @dataclass
 class Context:
-    """What a stage's work is given."""
+    """Inputs and services that a stage's work function receives."""
 
     stage: Stage
     recipe: Recipe
     store: Store
     key: str
     parents: dict[str, Manifest]
-    inputs: dict[str, Path]  # parent -> folder with the parts that stages.py says this stage reads
-    output: Path  # what is left here becomes the artifact
-    work: Path  # for everything else; gone afterwards
+    inputs: dict[str, Path]  # parent -> folder with the parts that the stage reads, as stages.py lists them
+    output: Path  # files left here become the artifact
+    work: Path  # for all other files; removed afterwards
     started_at: datetime
-    stop: Stop  # once held, set by SIGTERM: finish the step, save, raise PreemptedError
-    world: World = field(default_factory=World)  # the processes that train together, and which of them this one is
+    stop: Stop  # after `defer_exit`, set by SIGTERM: finish the step, save, raise PreemptedError
+    world: World = field(default_factory=World)  # the processes that train together, and the rank of this one
     backend: str | None = None
     accelerator: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
-        """One line of the stage's log; of several processes the first one speaks."""
+        """Print one line to the stage's log. Of several processes only rank 0 prints."""
         if self.world.is_first:
             print(f"{self.stage.name}: {text}", flush=True)
 
     def progress(self, step: int, steps: int, **figures: Any) -> None:
-        """Where the stage stands, as a line that people read and the launcher parses."""
+        """Print a progress line, which people read and the launcher parses. Of several processes only rank 0 prints."""
         if self.world.is_first:
             print(Progress(self.stage.name, step, steps, **figures).line(), flush=True)
 
     def check_stop(self) -> None:
-        """Raise PreemptedError once SIGTERM has come; for what takes long and would keep a checkpoint waiting."""
+        """Raise PreemptedError if SIGTERM has arrived. Long work calls this, so that it does not delay a checkpoint."""
         if self.stop.is_set():
             raise PreemptedError(f"{self.stage.name} was told to stop")
 
     def fetch_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint of this very training, as a local folder that the node's processes share."""
+        """Download the newest complete checkpoint of this key; return its folder, shared by the node, or None."""
         folder = (self.world.shared or self.work) / "resume"
         found = None
         if self.world.is_first_on_node:
             found = self.store.fetch_checkpoint(self.stage.name, self.key, folder)
-        step = self.world.agreed(found)
+        step = self.world.agree_on_checkpoint(found)
         if step is None:
             return None
         self.note(f"goes on from the checkpoint at step {step}")
         return folder
 
     def publish(self) -> Manifest:
-        """Publish `output` as the artifact, whatever signal comes; its checkpoints are not needed any more."""
+        """Publish `output` as the artifact and remove its checkpoints. SIGTERM no longer ends the process."""
         self.stop.defer_exit()
         missing = [name for name in self.stage.writes if not (self.output / name).exists()]
         if missing:
@@ -93,7 +93,7 @@ class Context:
         return manifest
 
     def draft(self) -> Manifest:
-        """The manifest of what is made here, as far as it is known now."""
+        """Return the manifest of this artifact without its files, with the metrics so far; checkpoints use it, too."""
         return Manifest(
             stage=self.stage.name,
             key=self.key,

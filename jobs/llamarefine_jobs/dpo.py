@@ -56,7 +56,7 @@ def work(context: Context) -> None:
     policy = (context.world.shared or context.work) / "sft_policy"
     if context.world.is_first_on_node:
         backends.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
-    context.world.wait()
+    context.world.barrier()
     model = backend.load(policy, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
     loop.set_token_ids(model, tokenizer)
     model = backend.add_adapter(
@@ -136,7 +136,7 @@ class HeldOut:
     """The pairs that pick the adapter. Each process scores its part of them; the reference is scored once."""
 
     def __init__(self, pairs: list[tuple[Encoded, Encoded]], pad_id: int, context: Context) -> None:
-        self._answers = [answer for pair in context.world.share(pairs) for answer in pair]
+        self._answers = [answer for pair in context.world.shard(pairs) for answer in pair]
         self._pad_id = pad_id
         self._context = context
         self._reference: list[Score] = []
@@ -154,7 +154,7 @@ class HeldOut:
             margins = reward_margins(self._scores(model), self._reference, self._context.recipe.dpo.beta)
             return [np.logaddexp(0, -margins).sum(), _wins(margins).sum(), margins.sum(), len(margins)]
 
-        loss, wins, margin, pairs = self._context.world.total_of(own_part)
+        loss, wins, margin, pairs = self._context.world.sum_over_processes(own_part)
         return {
             "eval_loss": loss / pairs,
             "eval_reward_accuracy": wins / pairs,

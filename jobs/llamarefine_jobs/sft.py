@@ -104,11 +104,11 @@ def measure(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> d
     """
 
     def own_part() -> list[float]:
-        own, batch_rows = context.world.share(rows), context.recipe.sft.micro_batch_rows
+        own, batch_rows = context.world.shard(rows), context.recipe.sft.micro_batch_rows
         scores = score(model, pad_id, own, batch_rows, lambda done, of: context.check_stop())
         return [-sum(one.logprob for one in scores), sum(one.tokens for one in scores)]
 
-    nats, tokens = context.world.total_of(own_part)
+    nats, tokens = context.world.sum_over_processes(own_part)
     return {"eval_loss": nats / tokens}
 
 

@@ -1,9 +1,9 @@
-"""One of the processes that train together, as the agent of its node starts it.
+"""One of several processes that train together; the agent of its node starts it.
 
     python -m llamarefine_jobs.worker sft --recipe recipe.yaml --store s3://bucket/prefix
 
-It does the stage's work and nothing around it: inputs lie in the folder that the agent made, and what the first process
-leaves there the agent publishes.
+A worker runs only the stage's work function. It reads the inputs from the folder that the agent prepared, and rank 0
+leaves the output there for the agent to publish.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from llamarefine_jobs.store import Store
 
 
 def main() -> None:
-    """Do a stage's work with the others, exit with its code."""
+    """Run one worker process: parse its arguments, do the work, exit with its code."""
     parser = argparse.ArgumentParser(prog="python -m llamarefine_jobs.worker", description=__doc__)
     parser.add_argument("stage", choices=[name for name, stage in STAGES.items() if stage.has_checkpoints])
     parser.add_argument("--recipe", type=Path, required=True)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:
-    """Meet the others, train, leave the outcome for the agent."""
+    """Join the other workers, train, and write the outcome for the agent."""
     stop = sigterm.install_handler()
     world = join()
     parents = find_parents(stage_name, recipe, store)
@@ -64,7 +64,7 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     if world.is_first:
         outcome = {"backend": context.backend, "accelerator": context.accelerator, "metrics": context.metrics}
         (shared / OUTCOME).write_text(json.dumps(outcome), encoding="utf-8")
-    world.leave()
+    world.shutdown()
 
 
 if __name__ == "__main__":

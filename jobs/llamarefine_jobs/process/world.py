@@ -1,32 +1,30 @@
-"""One process among those that train together: who it is, what they agree on, what they add up.
+"""The group of processes that train together: ranks, and collectives for the few numbers that they exchange.
 
-A training in one process is a world of one: every question here is then answered on the spot. Collectives go over
-gloo on the CPU, whatever the gradients take: what is agreed on is a few numbers.
+A training in one process is a world of size 1, whose collectives return at once. Collectives run over gloo on the CPU,
+whatever backend the gradients use, because they exchange only a few numbers.
 """
 
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError, first_line
-from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S
+from llamarefine_jobs.contract.retry import give_up_after_s
 from llamarefine_jobs.process.sigterm import SHARED_FOLDER
 
-MEET_TIMEOUT_S = 1800  # the other nodes may still pull their image; the launcher's start watchdog ends it earlier
-# A process that waits longer than this for another takes it for lost. Rank 0 may be publishing a checkpoint meanwhile,
-# into a bucket whose outage it waits out.
-_SILENCE_TIMEOUT_S = GIVE_UP_AFTER_S + 300
-_TRY_S = 3
-_GLANCE_S = 0.3
+MEET_TIMEOUT_S = 1800  # other nodes may still pull their image; the launcher's start watchdog ends the wait earlier
+_CHECKPOINT_UPLOAD_S = 300
+_CONNECT_TIMEOUT_S = 3
+_POLL_S = 0.3
 _KILLED = 137
-# What gloo, NCCL and their store say when the other side is gone; most of it comes as a plain RuntimeError.
-_LOST = re.compile(
+# Messages of gloo, NCCL and their store when the other side is gone; most of them come as a plain RuntimeError.
+_LOST_PEER = re.compile(
     r"gloo|NCCL (error|communicator|operation|watchdog)|ProcessGroup|Connection (closed|reset|refused|was likely)"
     r"|Broken pipe|recvValue failed|failed to recv|TCPStore|[Tt]imed out after|client socket has timed out"
 )
@@ -36,53 +34,52 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training, and this one's place among them."""
+    """The processes that train together, and the rank of this one."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    shared: Path | None = None  # a folder that all processes of this node see
+    shared: Path | None = None  # folder shared by the processes of this node
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all: progress, checkpoints, the artifact."""
+        """Whether this is rank 0, which reports progress, publishes checkpoints and leaves the output for the agent."""
         return self.rank == 0
 
     @property
     def is_first_on_node(self) -> bool:
-        """Whether this process fetches for its node."""
+        """Whether this process downloads and prepares files for all processes of its node."""
         return self.local_rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of `items`: each is in exactly one part."""
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's shard of `items`. Every item is in exactly one process's shard."""
         return items[self.rank :: self.size]
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, the same numbers in each."""
-        return self._reduced(values, "SUM")
-
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether some process raises it: all get the same answer at the same time."""
-        return [value > 0 for value in self._reduced([float(flag) for flag in flags], "MAX")]
+        """Return for each flag whether it is true in any process; the same result in all processes."""
+        return [value > 0 for value in self._all_reduce([float(flag) for flag in flags], "MAX")]
 
-    def total_of(self, work: Callable[[], Sequence[float]]) -> list[float]:
-        """The sums over all processes of what `work` makes in each; PreemptedError in all where it ends so in one."""
+    def sum_over_processes(self, compute: Callable[[], Sequence[float]]) -> list[float]:
+        """Call `compute` and return its values summed over all processes, the same in each.
+
+        Raises PreemptedError in all processes if `compute` raises it in any.
+        """
         values: Sequence[float] = ()
         preempted = None
         try:
-            values = work()
+            values = compute()
         except PreemptedError as error:
             preempted = error
         if self.any(preempted is not None)[0]:
             raise preempted or PreemptedError("another process was told to stop")
-        return self.total(values)
+        return self._all_reduce(values, "SUM")
 
-    def wait(self) -> None:
-        """Go on when all processes are here."""
+    def barrier(self) -> None:
+        """Block until all processes have called this."""
         self.any(False)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process by rank, in the first one; elsewhere an empty list."""
+        """Return the values of all processes, ordered by rank, in rank 0; an empty list elsewhere."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -91,76 +88,90 @@ class World:
         dist.gather_object(value, found, dst=0)
         return found or []
 
-    def agreed(self, value: Item) -> Item:
-        """`value` of the first process on each node, which must be the same everywhere; in all processes."""
+    def agree_on_checkpoint(self, step: int | None) -> int | None:
+        """Return the checkpoint step that the first process of each node fetched; `step` of other processes is ignored.
+
+        Raises PeerLostError in all processes if the nodes fetched different checkpoints.
+        """
         if self.size == 1:
-            return value
+            return step
         import torch.distributed as dist
 
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (self.is_first_on_node, value))
-        firsts = [value for is_first, value in told if is_first]
-        if any(other != firsts[0] for other in firsts):
-            raise PeerLostError(f"the nodes begin from different checkpoints, of the steps {firsts}; they begin again")
-        first: Item = firsts[0]
-        return first
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, (self.is_first_on_node, step))
+        steps: list[int | None] = [step for is_first, step in gathered if is_first]
+        if any(other != steps[0] for other in steps):
+            raise PeerLostError(f"the nodes fetched different checkpoints, of steps {steps}; they start again")
+        return steps[0]
 
-    def leave(self) -> None:
-        """Say goodbye, so that no other process takes this one for lost."""
+    def shutdown(self) -> None:
+        """Leave the process group in order, so that no other process reports this one as lost."""
         if self.size > 1:
             import torch.distributed as dist
 
             dist.destroy_process_group()
 
-    def _reduced(self, values: Sequence[float], how: str) -> list[float]:
+    def _all_reduce(self, values: Sequence[float], operation: str) -> list[float]:
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
-        together = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(together, op=getattr(dist.ReduceOp, how))
-        reduced: list[float] = together.tolist()
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
+        reduced: list[float] = tensor.tolist()
         return reduced
 
 
 def join() -> World:
-    """Meet the other processes, as the environment says, and end with the agent that started this one.
+    """Join the process group that the environment describes, and exit when the agent that started this process ends.
 
-    PeerLostError where they do not all come.
+    Raises PeerLostError if not all processes join in time.
     """
     import torch
     import torch.distributed as dist
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     world = World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         shared=Path(os.environ[SHARED_FOLDER]),
     )
+    timeout_s = _silence_timeout_s(os.environ)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(world.local_rank)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", _meet(world)),
+        store=dist.PrefixStore("group", _connect(world, timeout_s)),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=_SILENCE_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )
     return world
 
 
-def _meet(world: World) -> Any:
-    """The store of the first node's agent, once every process has been there. A wait hears no signal: it is short."""
+def _silence_timeout_s(environment: Mapping[str, str]) -> float:
+    """Return how long a process waits for another before it counts as lost.
+
+    Longer than an outage is retried: rank 0 may meanwhile be publishing a checkpoint to a bucket that is away.
+    """
+    return give_up_after_s(environment) + _CHECKPOINT_UPLOAD_S
+
+
+def _connect(world: World, timeout_s: float) -> Any:
+    """Return the TCPStore of the first node's agent once every process has connected to it.
+
+    Each wait is short, because Python handles no signal during it.
+    """
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     until_s = time.monotonic() + MEET_TIMEOUT_S
     while True:
         try:
-            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_TRY_S))
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_CONNECT_TIMEOUT_S))
             store.set(f"here/{world.rank}", "1")
             store.wait([f"here/{rank}" for rank in range(world.size)])
         except (RuntimeError, OSError) as error:
@@ -169,19 +180,19 @@ def _meet(world: World) -> Any:
                     f"the {world.size} processes did not all meet at {address}:{port} within {MEET_TIMEOUT_S} s: "
                     f"{first_line(error)}"
                 ) from None
-            time.sleep(_GLANCE_S)
+            time.sleep(_POLL_S)
         else:
-            store.set_timeout(timedelta(seconds=_SILENCE_TIMEOUT_S))
+            store.set_timeout(timedelta(seconds=timeout_s))
             return store
 
 
 def means_lost_peer(error: BaseException) -> bool:
-    """Whether an error is what remains when another process has gone."""
-    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    """Whether an error is how torch reports that another process is gone."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
-def _end_with(parent: int) -> None:
-    """Leave nothing behind when the agent is killed: as soon as it is gone, so is this process."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit as soon as the agent, the parent process, is gone, so that a killed agent leaves no process behind."""
     while os.getppid() == parent:
-        time.sleep(_GLANCE_S)
+        time.sleep(_POLL_S)
     os._exit(_KILLED)

@@ -206,10 +206,10 @@ class Watch(TrainerCallback):
         there = (checkpoint / _BEST).exists()
         if there:
             self.best_loss, self.best_step = read_best(checkpoint / _BEST, self.where)
-        self.context.world.wait()
+        self.context.world.barrier()
         if there and self.context.world.is_first_on_node:
             shutil.move(checkpoint / _BEST, self.best)
-        self.context.world.wait()
+        self.context.world.barrier()
 
     def _check_weights(self, model: Any, state: TrainerState) -> None:
         if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
@@ -266,7 +266,7 @@ class Watch(TrainerCallback):
     def diverged(self, what: str) -> DivergedError:
         """The error that names the last good checkpoint: of those in the store each was followed by a good loss."""
         self.checkpoints.settle()
-        self.context.world.wait()  # the end of another process would end the one that still uploads
+        self.context.world.barrier()  # the end of another process would end the one that still uploads
         step, stage = self.checkpoints.newest_step, self.context.stage.name
         good = "no checkpoint was written before"
         if step is not None:
@@ -312,7 +312,7 @@ def train(trainer: Trainer, watch: Watch, context: Context) -> None:
     watch.checkpoints.abandon()
     state = trainer.state
     if watch.preempted:
-        context.world.wait()  # the first process publishes the checkpoint; the end of another one would end it too
+        context.world.barrier()  # the first process publishes the checkpoint; the end of another one would end it too
         raise watch.farewell or PreemptedError(f"{context.stage.name} was told to stop")
     if not math.isfinite(watch.best_loss):
         raise DivergedError(f"the validation loss is {watch.best_loss}; lower {context.stage.name}.learning_rate")

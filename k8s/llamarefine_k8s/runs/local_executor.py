@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError, by_exit_code
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.runs.pipeline import Task
@@ -88,7 +88,7 @@ class LocalExecutor:
                     task.recipe,
                     LLAMAREFINE_STOP_AT_EOF="1",
                     LLAMAREFINE_TERMINATION_MESSAGE=str(last_words),
-                    LLAMAREFINE_GIVE_UP_AFTER_S=str(self._give_up_after_s),
+                    **{GIVE_UP_VARIABLE: str(self._give_up_after_s)},
                 ),
                 start_new_session=True,
             )
