@@ -1,7 +1,7 @@
-"""What every stage does around its work: arguments, seed, SIGTERM, progress, publishing, the exit code.
+"""Entry point of every stage, around its work: arguments, seed, SIGTERM, inputs, publishing, the exit code.
 
-A stage needs a recipe and a store, nothing else: it finds its parents by their keys, so
-``python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix`` runs alone.
+A stage needs only a recipe and a store, because it finds its parents by their keys:
+``python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix`` runs by itself.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from llamarefine_jobs.store import Store
 from llamarefine_jobs.untrusted.control_characters import strip_control_characters
 from llamarefine_jobs.untrusted.log_redaction import redact_logs
 
-# The last is torch's, when what it wrote last is not in the file.
+# The last alternative is torch's message if the end of a file that it wrote is missing.
 _DISK_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded|unexpected pos \d+ vs \d+")
 
 
@@ -56,7 +56,7 @@ Work = Callable[[Context], None]
 
 
 def main(stage_name: str, work: Work) -> None:
-    """Run one stage as a process: parse its arguments, do its work, exit with its code."""
+    """Run one stage as a process: parse its arguments, do its work, exit with the exit code of its error."""
     parser = argparse.ArgumentParser(
         prog=f"python -m llamarefine_jobs.{stage_name}",
         description=f"Run the stage {stage_name}: read its parents from the store, publish its artifact there.",
@@ -64,32 +64,36 @@ def main(stage_name: str, work: Work) -> None:
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe, a YAML file")
     parser.add_argument("--store", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the recipe; may repeat"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the recipe; repeatable",
     )
     options = parser.parse_args()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, read when tqdm is imported; progress is ours
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries; tqdm reads this when it is imported
     with sigterm.ignoring_sigterm_at_exit(), exit_code(stage_name):
         recipe = pinning.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")
         run(stage_name, work, recipe, open_store(stage_name, options.store))
 
 
 def open_store(stage_name: str, uri: str) -> Store:
-    """The store of a stage, which waits out a bucket's outage and says so."""
+    """Open the store of a stage. An outage of the bucket is retried, and reported in the stage's log."""
     return Store(uri, stage_retry_policy(stage_name))
 
 
 def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
-    """Do the work of one stage and publish it; what is there already is returned as it is."""
+    """Do one stage's work, publish the artifact and return its manifest. An existing artifact is not made again."""
     stage = STAGES[stage_name]
     stop = sigterm.install_handler()
     stop.stage = stage_name
     sigterm.stop_when_launcher_dies()
     parents = find_parents(stage_name, recipe, store)
     key = artifact_key(stage_name, recipe, parents)
-    standing = store.manifest(stage_name, key)
-    if standing is not None:
+    existing = store.manifest(stage_name, key)
+    if existing is not None:
         print(f"{stage_name}: {short(key)} is in the store already; nothing to do", flush=True)
-        return standing
+        return existing
     recipe = with_remembered_micro_batch(stage_name, recipe, store, key)
     with (
         halving_micro_batches(stage_name, recipe),
@@ -118,7 +122,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
             with seeded_threads(recipe):
                 work(context)
         else:
-            stop.defer_exit()  # its processes may have something to save: what they answer is the answer
+            stop.defer_exit()  # the workers decide: they may have a checkpoint to save
             outcome = agent.work(recipe, store.uri, stop)
             if not agent.node.is_first:
                 return agent.await_publication(store, key, stop)
@@ -133,7 +137,10 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
 def find_parents(
     stage_name: str, recipe: Recipe, store: Store, names: Iterable[str] | None = None
 ) -> dict[str, Manifest]:
-    """The manifests of a stage's parents, or of those `names` among them, found by their keys."""
+    """Return the manifests of a stage's parents, or of the parents in `names`, found by their keys.
+
+    Raises DataError if the store lacks one, IntegrityError if one was made with another chat template.
+    """
     found: dict[str, Manifest] = {}
     for name in names or STAGES[stage_name].reads:
         key = artifact_key(name, recipe, find_parents(name, recipe, store))
@@ -149,29 +156,30 @@ def find_parents(
 
 
 def check_template(manifest: Manifest) -> None:
-    """Refuse a parent that was rendered with another chat template."""
+    """Raise IntegrityError if a parent was made with another chat template."""
     if manifest.prompt_template_sha256 != TEMPLATE_SHA256:
         raise IntegrityError(
             f"{manifest.stage} {short(manifest.key)} was made with the chat template "
-            f"{short(manifest.prompt_template_sha256)}, this version uses {short(TEMPLATE_SHA256)}; make it anew"
+            f"{short(manifest.prompt_template_sha256)}, this version uses {short(TEMPLATE_SHA256)}; "
+            "make it again with this version"
         )
 
 
 def fetch_inputs(stage: Stage, parents: dict[str, Manifest], store: Store, into: Path) -> dict[str, Path]:
-    """Download the parts of each of `parents` that the stage reads, verified."""
+    """Download and verify the parts of each of `parents` that the stage reads; return a folder per parent."""
     return {name: store.fetch(parent, into / name, *stage.reads[name]) for name, parent in parents.items()}
 
 
 @contextlib.contextmanager
 def seeded_threads(recipe: Recipe) -> Iterator[None]:
-    """Seed everything and hold torch to the recipe's number of CPU threads."""
+    """Seed all random number generators, and limit torch to the recipe's number of CPU threads within the block."""
     import numpy as np
     import torch
 
     before = torch.get_num_threads()
     if recipe.cpu_threads:
         torch.set_num_threads(recipe.cpu_threads)
-    random.seed(recipe.seed)  # not by transformers: Unsloth must be imported before it
+    random.seed(recipe.seed)  # not transformers.set_seed: Unsloth must be imported before transformers
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     try:
@@ -182,7 +190,7 @@ def seeded_threads(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_code(stage_name: str) -> Iterator[None]:
-    """End the process as errors.py says: one line for a reason, a traceback only for our own mistakes."""
+    """End the process on an exception, with the exit code of its kind; a traceback only for an unexpected error."""
     redact_logs()
     try:
         yield
@@ -195,10 +203,10 @@ def exit_code(stage_name: str) -> Iterator[None]:
             _end(stage_name, out_of_memory_error(stage_name, error))
         if isinstance(error, OSError):
             _end(stage_name, from_os_error(error))
-        if full := _DISK_FULL.search(str(error)):  # torch and safetensors report it as errors of their own
+        if full := _DISK_FULL.search(str(error)):  # torch and safetensors raise errors of their own
             _end(
                 stage_name,
-                DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, run again"),
+                DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, then run again"),
             )
         if sigterm.is_worker(os.environ) and means_lost_peer(error):
             _end(stage_name, PeerLostError(f"{stage_name} lost another process; it goes on from the last checkpoint"))
@@ -210,8 +218,8 @@ def exit_code(stage_name: str) -> Iterator[None]:
 
 
 def _end(stage_name: str, error: LlamaRefineError) -> None:
-    """Say why, where a person and where Kubernetes looks, and leave."""
-    if not sigterm.is_worker(os.environ):  # the agent says it, once for all
+    """Print the error, write the termination message that Kubernetes reads, and exit."""
+    if not sigterm.is_worker(os.environ):  # its agent prints the error, once for all workers
         print(strip_control_characters(f"{stage_name}: error: {error}"), file=sys.stderr, flush=True)
     sigterm.write_termination_message(stage_name, error)
     logging.shutdown()

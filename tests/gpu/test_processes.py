@@ -99,7 +99,7 @@ def test_memory_that_runs_out_is_all_free_for_the_process_with_half_the_rows(
     store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
     ended = train_in_a_corner(undisturbed, store, shape, "sft.on_out_of_memory=halve_micro_batch")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "memory ran out with micro-batches of 48 rows: starts anew with 24" in ended.stdout
+    assert "memory ran out with micro-batches of 48 rows: restarts with 24" in ended.stdout
     assert list((store / "artifacts").glob("sft/*/manifest.json"))
 
 

@@ -1,4 +1,4 @@
-"""The operating system's side of a stage: SIGTERM, several processes, memory that runs out.
+"""How a stage runs as operating system processes: SIGTERM, training in several processes, running out of memory.
 
-Knows the store and the contract; knows no model and no data.
+Uses the store and the contract, but no model and no data.
 """

@@ -1,9 +1,9 @@
-"""A training in several processes: what the stage's own process does on each node.
+"""Training in several processes: the agent, which is the stage's own process on each node.
 
-The agent does all that surrounds the work as in one process: it finds the parents, fetches, publishes. Only the work
-itself is done by the processes it starts, each with its rank in the environment as torchrun would say it
-(torch.distributed.elastic starts and watches them). On several nodes each has its agent; MASTER_ADDR names the first
-node's, NODE_RANK or a Job's JOB_COMPLETION_INDEX says which this one is. The first node's agent publishes.
+The agent finds the parents, downloads the inputs and publishes, as a stage in one process does. Only the work itself
+runs in the worker processes that it starts, each with its rank in the environment variables that torchrun would set
+(torch.distributed.elastic starts and watches them). Each of several nodes has its own agent: MASTER_ADDR is the address
+of the first node, NODE_RANK or a Job's JOB_COMPLETION_INDEX the rank of this one. The first node's agent publishes.
 """
 
 import contextlib
@@ -35,55 +35,55 @@ from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
 
 OUTCOME = "outcome.json"
-MEMBER = "llamarefine_jobs.worker"
-_PORT = 29500  # torch's own habit
-_GLANCE_S = 0.2
-_TOGETHER_S = 5.0  # failures so close have one cause
+_WORKER_MODULE = "llamarefine_jobs.worker"
+_DEFAULT_PORT = 29500  # torchrun's default, too
+_POLL_S = 0.2
+_SAME_CAUSE_S = 5.0  # failures of workers within this time have one cause
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's place in a training."""
+    """This machine's rank in a training, and where the processes meet."""
 
     rank: int
     nodes: int
     gpus: int
     address: str  # of the first node
-    port: int  # there; 0 takes a free one
+    port: int  # on the first node; 0: any free port
 
     @property
     def is_first(self) -> bool:
-        """Whether this node's agent publishes."""
+        """Whether this is the first node, whose agent publishes."""
         return self.rank == 0
 
 
 def find_node(stage: str, section: Training) -> Node:
-    """Where this machine stands, by the recipe and the environment; RecipeError where they do not fit."""
+    """Return this machine's rank and addresses. Raises RecipeError if environment or GPUs do not fit the recipe."""
     import torch
 
-    there = torch.cuda.device_count()
-    if torch.cuda.is_available() and section.gpus > there:
-        raise RecipeError(f"{stage}.gpus: expected at most the {there} of this machine, found {section.gpus}")
+    available = torch.cuda.device_count()
+    if torch.cuda.is_available() and section.gpus > available:
+        raise RecipeError(f"{stage}.gpus: expected at most the {available} of this machine, found {section.gpus}")
     if section.nodes == 1:
         return Node(rank=0, nodes=1, gpus=section.gpus, address="127.0.0.1", port=0)
-    said = os.environ.get("NODE_RANK") or os.environ.get("JOB_COMPLETION_INDEX") or ""
+    rank = os.environ.get("NODE_RANK") or os.environ.get("JOB_COMPLETION_INDEX") or ""
     address = os.environ.get("MASTER_ADDR")
-    if not address or not said.isdecimal() or int(said) >= section.nodes:
+    if not address or not rank.isdecimal() or int(rank) >= section.nodes:
         raise RecipeError(
             f"{stage}.nodes is {section.nodes}: expected MASTER_ADDR and a NODE_RANK from 0 to {section.nodes - 1} in "
-            f"the environment of each, found {address or 'none'} and {said or 'none'}; on one machine set "
+            f"the environment of each node, found {address or 'none'} and {rank or 'none'}; on one machine set "
             f"{stage}.nodes to 1"
         )
-    return Node(int(said), section.nodes, section.gpus, address, int(os.environ.get("MASTER_PORT", _PORT)))
+    return Node(int(rank), section.nodes, section.gpus, address, int(os.environ.get("MASTER_PORT", _DEFAULT_PORT)))
 
 
 def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
-    """Who has a stage's work done in several processes; None where the recipe asks for one."""
+    """Return the agent that runs a stage's work in several processes; None if the recipe wants one process."""
     section = recipe.section(stage)
     if not isinstance(section, Training):
         return None
     if section.processes == 1:
-        _hold_to_one_gpu(os.environ)
+        _show_one_gpu(os.environ)
         return None
     agent = Agent(stage, section, shared)
     where = f", this is node {agent.node.rank}" if section.nodes > 1 else ""
@@ -92,7 +92,7 @@ def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
 
 
 class Agent:
-    """Starts the processes of one node, passes SIGTERM on to them, and tells how they ended."""
+    """Starts the worker processes of one node, forwards SIGTERM to them, and reports how they ended."""
 
     def __init__(self, stage: str, section: Training, shared: Path) -> None:
         self.node = find_node(stage, section)
@@ -100,11 +100,14 @@ class Agent:
         self._shared = shared
 
     def work(self, recipe: Recipe, store_uri: str, stop: Any) -> dict[str, Any]:
-        """Do the stage's work in processes; what the first one of all leaves of metrics, on the first node."""
+        """Run the stage's work in worker processes and return rank 0's outcome: backend, accelerator, metrics.
+
+        On other nodes than the first the outcome is empty. Raises the error that made the workers fail.
+        """
         file = self._shared / "recipe.yaml"
         file.write_text(to_yaml(recipe), encoding="utf-8")
         with self._meeting_point() as port:
-            arguments = ("-m", MEMBER, self._stage, "--recipe", str(file), "--store", store_uri)
+            arguments = ("-m", _WORKER_MODULE, self._stage, "--recipe", str(file), "--store", store_uri)
             with self._processes(arguments, port, recipe.cpu_threads) as processes:
                 self._follow(processes, stop)
         outcome = self._shared / OUTCOME
@@ -112,9 +115,9 @@ class Agent:
         return found
 
     def await_publication(self, store: Store, key: str, stop: Any) -> Manifest:
-        """On another node than the first: the manifest, once the first one has published it.
+        """Return the manifest once the first node has published it; called on the other nodes.
 
-        Were this node to end earlier, a first node that fails to publish could not train again without it.
+        If this node ended earlier and the first node then failed to publish, it could not train again without this one.
         """
         until_s = time.monotonic() + MEET_TIMEOUT_S
         while time.monotonic() < until_s:
@@ -123,33 +126,33 @@ class Agent:
                 if manifest is not None:
                     return manifest
             if stop.is_set():
-                raise PreemptedError(f"{self._stage} was told to stop while the first node published")
-            if not self._first_is_there():
+                raise PreemptedError(f"{self._stage} was told to stop while the first node was publishing")
+            if not self._is_first_node_reachable():
                 break
-            time.sleep(_GLANCE_S * 5)
+            time.sleep(_POLL_S * 5)
         manifest = store.manifest(self._stage, key)
         if manifest is None:
-            raise PeerLostError(f"{self._stage}: the first node went without publishing; the training goes on with it")
+            raise PeerLostError(f"{self._stage}: the first node ended without publishing; both start again")
         return manifest
 
     @contextlib.contextmanager
     def _meeting_point(self) -> Iterator[int]:
-        """The port where all processes meet; on the first node it is held open here, until all is published."""
+        """Yield the port where all workers meet. On the first node, open it; it stays open until this agent ends."""
         if not self.node.is_first:
             yield self.node.port
             return
         import torch.distributed as dist
 
-        listen = self.node.address if self.node.nodes == 1 else "0.0.0.0"  # noqa: S104 the other nodes come to it
+        listen = self.node.address if self.node.nodes == 1 else "0.0.0.0"  # noqa: S104 the other nodes connect to it
         try:
             self._store = dist.TCPStore(
                 listen, self.node.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
             )
         except (RuntimeError, OSError) as error:
-            raise PeerLostError(f"port {self.node.port} cannot be opened for the processes to meet: {error}") from None
+            raise PeerLostError(f"cannot open port {self.node.port}, where the processes would meet: {error}") from None
         yield self._store.port
 
-    def _first_is_there(self) -> bool:
+    def _is_first_node_reachable(self) -> bool:
         import torch.distributed as dist
 
         try:
@@ -162,8 +165,8 @@ class Agent:
     def _processes(self, arguments: tuple[str, ...], port: int, cpu_threads: int | None) -> Iterator[Any]:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what happened is ours to tell
-        # It would answer SIGTERM with an exception; the stage's own handler has a checkpoint saved first.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # this agent reports failures itself
+        # Otherwise elastic raises an exception on SIGTERM; the stage's own handler lets the workers save a checkpoint.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         logs = self._shared / "processes"
         logs.mkdir()
@@ -181,7 +184,7 @@ class Agent:
             processes.close(signal.SIGKILL, timeout=5)
 
     def _environment(self, local_rank: int, port: int, cpu_threads: int | None) -> dict[str, str]:
-        self._last_words(local_rank).touch()
+        self._termination_message(local_rank).touch()
         threads = cpu_threads or max(1, (os.cpu_count() or 1) // self.node.gpus)
         return {
             "RANK": str(self.node.rank * self.node.gpus + local_rank),
@@ -191,67 +194,72 @@ class Agent:
             "MASTER_ADDR": self.node.address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            # Each try to meet nodes that are still on their way would print a warning.
+            # Each attempt to connect to a node that is not up yet would print a warning.
             "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             SHARED_FOLDER: str(self._shared),
-            "LLAMAREFINE_TERMINATION_MESSAGE": str(self._last_words(local_rank)),
-            "LLAMAREFINE_STOP_AT_EOF": "0",  # the agent watches for it
+            "LLAMAREFINE_TERMINATION_MESSAGE": str(self._termination_message(local_rank)),
+            "LLAMAREFINE_STOP_AT_EOF": "0",  # only the agent watches its input
         }
 
     def _follow(self, processes: Any, stop: Any) -> None:
-        told = False
+        """Wait for the workers to end, forward SIGTERM once, and raise the root cause if any failed."""
+        is_stopping = False
         while (result := processes.wait(timeout=0)) is None:
-            if stop.is_set() and not told:
-                told = True
+            if stop.is_set() and not is_stopping:
+                is_stopping = True
                 for pid in processes.pids().values():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
-            time.sleep(_GLANCE_S)
+            time.sleep(_POLL_S)
         if result.is_failed():
             first_s = min(failure.timestamp for failure in result.failures.values())
             codes = {
                 rank: failure.exitcode
                 for rank, failure in sorted(result.failures.items())
-                if failure.timestamp - first_s <= _TOGETHER_S
+                if failure.timestamp - first_s <= _SAME_CAUSE_S
             }
-            raise self._how_it_ended(codes, told=told)
+            raise self._root_cause(codes, is_stopping=is_stopping)
 
-    def _how_it_ended(self, codes: dict[int, int], *, told: bool) -> LlamaRefineError:
-        """The error that is the cause; the others only lost it."""
-        rank = min(codes, key=lambda rank: _order(codes[rank], told=told))
+    def _root_cause(self, codes: dict[int, int], *, is_stopping: bool) -> LlamaRefineError:
+        """Return the root-cause error; the other workers merely lost their peer."""
+        rank = min(codes, key=lambda rank: _cause_priority(codes[rank], is_stopping=is_stopping))
         code = codes[rank]
-        if code < 0 and told:
-            return PreemptedError(f"{self._stage} was ended before it had saved")
+        if code < 0 and is_stopping:
+            return PreemptedError(f"{self._stage} was killed before it had saved a checkpoint")
         if code < 0:
             number = self.node.rank * self.node.gpus + rank
             return PeerLostError(
                 f"process {number} of {self.node.nodes * self.node.gpus} was killed by {signal.Signals(-code).name}; "
-                f"if it was for want of memory, lower {self._stage}.micro_batch_rows; the same command goes on from "
+                f"if it was for lack of memory, lower {self._stage}.micro_batch_rows; the same command goes on from "
                 "the last checkpoint"
             )
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return by_exit_code(code)(str(json.loads(self._last_words(rank).read_bytes())["message"]))
-        return by_exit_code(code)(f"process {rank} of {self._stage} ended with exit code {code}; its log may say more")
+            return by_exit_code(code)(str(json.loads(self._termination_message(rank).read_bytes())["message"]))
+        return by_exit_code(code)(f"process {rank} of {self._stage} ended with exit code {code}; see its log")
 
-    def _last_words(self, local_rank: int) -> Path:
-        return self._shared / f"last-words-{local_rank}"
+    def _termination_message(self, local_rank: int) -> Path:
+        return self._shared / f"termination-message-{local_rank}"
 
 
-def _hold_to_one_gpu(environment: MutableMapping[str, str]) -> None:
-    """In one process transformers' trainer takes every GPU it sees, and a batch of batch_rows on each."""
+def _show_one_gpu(environment: MutableMapping[str, str]) -> None:
+    """Make one GPU visible. In one process transformers' trainer would put batch_rows on every GPU that it sees."""
     first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["CUDA_VISIBLE_DEVICES"] = first
 
 
-def _order(code: int, *, told: bool) -> int:
-    """What ends a training, before what follows from it: a reason, a death, a bug, a stop, a lost peer."""
+def _cause_priority(code: int, *, is_stopping: bool) -> int:
+    """Return a lower number for a cause than for its consequences.
+
+    The order: known error, kill, unexpected error, preemption, lost peer, killed by torch. torch sends SIGTERM to the
+    other workers when the first one ends.
+    """
     if code == -signal.SIGTERM:
-        return 6  # by torch, as soon as the first one leaves: this one was leaving, too
+        return 6  # killed by torch
     if code < 0:
         return 1
     kind = by_exit_code(code)
     if kind is PreemptedError:
         return 4
-    if kind is PeerLostError:  # where nobody told this node to stop, torch told the rest when the first one had left
-        return 5 if told else 3
+    if kind is PeerLostError:  # if this node is not stopping, a worker's preemption is only torch's SIGTERM to it
+        return 5 if is_stopping else 3
     return 2 if kind is LlamaRefineError else 0

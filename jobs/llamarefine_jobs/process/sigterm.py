@@ -1,11 +1,11 @@
-"""SIGTERM: heard from a stage's first line on, and answered at once while nothing would be lost by it.
+"""SIGTERM handling: exit at once while there is nothing to save, otherwise let the stage save a checkpoint first.
 
-The kernel drops a signal that a container's first process has no handler for, so `llamarefine_jobs/__init__.py` calls
-`install_handler` before it imports anything else. There are two answers:
+The kernel ignores a signal that the first process of a container has no handler for, so
+`llamarefine_jobs/__init__.py` calls `install_handler` before it imports anything else. A SIGTERM has two effects:
 
-- while there is nothing to save the process leaves on the spot. It does not wait for downloads, for a bucket that is
-  away, for a long computation, or for a library that catches every exception;
-- from `defer_exit` on it is noted, and whoever has something to save ends the work.
+- while there is nothing to save, the handler ends the process at once. It does not wait for downloads, for an
+  unreachable bucket, for a long computation, or for a library that catches every exception;
+- after `defer_exit` the handler only sets a flag, and the code that has something to save checks it and ends the work.
 """
 
 import contextlib
@@ -21,66 +21,66 @@ from typing import NoReturn
 
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError
 
-SHARED_FOLDER = "LLAMAREFINE_GROUP"  # an agent says by it to the processes that train together what folder they share
+SHARED_FOLDER = "LLAMAREFINE_GROUP"  # variable in which an agent gives its worker processes their shared folder
 
 
 def is_worker(environment: Mapping[str, str]) -> bool:
-    """Whether an agent started this process as one of several."""
+    """Whether the process with this environment is a worker that an agent started, one of several."""
     return SHARED_FOLDER in environment
 
 
 def _started_stage() -> str:
-    """The stage that `python -m llamarefine_jobs.<stage>` names; of several processes the member's first argument."""
+    """Return the stage in `python -m llamarefine_jobs.<stage>`, or in a worker's first argument."""
     words = [*sys.orig_argv, "", ""]
-    place = words.index("-m") if "-m" in words else len(words) - 2
-    return words[place + 2] if words[place + 1] == "llamarefine_jobs.worker" else words[place + 1].rpartition(".")[2]
+    index = words.index("-m") if "-m" in words else len(words) - 2
+    return words[index + 2] if words[index + 1] == "llamarefine_jobs.worker" else words[index + 1].rpartition(".")[2]
 
 
 class Stop:
-    """Whether this process was told to stop."""
+    """The request to stop this process, and whether it exits at once or saves something first."""
 
     def __init__(self) -> None:
-        # No threading.Event: its lock, taken by a handler that a second signal interrupts, would never be free again.
-        self._is_set = self._held = False
+        # Not a threading.Event: a handler that a second signal interrupts while it holds the lock would deadlock.
+        self._is_set = self._is_deferred = False
         self.stage = _started_stage()
-        self.cleanup_folder: Path | None = None  # a folder that is removed on the way out
+        self.cleanup_folder: Path | None = None  # removed when the handler ends the process
 
     def is_set(self) -> bool:
-        """Whether SIGTERM has come, and something was to be saved first."""
+        """Whether SIGTERM has arrived while there was something to save."""
         return self._is_set
 
     def set(self) -> None:
-        """Tell the process to stop."""
+        """Stop the process: at once, or after `defer_exit` by setting the flag."""
         self._is_set = True
-        if not self._held:
-            self._leave()
+        if not self._is_deferred:
+            self._exit()
 
     def defer_exit(self) -> None:
-        """From now on there is something to save."""
-        self._held = True
+        """Let SIGTERM only set the flag from now on, because there is something to save."""
+        self._is_deferred = True
 
     def allow_exit(self) -> None:
-        """Nothing is to be saved any more: leaves here where SIGTERM has come meanwhile."""
-        self._held = False
+        """Let SIGTERM end the process at once again. Exits here if SIGTERM has arrived meanwhile."""
+        self._is_deferred = False
         if self._is_set:
-            self._leave()
+            self._exit()
 
-    def _leave(self) -> NoReturn:
-        """End the process in the middle of whatever it does: only what a signal's handler may do."""
+    def _exit(self) -> NoReturn:
+        """End the process, using only functions that are safe in a signal handler."""
         error = PreemptedError(f"{self.stage} was told to stop; run the same command again to go on")
-        if not is_worker(os.environ):  # the agent says it, once for all
-            os.write(2, f"{self.stage}: error: {error}\n".encode())  # print may be what was interrupted
+        if not is_worker(os.environ):  # its agent prints the error, once for all workers
+            os.write(2, f"{self.stage}: error: {error}\n".encode())  # print may be the call that was interrupted
         write_termination_message(self.stage, error)
         if self.cleanup_folder:
             shutil.rmtree(self.cleanup_folder, ignore_errors=True)
         os._exit(error.exit_code)
 
 
-STOP = Stop()  # this process's: a process has one SIGTERM
+STOP = Stop()  # the one of this process
 
 
 def install_handler() -> Stop:
-    """Hear SIGTERM from now on, also one that `keep_pending_across_exec` let wait."""
+    """Handle SIGTERM from now on, including one that `keep_pending_across_exec` kept pending."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: STOP.set())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -88,15 +88,17 @@ def install_handler() -> Stop:
 
 
 def keep_pending_across_exec() -> None:
-    """Let a SIGTERM that comes from now on wait for the program that replaces this one: handlers do not outlive exec,
-    a blocked signal does."""
+    """Keep a SIGTERM that arrives from now on pending for the program that replaces this one by exec.
+
+    exec removes handlers but keeps a blocked signal pending.
+    """
     STOP.allow_exit()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 @contextlib.contextmanager
 def ignoring_sigterm_at_exit() -> Iterator[None]:
-    """Let no SIGTERM change the exit code any more while Python shuts down, which takes a second with torch."""
+    """Ignore SIGTERM after the block, so that it cannot change the exit code while Python shuts down."""
     try:
         yield
     finally:
@@ -104,22 +106,25 @@ def ignoring_sigterm_at_exit() -> Iterator[None]:
 
 
 def stop_when_launcher_dies() -> None:
-    """Where the local executor asked for it, take its death for a SIGTERM: it holds the other end of our input."""
+    """Send SIGTERM to this process when the local executor dies, if it set LLAMAREFINE_STOP_AT_EOF.
 
-    def watch() -> None:
+    The executor holds the other end of this process's standard input, which reaches its end when the executor dies.
+    """
+
+    def wait_for_end_of_input() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 1024):
                 pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     if os.environ.get("LLAMAREFINE_STOP_AT_EOF") == "1":
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=wait_for_end_of_input, daemon=True).start()
 
 
 def write_termination_message(stage: str, error: LlamaRefineError) -> None:
-    """Say how a stage ended where Kubernetes, or whoever started it, looks."""
+    """Write how a stage ended to its termination message file, which Kubernetes or the local executor reads."""
     message = {"stage": stage, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
     target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
     with contextlib.suppress(OSError):
-        if target.exists():  # Kubernetes makes the file and reads 4,096 bytes of it; elsewhere nobody asked for it
+        if target.exists():  # the reader creates it; Kubernetes reads 4,096 bytes
             target.write_text(json.dumps(message, ensure_ascii=False), encoding="utf-8")

@@ -240,7 +240,7 @@ def test_micro_batches_that_were_too_large_are_remembered_by_the_next_pod(undist
     exit_code, lines = processes.run("sft", undisturbed / "recipe.yaml", str(store), *halve)
     assert exit_code == 0, "\n".join(lines)
     assert_resumed(lines, "sft", stopped_at)
-    assert "sft: micro-batches of 2 rows: with 4 memory ran out before; the 8 rows of a step stay" in lines
+    assert "sft: micro-batches of 2 rows, because memory ran out with 4 before; a step still has 8 rows" in lines
     (manifest,) = (store / "artifacts" / "sft").rglob("manifest.json")
     metrics = json.loads(manifest.read_text())["metrics"]
     assert (metrics["micro_batch_rows"], metrics["ran_out_of_memory_at_micro_batch_rows"]) == (2, [4])
