@@ -1,4 +1,4 @@
-"""What every test may use: stores in a folder and in a bucket, and an environment that is nobody's own."""
+"""Fixtures for all tests: stores in a folder and in a bucket. Also sets an environment for tests."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ from . import s3_server
 if TYPE_CHECKING:
     from .chart.kind_cluster import KindCluster
 
-# As fast as many threads on models this small, and many times faster when the cores are busy.
+# One thread is as fast as many on models this small, and many times faster if the cores are busy.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,19 +26,20 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def file_uri(tmp_path: Path) -> str:
-    """A store in a folder that is not there yet."""
+    """URI of a store in a folder that does not exist yet."""
     return (tmp_path / "store").as_uri()
 
 
 @pytest.fixture(scope="session")
 def the_s3_server() -> Iterator[s3_server.S3Server]:
+    """The S3 server that all tests share, without changes to the environment."""
     with s3_server.serve() as server:
         yield server
 
 
 @pytest.fixture
 def s3(the_s3_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> s3_server.S3Server:
-    """The S3 server, with the environment pointing at it."""
+    """The S3 server, with its endpoint and credentials in the environment."""
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     for name, value in the_s3_server.environment.items():
         monkeypatch.setenv(name, value)
@@ -47,6 +48,7 @@ def s3(the_s3_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> s3
 
 @pytest.fixture(scope="session")
 def the_bucket(the_s3_server: s3_server.S3Server) -> str:
+    """The name of the bucket that all tests share."""
     import boto3
 
     client = boto3.client(
@@ -62,13 +64,13 @@ def the_bucket(the_s3_server: s3_server.S3Server) -> str:
 
 @pytest.fixture
 def s3_uri(s3: s3_server.S3Server, the_bucket: str) -> str:
-    """A store below a prefix that no other test uses."""
+    """URI of a store in the bucket, below a prefix that no other test uses."""
     return f"s3://{the_bucket}/{secrets.token_hex(8)}/llama"
 
 
 @pytest.fixture(scope="session")
 def kind_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["KindCluster"]:
-    """The one kind cluster of all tests: `make e2e`."""
+    """The kind cluster that all tests of `make e2e` share."""
     from .chart.kind_cluster import cluster
 
     with cluster(tmp_path_factory.mktemp("kind")) as made:

@@ -1,4 +1,4 @@
-"""Each kind of failure has one exit code, away from those that shells and kernels give."""
+"""Every error class has its own exit code, different from those that shells and the kernel use."""
 
 import errno
 import tempfile
@@ -10,7 +10,7 @@ from llamarefine_jobs.contract import errors
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, all_errors, by_exit_code, from_os_error
 
 
-def test_every_kind_has_a_code_and_a_reason_of_its_own() -> None:
+def test_every_error_class_has_its_own_exit_code_and_reason() -> None:
     kinds = all_errors()
     assert len(kinds) >= 10
     assert len({kind.exit_code for kind in kinds}) == len(kinds)
@@ -18,20 +18,20 @@ def test_every_kind_has_a_code_and_a_reason_of_its_own() -> None:
     assert all(kind.__doc__ for kind in kinds)
 
 
-def test_no_code_is_one_of_the_shells() -> None:
-    taken = {0, 1, 2, 64, 65, 66, *range(124, 166), 255}
-    assert taken.isdisjoint(kind.exit_code for kind in all_errors())
+def test_no_exit_code_is_one_that_shells_use() -> None:
+    used_by_shells = {0, 1, 2, 64, 65, 66, *range(124, 166), 255}
+    assert used_by_shells.isdisjoint(kind.exit_code for kind in all_errors())
 
 
-def test_a_code_leads_back_to_its_kind() -> None:
+def test_an_exit_code_maps_to_its_error_class() -> None:
     for kind in all_errors():
         assert by_exit_code(kind.exit_code) is kind
     assert by_exit_code(137) is LlamaRefineError
 
 
-def test_only_trouble_that_may_pass_is_tried_again() -> None:
-    again = {kind.__name__: kind.disposition for kind in all_errors() if kind.disposition is not Disposition.FAIL}
-    assert again == {
+def test_only_failures_that_may_pass_are_retried() -> None:
+    retried = {kind.__name__: kind.disposition for kind in all_errors() if kind.disposition is not Disposition.FAIL}
+    assert retried == {
         "StoreError": Disposition.RETRY,
         "PeerLostError": Disposition.RETRY,
         "PreemptedError": Disposition.RESUME,
@@ -52,16 +52,14 @@ def test_only_trouble_that_may_pass_is_tried_again() -> None:
         (errno.EIO, LlamaRefineError),
     ],
 )
-def test_what_the_operating_system_says_becomes_one_line_of_the_right_kind(
-    number: int, kind: type[LlamaRefineError]
-) -> None:
-    found = from_os_error(OSError(number, "as it says", "/data/rows.csv"))
+def test_an_os_error_becomes_one_line_of_the_right_error_class(number: int, kind: type[LlamaRefineError]) -> None:
+    found = from_os_error(OSError(number, "some reason", "/data/rows.csv"))
     assert type(found) is kind
     assert "/data/rows.csv" in str(found)
     assert "\n" not in str(found)
 
 
-def test_a_disk_too_full_for_any_temporary_folder_is_a_full_disk(
+def test_no_writable_temporary_folder_is_reported_as_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)

@@ -1,4 +1,4 @@
-"""Same key, same result: a key changes with everything that can change what a stage makes, and with nothing else."""
+"""Same key, same result: a key changes with everything that can change a stage's result, and with nothing else."""
 
 import hashlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ NOT_IN_KEY = {
 
 
 def manifest_of(stage: str, key: str, content: dict[str, str], parents: dict[str, Manifest]) -> Manifest:
-    """What a stage would publish, had it made files of this content, by part."""
+    """Return the manifest of a stage that made a file with the given text in each part."""
     now = datetime.now(UTC)
     return Manifest(
         stage=stage,
@@ -52,7 +52,7 @@ def manifest_of(stage: str, key: str, content: dict[str, str], parents: dict[str
 
 
 def run(recipe: Recipe, **prepared: str) -> dict[str, str]:
-    """Every stage's key, where a stage makes the same bytes for the same key, and prepare's parts are as told."""
+    """Return every stage's key, if a stage makes the same bytes for the same key. `prepared` sets prepare's content."""
     manifests: dict[str, Manifest] = {}
     for stage in STAGES.values():
         parents = {name: manifests[name] for name in stage.reads}
@@ -63,18 +63,19 @@ def run(recipe: Recipe, **prepared: str) -> dict[str, str]:
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Return the stages whose keys differ."""
     return [stage for stage in SEQUENCE if before[stage] != after[stage]]
 
 
 def leaves(section: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of every value in a section."""
+    """Yield the path of every value in a section."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         yield from leaves(value, (*path, name)) if isinstance(value, BaseModel) else [(*path, name)]
 
 
 def replaced(section: BaseModel, path: tuple[str, ...], value: Any) -> Any:
-    """The section with another value at `path`, unchecked."""
+    """Return the section with another value at `path`, without validation."""
     name, *below = path
     return section.model_copy(update={name: replaced(getattr(section, name), tuple(below), value) if below else value})
 
@@ -86,7 +87,7 @@ def test_the_same_recipe_has_the_same_keys() -> None:
     assert run(RECIPE) == run(Recipe.model_validate(RECIPE.model_dump()))
 
 
-def test_only_beta_changed_runs_dpo_merge_and_evaluate() -> None:
+def test_another_beta_runs_dpo_merge_and_evaluate_again() -> None:
     other = replaced(RECIPE, ("dpo", "beta"), 0.2)
     assert changed(run(RECIPE), run(other)) == ["dpo", "merge", "evaluate"]
 
@@ -104,12 +105,14 @@ def test_only_beta_changed_runs_dpo_merge_and_evaluate() -> None:
         (("name",), "another", []),
     ],
 )
-def test_a_change_runs_its_stage_and_those_after_it(path: tuple[str, ...], value: Any, stages: list[str]) -> None:
+def test_a_changed_value_runs_its_stage_and_later_ones_again(
+    path: tuple[str, ...], value: Any, stages: list[str]
+) -> None:
     assert changed(run(RECIPE), run(replaced(RECIPE, path, value))) == stages
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_value_of_a_section_is_in_the_key_or_declared_free(stage: str) -> None:
+def test_every_value_of_a_section_is_in_the_key_or_listed_as_not_in_it(stage: str) -> None:
     paths = list(leaves(RECIPE.section(stage)))
     assert paths
     parents = {name: manifest_of(name, "0" * 64, PREPARED, {}) for name in STAGES[stage].reads}
@@ -119,7 +122,7 @@ def test_every_value_of_a_section_is_in_the_key_or_declared_free(stage: str) -> 
         assert (after == before) == (path[-1] in NOT_IN_KEY), f"{stage}.{'.'.join(path)}"
 
 
-def test_the_place_of_a_source_is_not_in_the_key_once_its_content_is() -> None:
+def test_with_a_fingerprint_a_sources_location_is_not_in_the_key() -> None:
     def with_questions(source: str, fingerprint: str | None) -> str:
         questions = RECIPE.prepare.questions.model_copy(update={"source": source, "fingerprint": fingerprint})
         return run(RECIPE.with_sources({"questions": questions}))["prepare"]
@@ -134,15 +137,15 @@ def test_new_preferences_do_not_train_sft_again() -> None:
     assert changed(before, after) == ["dpo", "merge", "evaluate"]
 
 
-def test_a_parent_made_again_with_the_same_bytes_changes_nothing() -> None:
-    """Its manifest has another attempt, other times and other metrics; what is read of it is the same."""
+def test_a_parent_made_again_with_the_same_bytes_does_not_change_the_key() -> None:
+    """Its manifest has another attempt, other times and other metrics, but the same files."""
     parent = manifest_of("prepare", "1" * 64, PREPARED, {})
     again = parent.model_copy(update={"attempt": "another", "finished_at": datetime.now(UTC), "metrics": {"rows": 3}})
     assert parent.sha256() != again.sha256()
     assert artifact_key("sft", RECIPE, {"prepare": parent}) == artifact_key("sft", RECIPE, {"prepare": again})
 
 
-def test_version_and_template_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_version_and_chat_template_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = artifact_key("prepare", RECIPE, {})
     for name in ("__version__", "TEMPLATE_SHA256"):
         with monkeypatch.context() as patched:

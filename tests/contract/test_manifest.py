@@ -1,4 +1,4 @@
-"""A manifest says what an artifact is, and shows when a byte of it was changed."""
+"""A manifest can be read back, and any changed byte in it is detected."""
 
 import hashlib
 import json
@@ -61,27 +61,27 @@ MANIFESTS = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(MANIFESTS)
-def test_a_manifest_survives_the_store(manifest: Manifest) -> None:
+def test_a_stored_manifest_is_read_back_unchanged(manifest: Manifest) -> None:
     data = manifest.to_bytes()
     read = Manifest.from_bytes(data)
     assert read == manifest
     assert read.to_bytes() == data
     assert read.sha256() == manifest.sha256()
-    assert json.loads(data)["key"] == manifest.key, "any JSON reader can read it"
+    assert json.loads(data)["key"] == manifest.key, "a plain JSON parser can read it"
 
 
 @settings(max_examples=200, deadline=None)
 @given(MANIFESTS, st.data())
-def test_no_changed_byte_goes_unnoticed(manifest: Manifest, draw: Any) -> None:
+def test_every_changed_byte_is_detected(manifest: Manifest, draw: Any) -> None:
     data = manifest.to_bytes()
-    place = draw.draw(st.integers(0, len(data) - 1))
-    new = draw.draw(st.binary(max_size=2).filter(lambda found: found != data[place : place + 1]))
+    offset = draw.draw(st.integers(0, len(data) - 1))
+    new = draw.draw(st.binary(max_size=2).filter(lambda found: found != data[offset : offset + 1]))
     with pytest.raises(ValueError, match="manifest"):
-        Manifest.from_bytes(data[:place] + new + data[place + 1 :])
+        Manifest.from_bytes(data[:offset] + new + data[offset + 1 :])
 
 
-def test_a_manifest_written_with_other_spaces_is_as_good() -> None:
-    """The digest is over the bytes that lie there, not over how this version would have written them."""
+def test_a_manifest_with_other_whitespace_is_accepted() -> None:
+    """The digest covers the bytes as stored, not as this version would write them."""
     values = json.loads(sample().to_bytes())
     del values["manifest_sha256"]
     body = json.dumps(values, indent=2)
@@ -111,7 +111,7 @@ def file(path: str, text: str = "x") -> File:
     return File(path=path, size_bytes=len(text), sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def test_a_manifest_of_a_format_of_the_future_is_refused() -> None:
+def test_a_manifest_of_a_later_format_is_refused() -> None:
     data = sample().to_bytes().replace(b'"format": 1', b'"format": 2')
     body = data[: data.index(b',\n  "manifest_sha256"')] + b"\n}"
     digest = hashlib.sha256(body).hexdigest()
@@ -133,7 +133,7 @@ def test_a_part_is_a_folder_or_a_file() -> None:
     assert manifest.part() == manifest.files
 
 
-def test_content_is_told_by_path_size_and_bytes_only() -> None:
+def test_the_content_digest_covers_path_size_and_bytes_only() -> None:
     files = (file("base/a", "1"), file("base/b", "2"), file("other", "3"))
     whole = sample(files=files)
     assert whole.content_sha256("base/") == sample(files=files[1::-1], metrics={}).content_sha256("base/")
@@ -142,7 +142,7 @@ def test_content_is_told_by_path_size_and_bytes_only() -> None:
 
 
 @given(st.text(max_size=20))
-def test_a_safe_path_stays_inside_and_is_written_one_way(path: str) -> None:
+def test_a_safe_path_stays_in_its_folder_and_has_one_spelling(path: str) -> None:
     try:
         assert safe_relative_path(path) == path
     except ValueError:

@@ -1,6 +1,6 @@
-"""The memory estimate: its counts are those of real models, and it moves as memory does.
+"""The memory estimate: it counts parameters as real models have them, and less demanding settings give less.
 
-Its size is held to the real trainers' by tests/gpu/test_memory.py, a part of which runs here without a card.
+tests/gpu/test_memory.py compares the estimate with the real trainers; a part of it runs here without a GPU.
 """
 
 import functools
@@ -29,12 +29,12 @@ def shape() -> Shape:
     return Shape.of(TINYLLAMA)
 
 
-def test_tinyllama_has_its_parameters(shape: Shape) -> None:
+def test_tinyllamas_parameters_are_counted_exactly(shape: Shape) -> None:
     assert shape.linear_parameters() + shape.other_parameters() == 1_100_048_384
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_counts_are_those_of_a_real_model_and_a_real_adapter(tied: bool) -> None:
+def test_parameter_counts_equal_those_of_a_real_model_and_adapter(tied: bool) -> None:
     from peft import LoraConfig, get_peft_model
 
     from tests.jobs import tiny
@@ -48,7 +48,7 @@ def test_the_counts_are_those_of_a_real_model_and_a_real_adapter(tied: bool) -> 
     assert shape.adapter_parameters(lora) == trained
 
 
-def test_it_is_never_less_than_the_weights_and_the_optimizer(shape: Shape) -> None:
+def test_the_estimate_exceeds_weights_and_optimizer_state(shape: Shape) -> None:
     least = 2 * 1_100_048_384 + 16 * shape.adapter_parameters(Lora())
     assert least < training_bytes(shape, Sft(micro_batch_rows=1, batch_rows=1), 16, with_unsloth=True) < 2 * least
 
@@ -63,15 +63,15 @@ def test_it_is_never_less_than_the_weights_and_the_optimizer(shape: Shape) -> No
         (Sft(), Dpo()),
     ],
 )
-def test_what_takes_less_is_estimated_lower(shape: Shape, less: Sft | Dpo, more: Sft | Dpo) -> None:
+def test_settings_that_need_less_memory_are_estimated_lower(shape: Shape, less: Sft | Dpo, more: Sft | Dpo) -> None:
     for with_unsloth in (False, True):
         estimate = functools.partial(training_bytes, shape, with_unsloth=with_unsloth)
         assert estimate(less, 1024) < estimate(more, 1024)
         assert estimate(less, 512) < estimate(less, 1024)
 
 
-def test_it_is_what_the_real_trainers_take() -> None:
-    """As on CUDA, with transformers + peft, in a process that is told of a card."""
+def test_the_estimate_matches_the_real_trainers() -> None:
+    """Runs the GPU test with transformers + peft, in a process where a GPU is simulated."""
     pytest.importorskip("triton")
     environment = os.environ | {"LLAMAREFINE_GPU_TESTS": "interpreter", "LLAMAREFINE_BACKEND": "transformers"}
     arguments = "-q -p no:cacheprovider tests/gpu/test_memory.py -k tiny-none"

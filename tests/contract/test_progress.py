@@ -1,4 +1,4 @@
-"""A progress line is read back as it was meant, wherever in a log line it stands."""
+"""A progress line is parsed back to the same values, with any prefix in its log line."""
 
 import math
 
@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from llamarefine_jobs.contract.progress import Progress, parse
 
-WORDS = st.from_regex(r"[a-z][a-z-]{0,12}", fullmatch=True)
+NAMES = st.from_regex(r"[a-z][a-z-]{0,12}", fullmatch=True)
 FIGURES = st.none() | st.floats()
 PROGRESS = st.builds(
     Progress,
-    stage=WORDS,
+    stage=NAMES,
     step=st.integers(0, 10**9),
     steps=st.integers(0, 10**9),
-    phase=st.none() | WORDS,
+    phase=st.none() | NAMES,
     loss=FIGURES,
     tokens_per_s=FIGURES,
     eta_s=FIGURES,
@@ -23,7 +23,7 @@ PROGRESS = st.builds(
 
 
 def same(first: float | None, second: float | None) -> bool:
-    """Equal to the six digits, or the whole units, that a line shows."""
+    """Whether two values are equal within the precision that a line shows."""
     if first is None or second is None:
         return first is second
     if math.isnan(first) or math.isnan(second):
@@ -32,7 +32,7 @@ def same(first: float | None, second: float | None) -> bool:
 
 
 @given(PROGRESS, st.sampled_from(["", "2026-11-01T12:00:00Z ", "[sft] "]))
-def test_a_line_is_read_back(progress: Progress, before: str) -> None:
+def test_a_progress_line_is_parsed_back(progress: Progress, before: str) -> None:
     found = parse(before + progress.line())
     assert found is not None
     assert (found.stage, found.step, found.steps, found.phase) == (
@@ -47,7 +47,7 @@ def test_a_line_is_read_back(progress: Progress, before: str) -> None:
 
 
 @given(st.text(max_size=60))
-def test_other_lines_are_no_progress_and_no_error(line: str) -> None:
+def test_other_lines_are_not_progress_and_raise_nothing(line: str) -> None:
     assert parse(line) is None
 
 
@@ -62,9 +62,9 @@ def test_other_lines_are_no_progress_and_no_error(line: str) -> None:
         "inprogress stage=sft step=1 steps=10",
     ],
 )
-def test_a_line_that_lacks_something_is_no_progress(line: str) -> None:
+def test_an_incomplete_line_is_not_progress(line: str) -> None:
     assert parse(line) is None
 
 
-def test_a_figure_of_a_later_version_is_passed_over() -> None:
+def test_a_value_of_a_later_version_is_ignored() -> None:
     assert parse("progress stage=sft step=1 steps=2 watts=300") == Progress("sft", 1, 2)

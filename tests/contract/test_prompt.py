@@ -1,4 +1,4 @@
-"""The one chat template: a prompt is where its conversation begins, and every answer ends with EOS."""
+"""The chat template: every prompt is a prefix of its conversation, and every answer ends with EOS."""
 
 import hashlib
 from typing import Any
@@ -22,7 +22,9 @@ def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers makes it
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True
+)  # with the options that transformers uses
 ENVIRONMENT.globals["raise_exception"] = refuse
 TEMPLATE = ENVIRONMENT.from_string(CHAT_TEMPLATE)
 
@@ -32,15 +34,13 @@ def render(messages: list[Any], *, add_generation_prompt: bool = False) -> str:
 
 
 @given(TURNS, TEXT)
-def test_a_prompt_is_a_prefix_of_its_conversation_and_the_rest_is_the_answer_and_eos(
-    turns: list[Any], text: str
-) -> None:
+def test_a_conversation_is_its_prompt_then_the_answer_then_eos(turns: list[Any], text: str) -> None:
     prompt = render(turns, add_generation_prompt=True)
     assert render([*turns, *answer(text)]) == prompt + text + EOS
 
 
 @given(TURNS)
-def test_every_turn_is_written_once_as_it_is_and_ends_with_eos(turns: list[Any]) -> None:
+def test_every_turn_is_rendered_unchanged_and_ends_with_eos(turns: list[Any]) -> None:
     expected = "\n".join(f"<|{turn['role']}|>\n{turn['content']}{EOS}" for turn in turns)
     assert render(turns) == expected
 
@@ -50,11 +50,11 @@ def test_an_unknown_role_is_refused() -> None:
         render([{"role": "critic", "content": "x"}])
 
 
-def test_a_question_reads_as_tinyllama_knows_it() -> None:
+def test_a_question_has_tinyllamas_format() -> None:
     assert render(question("What is CUDA?"), add_generation_prompt=True) == (
         "<|user|>\nWhat is CUDA?</s>\n<|assistant|>\n"
     )
 
 
-def test_the_digest_is_that_of_the_template() -> None:
+def test_the_digest_is_the_templates() -> None:
     assert hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest() == TEMPLATE_SHA256

@@ -1,4 +1,4 @@
-"""A recipe says everything, and each mistake in it gets one line that a person can act on."""
+"""A recipe is complete by defaults, and every mistake in one is reported in one line with what to do."""
 
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,25 @@ prepare:
 
 
 def errors_of(text: str, *overrides: str) -> list[str]:
-    """The lines of the error that `text` ends with."""
+    """Return the lines of the RecipeError that parsing `text` raises."""
     with pytest.raises(RecipeError) as error:
         parse_recipe(text, "mine.yaml", overrides)
     return str(error.value).splitlines()
 
 
 def error_of(*overrides: str) -> str:
-    """The one line that an otherwise good recipe with these overrides ends with."""
+    """Return the one error line for a valid recipe with these overrides."""
     (line,) = errors_of(MINIMAL, *overrides)
     return line
 
 
-def test_a_minimal_recipe_is_complete() -> None:
+def test_a_minimal_recipe_is_completed_by_defaults() -> None:
     recipe = parse_recipe(MINIMAL, "mine.yaml")
     assert recipe.prepare.base.source == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     assert recipe.dpo.beta == 0.1
 
 
-def test_a_recipe_survives_being_written_and_read() -> None:
+def test_a_written_recipe_is_read_back_unchanged() -> None:
     overrides = [
         "dpo.beta=0.3",
         "sft.lora.target_layers=[q_proj, v_proj]",
@@ -63,7 +63,7 @@ def test_a_recipe_survives_being_written_and_read() -> None:
         ),
     ],
 )
-def test_an_unknown_key_names_the_nearest_right_one(override: str, line: str) -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_valid_one(override: str, line: str) -> None:
     assert error_of(override) == line
 
 
@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_nearest_right_one(override: str, line: str) ->
         ("prepare.questions=null", ["`prepare.questions`", "expected keys below it"]),
     ],
 )
-def test_a_wrong_type_says_what_was_found(override: str, words: list[str]) -> None:
+def test_a_value_of_the_wrong_type_is_reported_with_what_was_found(override: str, words: list[str]) -> None:
     line = error_of(override)
     assert [word for word in words if word not in line] == []
 
@@ -111,16 +111,16 @@ def test_a_wrong_type_says_what_was_found(override: str, words: list[str]) -> No
         ("evaluate.gates=[{metric: lost, at_most: 1}]", ["`evaluate.gates.0.metric`", "found 'lost'"]),
     ],
 )
-def test_a_value_out_of_range_says_what_is_allowed(override: str, words: list[str]) -> None:
+def test_a_value_out_of_range_is_reported_with_what_is_allowed(override: str, words: list[str]) -> None:
     line = error_of(override)
     assert [word for word in words if word not in line] == []
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     assert errors_of("name: mine\nprepare: {questions: {source: a}}") == ["mine.yaml: `prepare.preferences` is missing"]
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     assert len(errors_of(MINIMAL, "sft.epoch=2", "dpo.beta=0", "merge.dtype=int8")) == 3
 
 
@@ -141,14 +141,14 @@ def test_every_mistake_is_told_at_once() -> None:
         ("name: &a [*a]", "mine.yaml:"),
     ],
 )
-def test_what_is_no_recipe_is_said_in_one_line_each(text: str, words: str) -> None:
+def test_text_that_is_not_a_recipe_is_reported_in_lines_with_its_place(text: str, words: str) -> None:
     lines = errors_of(text)
     assert words in lines[0]
     assert all(line.startswith("mine.yaml: ") for line in lines)
 
 
-def test_a_bomb_of_aliases_is_told_briefly() -> None:
-    """Nine lines that would be 10^9 items if anyone wrote them out."""
+def test_an_alias_bomb_is_reported_in_short_lines() -> None:
+    """Nine lines of YAML that expand to 10^9 items."""
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 9)
     )
@@ -156,21 +156,21 @@ def test_a_bomb_of_aliases_is_told_briefly() -> None:
     assert max(map(len, lines)) < 1000
 
 
-def test_an_alias_is_fine_where_it_helps() -> None:
+def test_an_alias_is_allowed() -> None:
     recipe = parse_recipe(f"{MINIMAL}sft: {{lora: &lora {{rank: 4}}}}\ndpo: {{lora: *lora}}\n", "mine.yaml")
     assert recipe.sft.lora.rank == recipe.dpo.lora.rank == 4
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2.0e-4", "'2e-4'", "0.0002"])
-def test_a_number_that_yaml_reads_as_text_is_a_number(text: str) -> None:
+def test_a_number_that_yaml_reads_as_text_is_accepted(text: str) -> None:
     assert parse_recipe(MINIMAL, "mine.yaml", [f"sft.learning_rate={text}"]).sft.learning_rate == 2e-4
 
 
-def test_a_whole_number_may_stand_for_a_fraction() -> None:
+def test_an_integer_is_accepted_as_a_float() -> None:
     assert parse_recipe(MINIMAL, "mine.yaml", ["sft.epochs=2"]).sft.epochs == 2.0
 
 
-def test_an_override_reaches_into_a_section_that_holds_nothing() -> None:
+def test_an_override_can_set_a_key_in_an_empty_section() -> None:
     assert parse_recipe(f"{MINIMAL}sft:\n", "mine.yaml", ["sft.lora.rank=4"]).sft.lora.rank == 4
 
 
@@ -183,13 +183,13 @@ def test_an_override_reaches_into_a_section_that_holds_nothing() -> None:
         ("sft.epochs=[", "the value is not YAML"),
     ],
 )
-def test_a_wrong_override_says_how_it_is_written(override: str, words: str) -> None:
+def test_an_invalid_override_is_reported_with_its_text(override: str, words: str) -> None:
     line = error_of(override)
     assert line.startswith(f"--set {override}: ")
     assert words in line
 
 
-def test_a_file_that_cannot_be_read_as_a_recipe_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("name: größer".encode("latin-1"))
     huge = tmp_path / "huge.yaml"
@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_read_as_a_recipe_is_named(tmp_path: Path) -> None
         assert str(error.value).startswith(f"{path}: ")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert load_recipe(tmp_path / "bom.yaml").name == "mine"
 
@@ -224,6 +224,7 @@ VALUES = st.recursive(
 
 
 def assert_recipe_or_lines(text: str, *overrides: str) -> None:
+    """Assert that `text` parses to a recipe or raises a RecipeError whose lines name their place."""
     try:
         recipe = parse_recipe(text, "mine.yaml", overrides)
     except RecipeError as error:
@@ -239,7 +240,7 @@ def assert_recipe_or_lines(text: str, *overrides: str) -> None:
 @example({"sft": {"a\nb": 1}, "x\ny": 2})
 @example({"evaluate": {"gates": [{"metrics": 1}]}})
 @example({"seed": {"a": 1}, "evaluate": {"gates": {"0": 1}}})
-def test_no_values_give_anything_but_a_recipe_or_its_errors(values: dict[Any, Any]) -> None:
+def test_arbitrary_values_give_a_recipe_or_its_errors(values: dict[Any, Any]) -> None:
     whole = yaml.safe_load(MINIMAL) | values
     assert_recipe_or_lines(yaml.safe_dump(whole, allow_unicode=True))
 
@@ -256,6 +257,6 @@ def test_no_values_give_anything_but_a_recipe_or_its_errors(values: dict[Any, An
 @example("a: 1e999999999")
 @example("a: 0x" + "f" * 4000)
 @example("a: " + "1" * 5000)
-def test_no_text_gives_anything_but_a_recipe_or_its_errors(text: str) -> None:
+def test_arbitrary_text_gives_a_recipe_or_its_errors(text: str) -> None:
     assert_recipe_or_lines(text)
     assert_recipe_or_lines(MINIMAL, f"sft.epochs={text}".replace("\n", " "))

@@ -1,4 +1,4 @@
-"""One word per stage, everywhere: module, recipe section, what it reads and writes derive from one table."""
+"""One name per stage: its module, its recipe section, and what it reads and writes agree with the table."""
 
 import ast
 import importlib.util
@@ -12,13 +12,13 @@ from llamarefine_jobs.contract.recipe import Recipe, Section
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 
 
-def test_the_sequence_is_that_of_the_design() -> None:
+def test_the_sequence_of_stages() -> None:
     assert SEQUENCE == ("prepare", "sft", "dpo", "merge", "evaluate")
     assert set(STAGES) - set(SEQUENCE) == {"infer"}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_has_a_module_that_runs_it(name: str) -> None:
+def test_every_stage_has_a_module_that_runs_it(name: str) -> None:
     spec = importlib.util.find_spec(STAGES[name].module)
     assert spec is not None
     assert spec.origin is not None
@@ -29,14 +29,14 @@ def test_a_stage_has_a_module_that_runs_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_has_a_section_of_the_recipe(name: str) -> None:
+def test_every_stage_has_a_section_in_the_recipe(name: str) -> None:
     kind = Recipe.model_fields[name].annotation
     assert isinstance(kind, type)
     assert issubclass(kind, Section)
     assert kind.__name__ == name.capitalize()
 
 
-def test_a_section_of_the_recipe_belongs_to_a_stage() -> None:
+def test_every_section_in_the_recipe_belongs_to_a_stage() -> None:
     sections = {
         name
         for name, field in Recipe.model_fields.items()
@@ -46,7 +46,7 @@ def test_a_section_of_the_recipe_belongs_to_a_stage() -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_reads_what_an_earlier_one_writes(name: str) -> None:
+def test_every_stage_reads_only_what_earlier_stages_write(name: str) -> None:
     names, stage = list(STAGES), STAGES[name]
     assert stage.writes
     for parent, parts in stage.reads.items():
@@ -56,10 +56,10 @@ def test_a_stage_reads_what_an_earlier_one_writes(name: str) -> None:
         assert set(parts) <= set(STAGES[parent].writes)
 
 
-def test_everything_that_is_written_is_read_or_is_an_end() -> None:
+def test_everything_that_a_stage_writes_is_read_or_is_a_final_result() -> None:
     read = {(parent, part) for stage in STAGES.values() for parent, parts in stage.reads.items() for part in parts}
-    ends = {(stage.name, part) for stage in STAGES.values() for part in stage.writes} - read
-    assert {stage for stage, _ in ends} == {"evaluate", "infer"}
+    final = {(stage.name, part) for stage in STAGES.values() for part in stage.writes} - read
+    assert {stage for stage, _ in final} == {"evaluate", "infer"}
 
 
 def test_the_contract_imports_only_the_standard_library_and_pydantic() -> None:
@@ -73,5 +73,7 @@ def test_the_contract_imports_only_the_standard_library_and_pydantic() -> None:
             elif isinstance(node, ast.ImportFrom):
                 modules = [node.module or ""]
             for module in modules:
-                ours = module == "llamarefine_jobs" or module.startswith("llamarefine_jobs.contract")
-                assert ours or module.split(".")[0] in {*sys.stdlib_module_names, "pydantic"}, f"{file.name}: {module}"
+                is_contract = module == "llamarefine_jobs" or module.startswith("llamarefine_jobs.contract")
+                assert is_contract or module.split(".")[0] in {*sys.stdlib_module_names, "pydantic"}, (
+                    f"{file.name}: {module}"
+                )

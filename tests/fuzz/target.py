@@ -1,4 +1,4 @@
-"""What every fuzzed reader promises: a right result or an error of ours, in one piece, and soon."""
+"""Common parts of the fuzz tests: every reader must return a valid result or raise a LlamaRefineError, in time."""
 
 import os
 import signal
@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from llamarefine_jobs.contract.errors import LlamaRefineError
 
-# `make fuzz` asks for many; `make test` takes what seconds allow. The same count gives the same inputs.
+# `make fuzz` sets a large number; the default of `make test` takes seconds. The same number gives the same inputs.
 INPUTS = int(os.environ.get("LLAMAREFINE_FUZZ", "0"))
 SHORT = 60
-_HANG_S = 60  # far past what any of these inputs takes on a busy machine: a bound on hanging, not a measure
+_HANG_S = 60  # detects a hang; far longer than any of these inputs takes on a busy machine
 
 _COUNTS = st.integers(0, 6)
-_PLACES = st.integers(0, 1 << 16)
+_OFFSETS = st.integers(0, 1 << 16)
 _BYTES = st.integers(0, 255)
 _KINDS = st.sampled_from(["cut", "copy", "byte", "piece"])
 
 
 def fuzzed(share: float = 1.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test on so many inputs; `share` is less than 1 for a reader that is slow to start."""
+    """Return hypothesis settings for the number of inputs; `share` reduces it for a slow reader."""
     count = max(20, round((INPUTS or SHORT) * share))
     return settings(
         max_examples=count,
@@ -38,10 +38,10 @@ def fuzzed(share: float = 1.0) -> Callable[[Callable[..., None]], Callable[..., 
 
 @contextmanager
 def held(reader: str) -> Iterator[None]:
-    """Let errors of ours pass; any other error, and a reader that does not come back, fails the test."""
+    """Accept a LlamaRefineError with a message; fail on any other error and on a reader that hangs."""
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{reader} did not come back within {_HANG_S} s")
+        raise TimeoutError(f"{reader} was not read within {_HANG_S} s")
 
     assert threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, on_alarm)
@@ -49,26 +49,25 @@ def held(reader: str) -> Iterator[None]:
     try:
         yield
     except LlamaRefineError as error:
-        said = str(error).strip()
-        if not said:
-            raise AssertionError(f"{reader} refused without a word") from error
+        if not str(error).strip():
+            raise AssertionError(f"{reader}: an error without a message") from error
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 
 
 def mutated(draw: Any, text: bytes, pieces: list[bytes]) -> bytes:
-    """`text` with a few cuts, copies, changed bytes and hostile pieces in it: near enough to right to get far."""
+    """Return `text` with a few cuts, copies, changed bytes and hostile pieces, so that it passes the first checks."""
     data = bytearray(text)
     for _ in range(draw(_COUNTS)):
-        at = draw(_PLACES) % (len(data) + 1)
+        at = draw(_OFFSETS) % (len(data) + 1)
         match draw(_KINDS):
             case "cut":
-                del data[at : at + 1 + draw(_PLACES) % 24]
+                del data[at : at + 1 + draw(_OFFSETS) % 24]
             case "copy":
-                data[at:at] = data[at : at + 1 + draw(_PLACES) % 64]
+                data[at:at] = data[at : at + 1 + draw(_OFFSETS) % 64]
             case "byte":
                 data[at : at + 1] = bytes([draw(_BYTES)])
             case _:
-                data[at:at] = pieces[draw(_PLACES) % len(pieces)]
+                data[at:at] = pieces[draw(_OFFSETS) % len(pieces)]
     return bytes(data)

@@ -1,4 +1,4 @@
-"""Manifests, run records, tables, safetensors and configs: whatever the bytes, a right result or one line, in place."""
+"""Fuzz manifests, run records, tables, safetensors and configs: valid results or one-line errors, no stray files."""
 
 import hashlib
 import io
@@ -54,14 +54,14 @@ SEEDS = {"csv": CSV, "jsonl": JSONL, "parquet": PARQUET}
 
 
 @st.composite
-def near(draw: Any, data: bytes) -> bytes:
-    """Something near `data`, or anything at all."""
+def mutations(draw: Any, data: bytes) -> bytes:
+    """Draw a mutation of `data`, or now and then arbitrary bytes."""
     return draw(st.binary(max_size=400)) if draw(st.integers(0, 19)) == 0 else mutated(draw, data, PIECES)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for each reader; afterwards nothing may lie beside it."""
+def inner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the readers; at the end no file may lie beside it."""
     outer = tmp_path_factory.mktemp("outer")
     (outer / "inner").mkdir()
     yield outer / "inner"
@@ -69,30 +69,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def published(place: Path) -> tuple[Store, bytes, str]:
-    """A store with one artifact, its manifest, and its path."""
-    store = Store(str(place / "store"))
-    manifest = store.publish(samples.make_folder(place / "made", size_bytes=2000), samples.draft())
+def published(inner: Path) -> tuple[Store, bytes, str]:
+    """A store with one artifact, the bytes of its manifest, and the manifest's path."""
+    store = Store(str(inner / "store"))
+    manifest = store.publish(samples.make_folder(inner / "made", size_bytes=2000), samples.draft())
     return store, manifest.to_bytes(), f"{artifact_path(manifest.stage, manifest.key)}/{MANIFEST}"
 
 
 @fuzzed(0.06)
-@given(data=st.data(), resealed=st.booleans())
-def test_a_manifest(data: Any, resealed: bool, published: tuple[Store, bytes, str], place: Path) -> None:
-    """Also one whose seal is right: whoever writes the bucket can compute it. What is fetched is what was published."""
-    store, sealed, path = published
-    body = sealed[: sealed.rindex(b',\n  "manifest_sha256"')] + b"\n}"
-    changed = data.draw(near(body))
+@given(data=st.data(), has_valid_digest=st.booleans())
+def test_a_manifest(data: Any, has_valid_digest: bool, published: tuple[Store, bytes, str], inner: Path) -> None:
+    """Also with a valid self-digest, which anyone who can write to the bucket can compute. Fetched files are intact."""
+    store, original, path = published
+    body = original[: original.rindex(b',\n  "manifest_sha256"')] + b"\n}"
+    changed = data.draw(mutations(body))
     digest = hashlib.sha256(changed).hexdigest()
-    if resealed:
+    if has_valid_digest:
         changed = changed[:-2] + f',\n  "manifest_sha256": "{digest}"\n}}\n'.encode()
     store.write(path, changed)
-    into = place / "fetched"
+    into = inner / "fetched"
     with held("manifest.json"):
         manifest = store.manifest(samples.STAGE, samples.KEY)
         if manifest:
             store.fetch(manifest, into)
-            wanted = samples.content(place / "made")
+            wanted = samples.content(inner / "made")
             assert all(content in wanted.values() for content in samples.content(into).values())
     if into.exists():
         shutil.rmtree(into)
@@ -112,7 +112,7 @@ RECORD = json.dumps(
 
 
 @fuzzed(0.02)
-@given(near(RECORD))
+@given(mutations(RECORD))
 @example(RECORD.replace(b"small-00000000", b"../../../outside"))
 def test_a_run_record(published: tuple[Store, bytes, str], data: bytes) -> None:
     store = published[0]
@@ -125,7 +125,7 @@ def test_a_run_record(published: tuple[Store, bytes, str], data: bytes) -> None:
 
 
 @fuzzed(0.03)
-@given(near(b'{"models": ["base"], "metrics": [], "confidence": 0.95, "gates": [], "examples": []}'))
+@given(mutations(b'{"models": ["base"], "metrics": [], "confidence": 0.95, "gates": [], "examples": []}'))
 def test_a_report(published: tuple[Store, bytes, str], data: bytes) -> None:
     store = published[0]
     store.write(run_path("small-00000000", "report", "report.json"), data)
@@ -136,11 +136,11 @@ def test_a_report(published: tuple[Store, bytes, str], data: bytes) -> None:
 @pytest.mark.parametrize("format", SEEDS)
 @fuzzed(0.03)
 @given(data=st.data())
-def test_a_table(format: str, data: Any, place: Path) -> None:
-    path = place / f"rows.{format}"
-    path.write_bytes(data.draw(near(SEEDS[format])))
+def test_a_table(format: str, data: Any, inner: Path) -> None:
+    path = inner / f"rows.{format}"
+    path.write_bytes(data.draw(mutations(SEEDS[format])))
     with held(f"{format} rows"):
-        table = read_table(Rows(source=str(path)), "prepare.questions", place / "work", ("question", "answer"))
+        table = read_table(Rows(source=str(path)), "prepare.questions", inner / "work", ("question", "answer"))
         assert all(row is None or len(row) == 2 for row in table.rows)
 
 
@@ -160,9 +160,9 @@ CONFIG = b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": false, "
 
 
 @fuzzed(0.03)
-@given(near(HEADER), near(CONFIG), st.sampled_from([None, None, 0, 7, 100 << 30, (1 << 64) - 1]))
-def test_an_adapter(place: Path, header: bytes, config: bytes, length: int | None) -> None:
-    folder = place / "adapter"
+@given(mutations(HEADER), mutations(CONFIG), st.sampled_from([None, None, 0, 7, 100 << 30, (1 << 64) - 1]))
+def test_an_adapter(inner: Path, header: bytes, config: bytes, length: int | None) -> None:
+    folder = inner / "adapter"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(header, bytes(64), length))
     (folder / "adapter_config.json").write_bytes(config)
@@ -172,13 +172,13 @@ def test_an_adapter(place: Path, header: bytes, config: bytes, length: int | Non
 
 
 MODEL = b'{"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 4, "hidden_size": 4}'
-PLACES = b'{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}'
+WEIGHT_MAP = b'{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}'
 
 
 @fuzzed(0.03)
-@given(near(MODEL), near(PLACES), near(HEADER), st.booleans())
-def test_a_base(place: Path, config: bytes, index: bytes, header: bytes, indexed: bool) -> None:
-    folder = place / "base"
+@given(mutations(MODEL), mutations(WEIGHT_MAP), mutations(HEADER), st.booleans())
+def test_a_base(inner: Path, config: bytes, index: bytes, header: bytes, indexed: bool) -> None:
+    folder = inner / "base"
     folder.mkdir(exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     (folder / "config.json").write_bytes(config)
@@ -203,26 +203,26 @@ SIZES = {name: st.just(value) | JSON for name, value in TINYLLAMA.items()}
 @fuzzed(0.03)
 @given(
     st.fixed_dictionaries(SIZES, optional={"head_dim": JSON}).map(lambda sizes: json.dumps(sizes).encode())
-    | near(json.dumps(TINYLLAMA).encode())
+    | mutations(json.dumps(TINYLLAMA).encode())
 )
-def test_a_prepared_bases_config(place: Path, config: bytes) -> None:
-    """`plan`, `submit` and `preflight` read it where it lies in the bucket."""
-    store = Store(str(place / "prepared"))
+def test_a_prepared_base_models_config(inner: Path, config: bytes) -> None:
+    """`plan`, `submit` and `preflight` read the base model's config.json from the bucket."""
+    store = Store(str(inner / "prepared"))
     recipe = tiny.recipe().with_sources({"base": Base(source="owner/small")})
     draft = samples.draft(artifact_key("prepare", recipe, {}), "prepare")
-    prepared = store.manifest("prepare", draft.key) or store.publish(place / "nothing", draft)
+    prepared = store.manifest("prepare", draft.key) or store.publish(inner / "nothing", draft)
     store.write(f"{prepared.folder}/base/config.json", config)
     with held("config.json"):
         needed = estimates(recipe, store.uri, ask_hub=False)
         assert not needed or min(needed["sft"], needed["dpo"]) > 0
 
 
-def test_the_fuzzed_examples_are_right_before_they_are_changed(place: Path) -> None:
+def test_the_unmutated_inputs_are_valid(inner: Path) -> None:
     for format, data in SEEDS.items():
-        (place / f"seed.{format}").write_bytes(data)
-        rows = Rows(source=str(place / f"seed.{format}"))
-        assert read_table(rows, "prepare.questions", place, ("question", "answer")).rows[0]
-    folder = place / "seed"
+        (inner / f"seed.{format}").write_bytes(data)
+        rows = Rows(source=str(inner / f"seed.{format}"))
+        assert read_table(rows, "prepare.questions", inner, ("question", "answer")).rows[0]
+    folder = inner / "seed"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(HEADER, bytes(64)))
     (folder / "adapter_config.json").write_bytes(CONFIG)

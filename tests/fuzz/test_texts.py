@@ -1,4 +1,4 @@
-"""Recipes, settings, progress and log lines, dialogues, statements: whatever the text, a result or one line."""
+"""Fuzz recipes, settings, progress and log lines, dialogues and statements: valid results or one-line errors."""
 
 import json
 from typing import Any
@@ -52,15 +52,15 @@ SMALL = parse_recipe("name: small\nprepare: {questions: {source: a.csv}, prefere
 
 
 @st.composite
-def near(draw: Any, text: bytes) -> bytes:
-    """Something near `text`, or anything at all."""
+def mutations(draw: Any, text: bytes) -> bytes:
+    """Draw a mutation of `text`, or now and then arbitrary bytes or text."""
     if draw(st.integers(0, 19)) == 0:
         return draw(st.binary(max_size=300) | st.text(max_size=200).map(lambda some: some.encode(errors="replace")))
     return mutated(draw, text, PIECES)
 
 
 @fuzzed(0.12)
-@given(near(RECIPE))
+@given(mutations(RECIPE))
 @example(b"a: &a {" + b", ".join(b"k%d: 1" % i for i in range(9)) + b"}\n" + b"".join(
     b"%c: &%c {<<: [%s]}\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(8)
 ))  # fmt: skip
@@ -73,19 +73,19 @@ def test_a_recipe(text: bytes) -> None:
 
 
 @fuzzed(0.03)
-@given(st.lists(near(b"sft.epochs=2") | near(b"prepare.base.source=a"), max_size=3))
+@given(st.lists(mutations(b"sft.epochs=2") | mutations(b"prepare.base.source=a"), max_size=3))
 def test_overrides(overrides: list[bytes]) -> None:
     with held("--set"):
         parse_recipe(RECIPE.decode(), "fuzzed", [each.decode(errors="replace") for each in overrides])
 
 
 @fuzzed(0.08)
-@given(near(SETTINGS))
+@given(mutations(SETTINGS))
 @example(b"patches:\n  all:\n    a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"    %c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
 ))  # fmt: skip
 def test_settings(text: bytes) -> None:
-    """What they parse to can be sent: every object of a run is JSON."""
+    """Every Kubernetes object that is made from the parsed settings can be serialized as JSON."""
     with held("settings YAML"):
         found = settings.parse(settings.read_text(text.decode(errors="replace"), "fuzzed"), "fuzzed")
         task = Task("small-00000000", "sft", "0" * 64, SMALL, "s3://bucket/prefix")
@@ -99,7 +99,7 @@ def test_settings(text: bytes) -> None:
 
 
 @fuzzed(0.25)
-@given(near(b"progress stage=sft step=40 steps=100 phase=step loss=4.2137 tokens_per_s=5120 eta_s=12"))
+@given(mutations(b"progress stage=sft step=40 steps=100 phase=step loss=4.2137 tokens_per_s=5120 eta_s=12"))
 def test_a_progress_line(line: bytes) -> None:
     with held("progress lines"):
         found = progress.parse(line.decode(errors="replace"))
@@ -109,7 +109,7 @@ def test_a_progress_line(line: bytes) -> None:
 
 
 class OneLog:
-    """A cluster whose only pod has ended, and whose log is this."""
+    """A cluster with one pod, which has ended with the given log."""
 
     def __init__(self, lines: list[bytes]) -> None:
         self.lines = lines
@@ -123,22 +123,24 @@ class OneLog:
 
 @fuzzed(0.1)
 @given(
-    st.lists(near(b"2026-11-24T02:00:00.123456789Z progress stage=sft step=1 steps=2"), max_size=6),
-    st.none() | near(b"2026-11-24T02:00:00.123456789Z").map(lambda mark: mark.decode(errors="replace")),
+    st.lists(mutations(b"2026-11-24T02:00:00.123456789Z progress stage=sft step=1 steps=2"), max_size=6),
+    st.none() | mutations(b"2026-11-24T02:00:00.123456789Z").map(lambda mark: mark.decode(errors="replace")),
 )
-@example([b"2026-11-24T02:00:89Z a time that there is not\n"], None)
+@example([b"2026-11-24T02:00:89Z an invalid time\n"], None)
 @example([b"0001-01-01T00:00:00Z the first second\n"], "2026-11-24T24:00:00Z")
 def test_pod_log_lines(lines: list[bytes], after: str | None) -> None:
-    """`after` is read from the bucket, where somebody else may have written it."""
+    """`after` is read from the bucket, so it may be hostile, too."""
     with held("pod log lines"):
         for text in PodLog(OneLog(lines), "pod", "stage", after).lines(follow=False):
             assert "\n" not in strip_control_characters(text).replace("\n", "")
 
 
 @fuzzed(0.25)
-@given(near(b"\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant: Like this, Human: see.\n\nHuman: "))
+@given(
+    mutations(b"\n\nHuman: How?\n\nAssistant: So.\n\nHuman: And then?\n\nAssistant: Like this, Human: see.\n\nHuman: ")
+)
 def test_a_dialogue(text: bytes) -> None:
-    """Nothing of a turn is made up, and a dialogue that is written out again is read the same."""
+    """Every turn's text is a part of the dialogue's text."""
     with held("HH dialogues"):
         whole = text.decode(errors="replace")
         turns = hh.parse(whole)
@@ -157,14 +159,14 @@ STATEMENT = json.dumps(
 
 
 @fuzzed(0.1)
-@given(near(STATEMENT))
+@given(mutations(STATEMENT))
 def test_a_statement(line: bytes) -> None:
     with held("statements"):
         assert signing.parse(line).payload
 
 
-def test_the_fuzzed_examples_are_right_before_they_are_changed() -> None:
-    """A fuzzer whose seeds are refused tests the refusal only."""
+def test_the_unmutated_inputs_are_valid() -> None:
+    """Otherwise the fuzzer would only test how invalid input is refused."""
     assert isinstance(parse_recipe(RECIPE.decode(), "seed"), Recipe)
     settings.parse(settings.read_text(SETTINGS.decode(), "seed"), "seed")
     assert signing.parse(STATEMENT).signatures
