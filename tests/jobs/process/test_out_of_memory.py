@@ -1,4 +1,4 @@
-"""Memory that runs out is recognised whoever says so, and a training that may goes on with smaller micro-batches."""
+"""Out-of-memory errors of every library are recognised, and a training can restart with smaller micro-batches."""
 
 import errno
 import resource
@@ -19,12 +19,12 @@ from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
 
-VOCABULARY = 60_000  # whose logits are what fills the memory
-ROOM_BYTES = 128 << 20  # over what micro-batches of 8 rows need; 16 rows need several times as much
+VOCABULARY = 60_000  # so large that the logits need most of the memory
+SPARE_BYTES = 128 << 20  # beyond what micro-batches of 8 rows need; 16 rows need several times as much more
 HALVE = "sft.on_out_of_memory=halve_micro_batch"
 
 
-def test_every_library_s_words_for_memory_that_runs_out_are_understood() -> None:
+def test_out_of_memory_errors_of_every_library_are_recognised() -> None:
     with pytest.raises(RuntimeError) as on_cpu:
         torch.empty(1 << 50)
     for error in (
@@ -39,21 +39,23 @@ def test_every_library_s_words_for_memory_that_runs_out_are_understood() -> None
         RuntimeError("std::bad_alloc"),
     ):
         assert out_of_memory.is_out_of_memory(error), error
-        described = str(out_of_memory.out_of_memory_error("sft", error))
-        assert "\n" not in described
-        assert "lower sft.micro_batch_rows" in described
+        message = str(out_of_memory.out_of_memory_error("sft", error))
+        assert "\n" not in message
+        assert "lower sft.micro_batch_rows" in message
     assert not out_of_memory.is_out_of_memory(RuntimeError("the memory of an elephant"))
 
 
 @pytest.mark.parametrize(
-    ("batch_rows", "micro_batch_rows", "fewer"), [(16, 16, 8), (16, 2, 1), (15, 5, 1), (18, 9, 3), (6, 3, 1)]
+    ("batch_rows", "micro_batch_rows", "halved"), [(16, 16, 8), (16, 2, 1), (15, 5, 1), (18, 9, 3), (6, 3, 1)]
 )
-def test_fewer_rows_still_divide_the_batch(batch_rows: int, micro_batch_rows: int, fewer: int) -> None:
+def test_halved_micro_batches_still_divide_the_batch(batch_rows: int, micro_batch_rows: int, halved: int) -> None:
     section = Sft(batch_rows=batch_rows, micro_batch_rows=micro_batch_rows)
-    assert out_of_memory.halved_micro_batch_rows(section) == fewer
+    assert out_of_memory.halved_micro_batch_rows(section) == halved
 
 
-def test_at_one_row_it_fails_and_names_what_is_left_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_micro_batches_of_one_row_it_fails_and_names_other_settings_to_change(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     recipe = tiny.recipe("sft.micro_batch_rows=1", HALVE)
     with (
         pytest.raises(SystemExit) as ended,
@@ -62,22 +64,22 @@ def test_at_one_row_it_fails_and_names_what_is_left_to_change(capsys: pytest.Cap
     ):
         torch.empty(1 << 50)
     assert ended.value.code == OutOfMemoryError.exit_code
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "even with micro_batch_rows 1: lower max_length_tokens, set sft.gradient_checkpointing to true" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "even with micro_batch_rows 1: lower max_length_tokens, set sft.gradient_checkpointing to true" in lines[0]
 
 
-def test_without_leave_a_training_that_runs_out_of_memory_fails_with_the_setting_to_change() -> None:
+def test_without_halve_micro_batch_the_error_is_raised() -> None:
     recipe = tiny.recipe()
     with pytest.raises(RuntimeError, match="can't allocate"), out_of_memory.halving_micro_batches("sft", recipe):
         torch.empty(1 << 50)
 
 
-def test_a_training_out_of_memory_goes_on_from_its_checkpoint_with_half_the_micro_batch(
+def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micro_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # each further arena would reserve 64 MB of address space
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # what a step freed is given back, and asked for again
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # every further arena would reserve 64 MB of address space
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # memory that a step frees is returned to the system
     recipe = prepare(tmp_path)
     roomy, tight = tmp_path / "roomy", tmp_path / "tight"
 
@@ -87,12 +89,11 @@ def test_a_training_out_of_memory_goes_on_from_its_checkpoint_with_half_the_micr
 
     options = ("--set", "sft.micro_batch_rows=16", "--set", "sft.checkpoint_every_steps=1", "--set", HALVE)
     process = processes.start("sft", recipe, str(tight), *options)
-    _, lines = follow(process, limit_bytes=needed_bytes + ROOM_BYTES, at_step=3)
+    _, lines = follow(process, limit_bytes=needed_bytes + SPARE_BYTES, at_step=3)
     assert process.returncode == 0, "\n".join(lines)
-    said = [line for line in lines if "memory ran out" in line]
-    assert said == [
-        "sft: memory ran out with micro-batches of 16 rows: starts anew with 8, from the newest checkpoint; "
-        "the 16 rows of a step stay"
+    assert [line for line in lines if "memory ran out" in line] == [
+        "sft: memory ran out with micro-batches of 16 rows: restarts with 8 from the newest checkpoint; "
+        "a step still has 16 rows"
     ]
 
     undisturbed, halved = published(roomy), published(tight)
@@ -106,7 +107,7 @@ def test_a_training_out_of_memory_goes_on_from_its_checkpoint_with_half_the_micr
 
 
 def prepare(folder: Path) -> Path:
-    """A recipe file, and two stores `roomy` and `tight` with a base of many tokens for it."""
+    """Write a recipe file, and two stores `roomy` and `tight` with a base model with a large vocabulary."""
     prepared = tiny.write_prepared(folder / "prepared")
     tiny.make_model(VOCABULARY).save_pretrained(prepared / "base")
     changes = ("sft.batch_rows=16", "sft.max_steps=6")
@@ -123,24 +124,24 @@ def prepare(folder: Path) -> Path:
 def follow(
     process: subprocess.Popen[str], limit_bytes: int | None = None, at_step: int | None = None
 ) -> tuple[int, list[str]]:
-    """The most address space that the process had, and its lines; the limit is set once it has done `at_step`."""
+    """Return the peak address space of a process, and its lines. The limit is set when it reports step `at_step`."""
     lines, peak_bytes = [], 0
     assert process.stdout
     for line in process.stdout:
         lines.append(line.rstrip())
-        peak_bytes = max(peak_bytes, peak_of(process.pid))
+        peak_bytes = max(peak_bytes, peak_address_space_bytes(process.pid))
         if limit_bytes and processes.step(line) == at_step:
             resource.prlimit(process.pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     process.wait(60)
     return peak_bytes, lines
 
 
-def peak_of(pid: int) -> int:
-    """What counts against RLIMIT_AS."""
+def peak_address_space_bytes(pid: int) -> int:
+    """Return the peak of what RLIMIT_AS limits."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmPeak:"):
             return int(line.split()[1]) << 10
-    return 0  # it is ending
+    return 0  # the process is exiting
 
 
 def published(store: Path) -> Manifest:

@@ -1,5 +1,7 @@
-"""A stage that is told to stop before it has anything to save leaves at once, whatever it waits for: also as the first
-process of a container, which the kernel gives no signal that it does not listen to."""
+"""SIGTERM ends a stage at once while it has nothing to save, whatever it is doing.
+
+This also holds for the first process of a container, which gets only signals that it has handlers for.
+"""
 
 import contextlib
 import os
@@ -18,7 +20,7 @@ from llamarefine_jobs.store import Store
 from tests.jobs import tiny
 
 IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--kill-child")
-TOLD = "sft: error: sft was told to stop; run the same command again to go on"
+STOPPED = "sft: error: sft was told to stop; run the same command again to go on"
 
 
 def has_namespaces() -> bool:
@@ -29,23 +31,23 @@ def has_namespaces() -> bool:
 
 @pytest.fixture(
     params=[
-        pytest.param((), id="as any process"),
+        pytest.param((), id="ordinary process"),
         pytest.param(
             IN_A_CONTAINER,
-            id="as process 1",
+            id="process 1",
             marks=pytest.mark.skipif(not has_namespaces(), reason="making a PID namespace needs root and unshare"),
         ),
     ]
 )
-def around(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """What the stage is started by."""
-    wrapper: tuple[str, ...] = request.param
-    return wrapper
+def wrapper(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The command that starts the stage: none, or one that makes it process 1 of its PID namespace."""
+    command: tuple[str, ...] = request.param
+    return command
 
 
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that do not outlive the test."""
+    """A list for processes, which are killed at the end of the test."""
     found: list[subprocess.Popen[str]] = []
     yield found
     for process in found:
@@ -54,10 +56,10 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def start(
-    found: list[subprocess.Popen[str]], around: tuple[str, ...], *arguments: str, **environment: str
+    found: list[subprocess.Popen[str]], wrapper: tuple[str, ...], *arguments: str, **environment: str
 ) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [*around, sys.executable, *arguments],
+        [*wrapper, sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,64 +69,69 @@ def start(
     return process
 
 
-def tell(process: subprocess.Popen[str], around: tuple[str, ...]) -> None:
-    """SIGTERM, to the stage and not to what started it."""
+def send_sigterm(process: subprocess.Popen[str], wrapper: tuple[str, ...]) -> None:
+    """Send SIGTERM to the stage, not to the wrapper that started it."""
     pid = process.pid
-    if around:
+    if wrapper:
         (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     os.kill(pid, signal.SIGTERM)
 
 
-def ending(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Wait until the process has ended; return its exit code and its lines."""
     output, _ = process.communicate(timeout=60)
     return process.returncode, output.splitlines()
 
 
-def test_while_it_imports(around: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_sigterm_during_imports_ends_the_stage(
+    wrapper: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
     slow = "import time\nprint('importing', flush=True)\ntime.sleep(600)\n"
-    (tmp_path / "pydantic.py").write_text(slow)  # a disk that is slow at the first library that entry.py imports
-    process = start(started, around, "-m", "llamarefine_jobs.sft", "--help", PYTHONPATH=str(tmp_path))
+    (tmp_path / "pydantic.py").write_text(slow)  # makes the first library that entry.py imports slow
+    process = start(started, wrapper, "-m", "llamarefine_jobs.sft", "--help", PYTHONPATH=str(tmp_path))
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
-    tell(process, around)
-    assert ending(process) == (PreemptedError.exit_code, [TOLD])
+    send_sigterm(process, wrapper)
+    assert wait_for_end(process) == (PreemptedError.exit_code, [STOPPED])
 
 
-def test_while_it_downloads(around: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_sigterm_during_a_download_ends_the_stage_and_removes_its_folder(
+    wrapper: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
     store, recipe, work = Store(str(tmp_path / "store")), tmp_path / "recipe.yaml", tmp_path / "work"
     recipe.write_text(tiny.RECIPE)
     tiny.publish_prepared(store, tiny.write_prepared(tmp_path / "prepared"), tiny.recipe())
     (weights,) = (tmp_path / "store").rglob("model.safetensors")
     weights.unlink()
-    os.mkfifo(weights)  # bytes that never come
+    os.mkfifo(weights)  # a file whose bytes never arrive
     work.mkdir()
-    last_words = tmp_path / "last-words"
-    last_words.touch()
+    termination_message = tmp_path / "termination-message"
+    termination_message.touch()
     process = start(
         started,
-        around,
+        wrapper,
         *("-m", "llamarefine_jobs.sft", "--recipe", str(recipe), "--store", store.uri),
         LLAMAREFINE_WORK=str(work),
-        LLAMAREFINE_TERMINATION_MESSAGE=str(last_words),
+        LLAMAREFINE_TERMINATION_MESSAGE=str(termination_message),
     )
-    held_open = open_when_read(weights, process)
-    tell(process, around)
-    assert ending(process) == (PreemptedError.exit_code, [TOLD])
-    os.close(held_open)
+    writing_end = open_when_read(weights, process)
+    send_sigterm(process, wrapper)
+    assert wait_for_end(process) == (PreemptedError.exit_code, [STOPPED])
+    os.close(writing_end)
     assert list(work.iterdir()) == []
-    assert '"reason": "preempted"' in last_words.read_text()
+    assert '"reason": "preempted"' in termination_message.read_text()
 
 
 def open_when_read(fifo: Path, process: subprocess.Popen[str]) -> int:
-    """The writing end of a FIFO, which opens once `process` has opened the other one."""
+    """Open the writing end of a FIFO as soon as `process` has opened the reading end."""
     while process.poll() is None:
-        with contextlib.suppress(OSError):  # nobody reads it yet
+        with contextlib.suppress(OSError):  # no reader yet
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.05)
     raise AssertionError(process.communicate())
 
 
-ANEW = """
+REPLACE_BY_STAGE = """
 import os, signal, sys
 from llamarefine_jobs.process import sigterm
 
@@ -133,7 +140,7 @@ stop.defer_exit()
 if sys.argv[1] == "before":
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.is_set()
-    print("goes on", flush=True)
+    print("still running", flush=True)
 sigterm.keep_pending_across_exec()
 assert sys.argv[1] == "within"
 os.kill(os.getpid(), signal.SIGTERM)
@@ -142,11 +149,11 @@ os.execv(sys.executable, [sys.executable, "-m", "llamarefine_jobs.sft", *sys.arg
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])
-def test_while_it_starts_anew(
-    moment: str, around: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path
+def test_sigterm_around_a_restart_by_exec_ends_the_stage(
+    moment: str, wrapper: tuple[str, ...], started: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    nowhere = ("--recipe", str(tmp_path / "missing.yaml"), "--store", str(tmp_path))
-    exit_code, lines = ending(start(started, around, "-c", ANEW, moment, *nowhere))
+    options = ("--recipe", str(tmp_path / "missing.yaml"), "--store", str(tmp_path))
+    exit_code, lines = wait_for_end(start(started, wrapper, "-c", REPLACE_BY_STAGE, moment, *options))
     assert exit_code == PreemptedError.exit_code, lines
-    assert ("goes on" in lines) == (moment == "before")
+    assert ("still running" in lines) == (moment == "before")
     assert "told to stop" in lines[-1]
