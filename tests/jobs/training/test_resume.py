@@ -101,16 +101,16 @@ import importlib, os, signal, sys, time
 from llamarefine_jobs import entry, store
 from llamarefine_jobs.process import world
 
-def told(self, work, total_of=world.World.total_of, calls=[]):
+def told(self, work, sum_over_processes=world.World.sum_over_processes, calls=[]):
     calls.append(1)
     if len(calls) == int(os.environ.get("TOLD_IN_VALIDATION", "0")):
         os.kill(os.getpid(), signal.SIGTERM)
-    return total_of(self, work)
+    return sum_over_processes(self, work)
 
 def away(*arguments):
     time.sleep(600)
 
-world.World.total_of = told
+world.World.sum_over_processes = told
 if "STORE_IS_AWAY" in os.environ:
     store.Store.publish_checkpoint = away
 entry.main(sys.argv[1], importlib.import_module("llamarefine_jobs." + sys.argv[1]).work)
