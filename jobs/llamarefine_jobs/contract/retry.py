@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def give_up_after_s(environment: Mapping[str, str]) -> float:
-    """Return how many seconds one outage is retried, as `environment` sets it; 600 by default.
+    """Return how many seconds one outage is retried, as `environment` sets it; GIVE_UP_AFTER_S by default.
 
     Raises RecipeError if the variable holds anything but a finite number of seconds.
     """
@@ -115,7 +115,7 @@ class RetryState:
         self._pause_s = _FIRST_PAUSE_S
 
     def wait(self, error: StoreError) -> None:
-        """Pause before the next attempt. Raises `error` if the outage lasts too long or a retry cannot help."""
+        """Pause before the next attempt. Raises a StoreError if the outage lasts too long or a retry cannot help."""
         outage_began_s, now_s = self._retry_policy.record_failure(), time.monotonic()
         self._first_failure_s = now_s if self._first_failure_s is None else self._first_failure_s
         lasted_s = now_s - min(outage_began_s, self._first_failure_s)
