@@ -10,7 +10,7 @@ import pytest
 from llamarefine_jobs.contract.errors import LlamaRefineError, RecipeError
 from llamarefine_jobs.recipe_file import parse_recipe
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_k8s import settings
 
 from .. import s3_server

@@ -9,7 +9,7 @@ import pytest
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError
 from llamarefine_jobs.store import Store, bucket
 from llamarefine_jobs.store.bucket import S3Objects
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 
 
 def test_what_is_not_there_is_none_and_removing_it_is_no_error(store: Store) -> None:

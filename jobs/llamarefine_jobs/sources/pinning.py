@@ -18,7 +18,8 @@ from llamarefine_jobs.contract.artifact import safe_relative_path
 from llamarefine_jobs.contract.errors import DataError, from_os_error
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.retry import RetryPolicy, stage_retry_policy
-from llamarefine_jobs.store.objects import Entry, Objects, open_objects
+from llamarefine_jobs.store.objects import Entry, Objects
+from llamarefine_jobs.store.uri import open_objects
 
 DOCSTRINGS = "python-docstrings"
 TINY_LLAMA = "tiny-llama"

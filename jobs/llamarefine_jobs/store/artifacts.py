@@ -37,7 +37,8 @@ from llamarefine_jobs.contract.errors import (
     from_os_error,
 )
 from llamarefine_jobs.contract.retry import RetryPolicy
-from llamarefine_jobs.store.objects import Entry, FileObjects, open_objects
+from llamarefine_jobs.store.objects import Entry
+from llamarefine_jobs.store.uri import open_objects
 
 _TRANSFERS = 8
 
@@ -118,9 +119,8 @@ class Store:
         """Remove every checkpoint of a training that is published as a whole."""
         for step in self.checkpoint_steps(stage, key):
             self._remove(checkpoint_path(stage, key, step))
-        if isinstance(self.objects, FileObjects):
-            for entry in list(self.objects.unfinished(checkpoint_path(stage, key))):  # of processes that were killed
-                self.objects.delete(entry.path)
+        for entry in list(self.objects.unfinished(checkpoint_path(stage, key))):  # left by killed processes
+            self.objects.delete(entry.path)
 
     # Runs: small files, replaced as a whole
 
@@ -233,7 +233,7 @@ class Store:
             raise IntegrityError(f"{name}: {wrong}; {self._remedy(where)}")
 
     def _remedy(self, where: str) -> str:
-        folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
+        folder = self.objects.local_path(where) or f"{self.uri}/{where}"
         return f"to make it anew, remove {folder} and run again"
 
     def _newest_checkpoint(self, stage: str, key: str) -> tuple[int, Manifest] | None:

@@ -65,7 +65,10 @@ def _patiently(
 
 
 class S3Objects:
-    """The objects of `bucket` whose keys begin with `prefix`."""
+    """The objects of `bucket` whose keys start with `prefix`."""
+
+    keeps_checksums = True
+    root = None
 
     def __init__(self, bucket: str, prefix: str = "", retry_policy: RetryPolicy | None = None) -> None:
         self.retry_policy = retry_policy or RetryPolicy()
@@ -101,6 +104,9 @@ class S3Objects:
             return client
         except (BotoCoreError, ValueError) as error:
             raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None
+
+    def local_path(self, path: str) -> None:
+        return None
 
     @_patiently
     def read(self, path: str) -> bytes | None:
@@ -174,6 +180,9 @@ class S3Objects:
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         yield from self._listed(prefix)
+
+    def unfinished(self, folder: str = ".") -> Iterator[Entry]:
+        yield from ()  # an upload shows in no listing before it is complete
 
     @_patiently
     def delete(self, path: str) -> None:

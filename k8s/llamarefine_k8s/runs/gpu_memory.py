@@ -17,7 +17,7 @@ from llamarefine_jobs.sources import pinning
 from llamarefine_jobs.sources.pinning import Kind
 from llamarefine_jobs.sources.web import read_head
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 

@@ -178,7 +178,7 @@ def test_a_source_that_changed_since_it_was_pinned_is_refused(tmp_path: Path) ->
 
 
 def test_rows_in_a_bucket_are_read(tmp_path: Path, s3_uri: str) -> None:
-    from llamarefine_jobs.store.objects import open_objects
+    from llamarefine_jobs.store.uri import open_objects
 
     open_objects(s3_uri).write("rows.csv", b"question,answer\nq,a\n")
     rows = Rows(source=f"{s3_uri}/rows.csv")

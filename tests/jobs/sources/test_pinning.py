@@ -9,7 +9,7 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.sources import pinning
 from llamarefine_jobs.sources.pinning import Kind
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 
 
 def recipe_on(questions: str) -> Recipe:

@@ -9,7 +9,8 @@ import pytest
 
 from llamarefine_jobs.contract.recipe import Preferences, Questions, Recipe
 from llamarefine_jobs.store.bucket import S3Objects
-from llamarefine_jobs.store.objects import FileObjects, open_objects
+from llamarefine_jobs.store.folder import FolderObjects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_k8s.cluster.preflight import check_sources
 from llamarefine_k8s.runs import bucket_probe
 from llamarefine_k8s.runs.bucket_probe import check_store
@@ -152,16 +153,16 @@ def test_a_clock_that_is_a_little_off_is_a_warning(s3_uri: str, monkeypatch: pyt
     assert "the bucket, which refuses requests that are 900 s off; set the clock right" in bucket(s3_uri)
 
 
-@pytest.mark.parametrize("kind", [FileObjects, S3Objects])
+@pytest.mark.parametrize("kind", [FolderObjects, S3Objects])
 def test_a_store_that_ignores_the_condition_of_a_put_is_refused(
-    kind: type[FileObjects | S3Objects], file_uri: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+    kind: type[FolderObjects | S3Objects], file_uri: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(self: FileObjects | S3Objects, path: str, data: bytes) -> bool:
+    def careless(self: FolderObjects | S3Objects, path: str, data: bytes) -> bool:
         self.write(path, data)
         return True
 
     monkeypatch.setattr(kind, "create", careless)
-    uri = file_uri if kind is FileObjects else s3_uri
+    uri = file_uri if kind is FolderObjects else s3_uri
     assert "If-None-Match is not honoured" in bucket(uri)
     assert list(open_objects(uri).entries("")) == []
 
