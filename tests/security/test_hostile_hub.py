@@ -48,13 +48,13 @@ def attacks(outside: Path) -> dict[str, tuple[Repository, int, str]]:
         "dataset:a/endless-body": (of_rows(endless="body"), 11, "more than it listed"),
         "dataset:a/endless-listing": (of_rows(endless="listing"), 11, "more than it listed"),
         "dataset:a/endless-pages": (of_rows(endless="pages"), 11, "from one request to the next"),
-        "dataset:a/packed": (of_rows(encoding="gzip"), 11, "packs what was asked for"),
-        "dataset:a/to-a-file": (of_rows(redirect="file:///etc/passwd"), 11, "where no Hub is"),
+        "dataset:a/packed": (of_rows(encoding="gzip"), 11, "sends compressed data"),
+        "dataset:a/to-a-file": (of_rows(redirect="file:///etc/passwd"), 11, "which is not a Hub"),
         "dataset:a/to-ftp": (of_rows(redirect="ftp://127.0.0.1/owned"), 11, "leads to ftp://"),
         "dataset:a/to-metadata": (of_rows(redirect="http://169.254.169.254/latest"), 11, "leads to http://169.254"),
         "dataset:a/to-itself": (of_rows(redirect="/a/to-itself/resolve/main/train.csv"), 20, "20 redirects"),
-        "dataset:a/no-listing": (of_rows(listing={"a": 1}), 11, "cannot be brought"),
-        "dataset:a/deep-listing": (of_rows(listing=RAW_DEPTH), 11, "cannot be brought"),
+        "dataset:a/no-listing": (of_rows(listing={"a": 1}), 11, "cannot be downloaded"),
+        "dataset:a/deep-listing": (of_rows(listing=RAW_DEPTH), 11, "cannot be downloaded"),
         "dataset:a/own-client": (of_rows(extra={"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": "/owned"}), 0, ""),
         "dataset:a/script": (Repository({"script.py": CODE, "train.csv": CSV}), 0, ""),
         "dataset:a/gone": (Repository({}), 11, ""),
@@ -155,6 +155,8 @@ def test_the_stage_itself_says_one_line(tmp_path: Path) -> None:
     assert done.returncode == 11
     assert "Traceback" not in done.stderr
     assert (
-        done.stderr.strip().splitlines()[-1].startswith("prepare: error: prepare.questions: a/etag cannot be brought")
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("prepare: error: prepare.questions: a/etag cannot be downloaded")
     )
     assert not list(tmp_path.glob("owned*"))

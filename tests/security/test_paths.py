@@ -11,7 +11,7 @@ from llamarefine_jobs.contract.artifact import File, Manifest, safe_relative_pat
 from llamarefine_jobs.contract.errors import DataError, IntegrityError
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.data.reading import read_table
-from llamarefine_jobs.sources.pinning import content_sha256
+from llamarefine_jobs.sources.fingerprints import content_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import records
 from llamarefine_k8s.runs.results import report_page

@@ -10,7 +10,7 @@ import pytest
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.errors import AccessError, StoreError
 from llamarefine_jobs.contract.retry import RetryPolicy
-from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.store import Store
 
 from .. import s3_server
@@ -258,4 +258,4 @@ def test_a_source_in_a_bucket_that_is_away_is_waited_out_by_the_stage_that_reads
     """For longer than a person at a terminal waits."""
     store.write("inputs/one/rows.csv", b"q,a")
     with proxy.away(12):
-        assert pinning.download_s3(f"{s3_uri}/inputs/one/rows.csv", tmp_path).read_bytes() == b"q,a"
+        assert download_s3(f"{s3_uri}/inputs/one/rows.csv", tmp_path).read_bytes() == b"q,a"

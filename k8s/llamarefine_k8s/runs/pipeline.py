@@ -26,7 +26,7 @@ from llamarefine_jobs.contract.errors import (
 )
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
-from llamarefine_jobs.sources.pinning import file_sha256
+from llamarefine_jobs.sources.fingerprints import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import provenance, signing
 from llamarefine_k8s.runs.plan import newest_checkpoint

@@ -7,8 +7,9 @@ import pytest
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.sources import pinning
-from llamarefine_jobs.sources.pinning import Kind
+from llamarefine_jobs.sources import locations, pinning
+from llamarefine_jobs.sources.locations import Kind
+from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.store.uri import open_objects
 
 
@@ -47,17 +48,17 @@ def csv(tmp_path: Path) -> Path:
     ],
 )
 def test_a_source_is_recognised_by_its_form(source: str, expected: Kind) -> None:
-    assert pinning.kind(source) is expected
+    assert locations.kind(source) is expected
 
 
 def test_a_bare_name_is_a_hub_id_only_for_the_base_and_only_without_such_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert pinning.kind("owner/name", hub_id_allowed=True) is Kind.HUB
-    assert pinning.kind("owner/name") is Kind.PATH
+    assert locations.kind("owner/name", hub_id_allowed=True) is Kind.HUB
+    assert locations.kind("owner/name") is Kind.PATH
     (tmp_path / "owner/name").mkdir(parents=True)
-    assert pinning.kind("owner/name", hub_id_allowed=True) is Kind.PATH
+    assert locations.kind("owner/name", hub_id_allowed=True) is Kind.PATH
 
 
 def test_a_file_that_only_moved_keeps_the_key(csv: Path, tmp_path: Path) -> None:
@@ -103,9 +104,9 @@ def test_objects_of_a_bucket_are_known_and_brought(s3_uri: str, tmp_path: Path) 
     for path, data in {"rows.csv": b"q,a", "rows.csv.bak": b"old", "base/config.json": b"{}", "base/x/y": b"z"}.items():
         objects.write(path, data)
     single, folder = f"{s3_uri}/rows.csv", f"{s3_uri}/base/"
-    assert pinning.download_s3(single, tmp_path / "one").read_bytes() == b"q,a"
+    assert download_s3(single, tmp_path / "one").read_bytes() == b"q,a"
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["rows.csv"]
-    base = pinning.download_s3(folder, tmp_path / "base")
+    base = download_s3(folder, tmp_path / "base")
     assert (base / "config.json").read_bytes() == b"{}"
     assert (base / "x/y").read_bytes() == b"z"
 
@@ -129,5 +130,5 @@ def test_an_object_cannot_be_written_outside_the_folder(
     objects = open_objects(s3_uri)
     objects.write("base/a:b", b"a name that some systems read as a drive")
     with pytest.raises(DataError, match="rename that object"):
-        pinning.download_s3(f"{s3_uri}/base", tmp_path / "into")
+        download_s3(f"{s3_uri}/base", tmp_path / "into")
     assert not (tmp_path / "into").exists()

@@ -12,8 +12,7 @@ import pytest
 from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.data.reading import read_table
-from llamarefine_jobs.sources.addresses import redirects_inward
-from llamarefine_jobs.sources.web import download
+from llamarefine_jobs.sources.web import download, redirects_inward
 
 BODY = b"question,answer\nq,a\n"
 
