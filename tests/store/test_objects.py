@@ -71,8 +71,8 @@ TIMES = ["2026-11-24T03:22:51.123Z", "2026-11-24T03:22:51+02:00", "Tue, 24 Nov 2
 def test_a_bucket_s_times_are_read_as_botocore_reads_them(text: str | float) -> None:
     from botocore.utils import parse_timestamp
 
-    assert bucket._time(text) == parse_timestamp(text)
-    assert bucket._time(text).tzinfo
+    assert bucket._parse_time(text) == parse_timestamp(text)
+    assert bucket._parse_time(text).tzinfo
 
 
 def test_chunks_add_up_to_the_object(store: Store, tmp_path: Path) -> None:

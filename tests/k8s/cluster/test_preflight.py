@@ -129,7 +129,7 @@ def test_an_endpoint_without_tls_where_tls_is_asked_is_told(
     s3_uri: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint.replace("http:", "https:"))
-    assert "does not speak TLS; give it a certificate, or write http:// where that is meant" in bucket(s3_uri)
+    assert "does not speak TLS; give it a certificate, or write http:// if that is intended" in bucket(s3_uri)
 
 
 def test_nobody_at_the_endpoint_is_told(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_clock_that_is_far_off_is_told(s3_uri: str, s3: S3Server, monkeypatch:
     true = botocore.auth.get_current_datetime
     late = timedelta(minutes=20)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *args, **kwargs: true(*args, **kwargs) - late)
-    assert "this machine's clock differs too much from the bucket's; set it right" in bucket(s3_uri)
+    assert "this machine's clock differs too much from the bucket's; correct it (NTP)" in bucket(s3_uri)
 
 
 def test_a_clock_that_is_a_little_off_is_a_warning(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
