@@ -241,7 +241,7 @@ def test_who_has_the_address_of_a_bucket_behind_tls_for_a_while_is_waited_out(
 
 def test_a_certificate_that_nobody_trusts_is_told_at_once(by_tls: CuttingProxy, s3_uri: str, tmp_path: Path) -> None:
     by_tls.impostors = [tls.certificate(tmp_path, "stranger")[1]] * 4
-    with pytest.raises(AccessError, match=r"is not trusted .* set AWS_CA_BUNDLE to its authority's file"):
+    with pytest.raises(AccessError, match=r"is not trusted .* set AWS_CA_BUNDLE to its CA's file"):
         Store(s3_uri, RetryPolicy(30)).read("something")
 
 

@@ -242,9 +242,8 @@ class Store:
 
     def _newest_checkpoint(self, stage: str, key: str) -> tuple[int, Manifest] | None:
         listed: list[int] = []
-        while (
-            steps := self.checkpoint_steps(stage, key)
-        ) != listed:  # look again if another process changed the list meanwhile
+        # Look again as long as other processes change the list meanwhile.
+        while (steps := self.checkpoint_steps(stage, key)) != listed:
             for step in reversed(steps):
                 manifest = self._manifest(checkpoint_path(stage, key, step))
                 if manifest is not None:

@@ -1,7 +1,7 @@
 """Objects in an S3-compatible bucket (``s3://``), through boto3.
 
-boto3 finds the credentials, sets timeouts and retries a single request a few times. If an outage lasts longer, the whole
-operation is retried under a `RetryPolicy` (contract/retry.py).
+boto3 finds the credentials, applies timeouts and retries a single request a few times. If an outage lasts longer, the
+whole operation is retried under a `RetryPolicy` (contract/retry.py).
 
 For a store that is not Amazon's, the endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
 """
@@ -265,7 +265,7 @@ class S3Objects:
                 raise self._from_client_error(where, cause) from None
             raise StoreError(f"{where}: {_sentence(error)}; is the endpoint right and reachable?") from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise from_os_error(error) from None
             if _is_broken_connection(error):
                 raise StoreError(f"{where}: the connection broke: {_sentence(error)}") from None
@@ -275,9 +275,7 @@ class S3Objects:
         endpoint = self.client.meta.endpoint_url
         if "CERTIFICATE_VERIFY_FAILED" in error:
             reason = _sentence(error.rpartition("certificate verify failed: ")[2]).partition(" (_ssl")[0]
-            message = (
-                f"the certificate of {endpoint} is not trusted ({reason}); set AWS_CA_BUNDLE to its authority's file"
-            )
+            message = f"the certificate of {endpoint} is not trusted ({reason}); set AWS_CA_BUNDLE to its CA's file"
         elif "WRONG_VERSION_NUMBER" in error or "record layer failure" in error:
             message = f"{endpoint} does not speak TLS; give it a certificate, or write http:// if that is intended"
         else:
@@ -307,10 +305,8 @@ class S3Objects:
             return AccessError(f"{where}: this machine's clock differs too much from the bucket's; correct it (NTP)")
         if code in _FULL:
             return DiskFullError(f"{where}: the bucket is full ({answer}); free some space, then run again")
-        if re.fullmatch(r"4\d\d|501", code) and code not in (
-            "408",
-            "429",
-        ):  # a bare HTTP status, without an S3 error code
+        # An HTTP status without an S3 error code.
+        if re.fullmatch(r"4\d\d|501", code) and code not in ("408", "429"):
             text = f"{where}: {self.client.meta.endpoint_url} does not answer as S3 ({answer})"
             if self.retry_policy.has_succeeded:  # another server answers for the bucket, which has answered before
                 self.client.close()  # an open connection would lead to that server for as long as it lasts
@@ -325,15 +321,9 @@ class S3Objects:
         return store_error
 
 
-_LOCAL_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.EISDIR,
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR),
 )
 
 
@@ -342,7 +332,7 @@ def _is_broken_connection(error: Exception) -> bool:
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
     if isinstance(error, OSError):
-        return error.errno not in _LOCAL_ERRORS
+        return error.errno not in _DISK_ERRORS
     return isinstance(error, HTTPClientError | IncompleteReadError) or type(error).__module__.startswith("urllib3")
 
 
