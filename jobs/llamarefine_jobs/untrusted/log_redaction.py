@@ -70,7 +70,10 @@ def redact_logs() -> None:
 
 @functools.cache
 def _environment_secrets() -> tuple[str, ...]:
-    """Return the secrets in the environment, in every spelling that a log may use, the longest first."""
+    """Return the secrets in the environment, in every spelling that a log may use, the longest first.
+
+    They are read once: a secret that is set later is only recognized by its form.
+    """
     found: set[str] = set()
     for name, value in os.environ.items():
         if _HOLDS_SECRET.search(name):

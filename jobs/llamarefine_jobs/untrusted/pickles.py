@@ -23,7 +23,7 @@ def refuse_pickled_code(checkpoint: Path) -> None:
     for file in sorted(path for path in checkpoint.rglob("*") if not path.is_dir()):
         name = file.relative_to(checkpoint).as_posix()
         if file.suffix not in (*INERT, *_TENSORS):
-            raise IntegrityError(f"the checkpoint holds {name}, which no checkpoint of ours does; {_REMEDY}")
+            raise IntegrityError(f"the checkpoint holds {name}, a type of file that no checkpoint has; {_REMEDY}")
         if file.suffix in _TENSORS:
             try:
                 with safe_globals():

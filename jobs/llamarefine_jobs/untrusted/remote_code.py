@@ -36,7 +36,7 @@ def refuse_programs(folder: Path) -> None:
     """Raise IntegrityError if a downloaded model or adapter has a file of an unexpected type, or names code."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if file.suffix not in INERT:
-            raise IntegrityError(f"it holds {file.relative_to(folder).as_posix()}, which no model of ours does")
+            raise IntegrityError(f"it holds {file.relative_to(folder).as_posix()}, a type of file that no model has")
     try:
         refuse_remote_code(folder)
     except DataError as error:
