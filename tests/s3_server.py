@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: MinIO where the program is at hand, moto's server otherwise.
+"""A real S3 server for the tests: MinIO if the program is installed, moto's server otherwise.
 
 `LLAMAREFINE_TEST_S3=minio` or `=moto` chooses.
 """
@@ -20,14 +20,14 @@ KEY, SECRET = "llamarefine-tests", "not-a-secret-anywhere"
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens, and what it is."""
+    """A running server: its address and the program's name."""
 
     endpoint: str
     name: str
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points boto3 at it, and at nothing else of the person who runs the tests."""
+        """The variables that point boto3 at this server, and away from the credentials of whoever runs the tests."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -40,7 +40,7 @@ class S3Server:
 
 
 def find_minio() -> str | None:
-    """The MinIO program, where there is one and nobody asked for moto."""
+    """Return the path of the MinIO program; None if there is none or LLAMAREFINE_TEST_S3 is `moto`."""
     if os.environ.get("LLAMAREFINE_TEST_S3") == "moto":
         return None
     home = Path(os.environ.get("CLUSTER_HOME", "~/.cache/llamarefine-cluster")).expanduser()
@@ -51,14 +51,14 @@ def find_minio() -> str | None:
 
 
 def describe() -> str:
-    """One line for pytest's header."""
+    """Return the line for pytest's header that names the server."""
     minio = find_minio()
     return f"S3 by MinIO ({minio})" if minio else "S3 by moto's server (no minio on the PATH)"
 
 
 @contextmanager
 def serve() -> Iterator[S3Server]:
-    """The server, for as long as the context lasts."""
+    """Run the server until the context ends."""
     minio = find_minio()
     with _minio(minio) if minio else _moto() as server:
         yield server
@@ -88,14 +88,14 @@ def _minio(program: str) -> Iterator[S3Server]:
         )
         try:
             endpoint = f"http://127.0.0.1:{port}"
-            _wait_until_it_answers(f"{endpoint}/minio/health/ready", process)
+            _wait_until_ready(f"{endpoint}/minio/health/ready", process)
             yield S3Server(endpoint, "minio")
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None:
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -35,7 +35,7 @@ from llamarefine_jobs.data.row_sets import (
 from llamarefine_jobs.data.splits import SPLITS, assign_splits, group_rows
 from llamarefine_jobs.models import tiny_llama
 from llamarefine_jobs.models.base import bring_base, describe, install_base, write_tokenizer_and_config
-from llamarefine_jobs.sources.pinning import DOCSTRINGS, TINY_LLAMA
+from llamarefine_jobs.sources.locations import DOCSTRINGS, TINY_LLAMA
 
 
 def work(context: Context) -> None:

@@ -84,7 +84,7 @@ class Fault:
 
 def remedy(said: str) -> Path | None:
     """The folder that an error tells to remove."""
-    found = re.search(r"to make it anew, remove (\S+) and run again", said)
+    found = re.search(r"to recreate it, remove (\S+) and run again", said)
     return Path(found[1]) if found else None
 
 

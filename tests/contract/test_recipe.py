@@ -131,7 +131,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ("- a\n- b", "found a list"),
         ("just words", "found the value 'just words'"),
         ("name: [unclosed", "not YAML"),
-        ("name: mine\nname: yours", "`name` stands here twice"),
+        ("name: mine\nname: yours", "`name` is here twice"),
         ("name: a\nprepare:\n\tquestions: x", "not YAML"),
         ("name: !!python/object:os.system {}", "not YAML"),
         ("? [a, b]\n: c", "not YAML"),

@@ -1,4 +1,4 @@
-"""A real browser on one page: what it shows, what it asks for, what it complains of."""
+"""Open a page in a real browser: its DOM, its requests, its console messages."""
 
 import functools
 import http.server
@@ -13,7 +13,7 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# Each would leave the word in the title, in the console, or in what the server is asked for.
+# Each attack that works puts the word `owned` into the title, the console, or a request to the server.
 ATTACKS = (
     "<script>document.title='owned'; console.log('owned'); fetch('/owned')</script>",
     "</div></pre></td><img src=/owned onerror=\"document.title='owned'; console.log('owned')\">",
@@ -29,26 +29,26 @@ ATTACKS = (
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a browser made of a page."""
+class Visit:
+    """A browser's visit of a page."""
 
     dom: str
-    asked: tuple[str, ...]
-    said: str
+    requested_paths: tuple[str, ...]
+    console: str
 
 
-def look(page: Path) -> Seen:
-    """Open `page`, served from its folder, and let its scripts, if it has any, run for two seconds of its clock."""
-    asked: list[str] = []
+def visit(page: Path) -> Visit:
+    """Open `page`, served from its folder, and run its scripts for two seconds of the browser's virtual time."""
+    requested_paths: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
-            asked.append(self.path)
+            requested_paths.append(self.path)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(page.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        # A profile in a short path, whatever TMPDIR a test has set: a socket lies in it, whose name may have 107 bytes.
+        # The profile holds a socket, whose path is limited to 107 bytes; so its path is short, whatever TMPDIR says.
         with tempfile.TemporaryDirectory(prefix="chromium-", dir="/tmp") as profile:
             shown = subprocess.run(
                 [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -60,4 +60,6 @@ def look(page: Path) -> Seen:
         assert shown.returncode == 0, shown.stderr[-4000:]
     finally:
         server.shutdown()
-    return Seen(shown.stdout, tuple(asked), "\n".join(line for line in shown.stderr.splitlines() if "CONSOLE" in line))
+    return Visit(
+        shown.stdout, tuple(requested_paths), "\n".join(line for line in shown.stderr.splitlines() if "CONSOLE" in line)
+    )

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub that serves what it should not: each repository is one attack, over real HTTP."""
+"""A malicious Hugging Face Hub over real HTTP: each repository is one attack."""
 
 import contextlib
 import gzip
@@ -15,30 +15,30 @@ COMMIT = "0" * 39 + "1"
 
 @dataclass
 class Repository:
-    """What it lists, and what it serves. Names and headers are the attacker's."""
+    """What a repository lists and serves. The attacker chooses names and headers."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
-    etag: str = ""  # of every file; its own otherwise
-    sizes: dict[str, int] = field(default_factory=dict)  # as listed
-    redirect: str = ""  # of every download
-    encoding: str = ""  # of every download
+    etag: str = ""  # of every file; default: derived from the file
+    sizes: dict[str, int] = field(default_factory=dict)  # in the listing; default: the real sizes
+    redirect: str = ""  # where every download redirects to
+    encoding: str = ""  # Content-Encoding of every download
     endless: str = ""  # "body", "listing" or "pages"
-    listing: Any = None  # instead of its own; bytes as they are
-    extra: dict[str, str] = field(default_factory=dict)  # headers of every answer about a file
+    listing: Any = None  # sent instead of the real listing: bytes unchanged, other values as JSON
+    extra: dict[str, str] = field(default_factory=dict)  # headers added to every answer about a file
 
 
 class Hub:
-    """The server and what it was asked."""
+    """The server and the requests that it received."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.sent_bytes = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # a client that has gone
+        self._server.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # the client closed the connection
         self._server.hub = self  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
-        hub.asked.append(f"{self.command} {self.path}")
+        hub.requests.append(f"{self.command} {self.path}")
         hub.authorizations.add(self.headers.get("Authorization", ""))
         with contextlib.suppress(ConnectionError):
             self._serve(hub)
@@ -92,12 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
             for file, body in repository.files.items()
         ]
         if repository.listing is not None:
-            as_it_is = isinstance(repository.listing, bytes)
-            return self._answer(200, repository.listing if as_it_is else json.dumps(repository.listing).encode(), {})
+            is_raw = isinstance(repository.listing, bytes)
+            return self._answer(200, repository.listing if is_raw else json.dumps(repository.listing).encode(), {})
         if repository.endless == "listing":
             return self._endless(hub, b"[", json.dumps(listed[0]).encode() + b",")
         if repository.endless == "pages":
-            return self._json([], {"Link": f'<{hub.url}{self.path.split("?")[0]}?cursor={len(hub.asked)}>; rel="next"'})
+            return self._json(
+                [], {"Link": f'<{hub.url}{self.path.split("?")[0]}?cursor={len(hub.requests)}>; rel="next"'}
+            )
         return self._json(listed)
 
     def _file(self, hub: Hub, repository: Repository, name: str) -> None:
@@ -124,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         chunk = first + more
-        while hub.sent_bytes < 2 << 30:  # so that a client without a bound ends some day, and is seen
+        while hub.sent_bytes < 2 << 30:  # so that the test ends if the client has no limit
             self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
             hub.sent_bytes += len(chunk)
             chunk = more * max(1, (1 << 16) // len(more))
@@ -144,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served() -> Iterator[Hub]:
-    """A Hub, for as long as the context lasts."""
+    """Run a Hub until the context ends."""
     hub = Hub()
     hub.start()
     try:

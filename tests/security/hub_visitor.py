@@ -1,8 +1,8 @@
-"""What prepare does with a Hub repository, by its own code, for several repositories in one process.
+"""Read several Hub repositories with prepare's own code, in one process.
 
     python hub_visitor.py FOLDER model:owner/name dataset:owner/name …
 
-Prints a line for each: how it ended, with which exit code, in which words.
+Prints one JSON line per repository: its name, the exit code, the error's text.
 """
 
 import json
@@ -24,10 +24,10 @@ def visit(kind: str, name: str, work: Path) -> dict[str, object]:
         else:
             read_table(Rows(source=f"hf://datasets/{name}"), "prepare.questions", work, ("question", "answer"))
     except LlamaRefineError as error:
-        return {"exit_code": error.exit_code, "said": str(error)}
+        return {"exit_code": error.exit_code, "error": str(error)}
     except BaseException:
-        return {"exit_code": 1, "said": traceback.format_exc()}
-    return {"exit_code": 0, "said": ""}
+        return {"exit_code": 1, "error": traceback.format_exc()}
+    return {"exit_code": 0, "error": ""}
 
 
 if __name__ == "__main__":
@@ -35,4 +35,4 @@ if __name__ == "__main__":
         kind, _, name = each.partition(":")
         work = Path(sys.argv[1], str(number))
         work.mkdir(parents=True)
-        print(json.dumps({"of": each} | visit(kind, name, work)), flush=True)
+        print(json.dumps({"repository": each} | visit(kind, name, work)), flush=True)

@@ -1,4 +1,4 @@
-"""An adapter that someone else put into the bucket: PEFT is given a plain LoRA or nothing."""
+"""An adapter that an attacker wrote to the bucket: only a plain LoRA adapter is passed to PEFT."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from llamarefine_jobs.models import backends
 
 from ..fuzz.target import held
 
-ENDLESS = "([a-z_.0-9]+)+!"  # to match it against a layer's name takes longer than anybody lives
+SLOW_PATTERN = "([a-z_.0-9]+)+!"  # a regular expression with exponential time on a layer's name
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -24,13 +24,13 @@ def base() -> Any:
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **shape))
 
 
-def an_adapter(folder: Path, **config: Any) -> Path:
+def write_adapter(folder: Path, **config: Any) -> Path:
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
-    halves = {f"{LAYER}.lora_A.weight": torch.ones(2, 16), f"{LAYER}.lora_B.weight": torch.ones(16, 2)}
-    save_file(halves, folder / "adapter_model.safetensors")
+    matrices = {f"{LAYER}.lora_A.weight": torch.ones(2, 16), f"{LAYER}.lora_B.weight": torch.ones(16, 2)}
+    save_file(matrices, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(PLAIN | config))
     return folder
 
@@ -38,13 +38,13 @@ def an_adapter(folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     "config",
     [
-        {"target_modules": ENDLESS},
-        {"target_modules": [ENDLESS]},
+        {"target_modules": SLOW_PATTERN},
+        {"target_modules": [SLOW_PATTERN]},
         {"target_modules": "all-linear"},
         {"target_modules": None},
-        {"exclude_modules": ENDLESS},
-        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
-        {"rank_pattern": {ENDLESS: 4}},
+        {"exclude_modules": SLOW_PATTERN},
+        {"layers_to_transform": [0], "layers_pattern": SLOW_PATTERN},
+        {"rank_pattern": {SLOW_PATTERN: 4}},
         {"r": 50_000_000},
         {"lora_alpha": float("inf")},
         {"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}},
@@ -54,13 +54,13 @@ def an_adapter(folder: Path, **config: Any) -> Path:
         {"a_later_idea": {"module": "os"}},
     ],
 )
-def test_a_setting_that_reaches_further_is_refused(config: dict[str, Any], base: Any, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_plain_lora_is_refused(config: dict[str, Any], base: Any, tmp_path: Path) -> None:
     with held("attach_adapter"), pytest.raises(DataError) as caught:
-        backends.attach_adapter(base, an_adapter(tmp_path / "adapter", **config))
+        backends.attach_adapter(base, write_adapter(tmp_path / "adapter", **config))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_a_plain_one_is_taken_wherever_it_says_it_is_from(base: Any, tmp_path: Path) -> None:
+def test_a_plain_lora_is_loaded_whatever_base_it_names(base: Any, tmp_path: Path) -> None:
     elsewhere = {"base_model_name_or_path": "http://127.0.0.1:1/another", "revision": "main"}
-    assert backends.attach_adapter(base, an_adapter(tmp_path / "adapter", **elsewhere))
+    assert backends.attach_adapter(base, write_adapter(tmp_path / "adapter", **elsewhere))

@@ -1,4 +1,4 @@
-"""A checkpoint that someone else put into the bucket, with a good manifest, runs no code of theirs."""
+"""A checkpoint that an attacker wrote to the bucket, with a valid manifest, runs no code."""
 
 import shutil
 import signal
@@ -16,7 +16,7 @@ from ..jobs import processes, tiny
 
 
 class Evil:
-    """What a pickle may be told to call as it is read."""
+    """An object whose pickle creates `marker` when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -32,7 +32,7 @@ def poison(path: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "nested/rng_state_1.pth"])
-def test_a_pickle_with_code_is_refused_and_not_run(name: str, tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_executed(name: str, tmp_path: Path) -> None:
     import torch
 
     folder, marker = tmp_path / "checkpoint", tmp_path / "owned"
@@ -42,20 +42,22 @@ def test_a_pickle_with_code_is_refused_and_not_run(name: str, tmp_path: Path) ->
         refuse_pickled_code(folder)
     assert not marker.exists()
     torch.load(folder / name, weights_only=False)
-    assert marker.exists(), "the pickle is a real one: read carelessly, it runs"
+    assert marker.exists(), "the pickle is a real attack: loaded without protection, it runs"
 
 
 @pytest.mark.parametrize(
     "name", ["training_args.bin", "pytorch_model.bin", "a.py", "a.zip", "a.so", "model.pkl", "noending"]
 )
-def test_a_file_that_no_checkpoint_has_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_file_type_that_no_checkpoint_has_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(IntegrityError, match=name):
         refuse_pickled_code(tmp_path)
 
 
 @pytest.mark.parametrize("override", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
-def test_no_environment_variable_loosens_it(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_environment_variable_disables_the_check(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(override, "1")
     poison(tmp_path / "optimizer.pt", tmp_path / "owned")
     with pytest.raises(IntegrityError):
@@ -63,8 +65,8 @@ def test_no_environment_variable_loosens_it(override: str, tmp_path: Path, monke
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_training_that_finds_a_poisoned_checkpoint_stops_and_names_it(tmp_path: Path) -> None:
-    """The real stage, from a real checkpoint whose optimizer state was replaced and published with a true manifest."""
+def test_a_training_stops_at_a_poisoned_checkpoint_and_names_the_file(tmp_path: Path) -> None:
+    """Run sft on its own checkpoint after the optimizer state was replaced and published with a valid manifest."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny.RECIPE)
     store = Store(str(tmp_path / "store"))

@@ -1,4 +1,4 @@
-"""The commands themselves, with every library as loud as it can be: no credential is on any screen or in any log."""
+"""Commands and a stage with every library at DEBUG: no credential in their output or in their logs."""
 
 import base64
 import logging
@@ -26,7 +26,7 @@ HUB = "hf_" + "Q7" * 17
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A signing key's file; its public half lies beside it."""
+    """The file of a signing key; the public key is beside it."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -41,7 +41,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def session(s3: S3Server, the_bucket: str) -> dict[str, str]:
-    """Credentials as workload identity gives them: for an hour, with a token."""
+    """Temporary credentials with a session token, as workload identity provides them."""
     import boto3
 
     given = boto3.client("sts", endpoint_url=s3.endpoint, region_name="us-east-1").assume_role(
@@ -55,7 +55,7 @@ def session(s3: S3Server, the_bucket: str) -> dict[str, str]:
 
 @pytest.fixture
 def environment(session: dict[str, str], key: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """What a person's shell has: bucket keys, a kubeconfig with a token and a client's key, a Hub token."""
+    """A user's environment: bucket keys, a kubeconfig with a token and a client key, a Hub token."""
     pem = key.read_bytes()
     with api_served() as api:
         api.put("serviceaccounts", {"metadata": {"name": "llamarefine-driver"}})
@@ -78,15 +78,15 @@ def environment(session: dict[str, str], key: Path, tmp_path: Path) -> Iterator[
         )
 
 
-def hear(environment: dict[str, str], *command: str) -> tuple[int, str]:
+def run_command(environment: dict[str, str], *command: str) -> tuple[int, str]:
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=environment["HOME"]
     )
     return done.returncode, done.stdout + done.stderr
 
 
-def check_discreet(text: str, environment: dict[str, str]) -> None:
-    """No credential in whatever form, nor what was made of one to be accepted instead of it."""
+def assert_no_credential(text: str, environment: dict[str, str]) -> None:
+    """Assert that `text` holds no credential in any spelling, and no signature made with one."""
     key = environment["LLAMAREFINE_SIGNING_KEY"]
     secrets = {
         "the signing key": key.splitlines()[1],
@@ -105,9 +105,7 @@ def check_discreet(text: str, environment: dict[str, str]) -> None:
     assert not signed, text[max(0, signed.start() - 300) :][:500] if signed else ""
 
 
-def test_no_command_of_the_launcher_tells_a_credential(
-    environment: dict[str, str], key: Path, s3_uri: str, tmp_path: Path
-) -> None:
+def test_no_command_prints_a_credential(environment: dict[str, str], key: Path, s3_uri: str, tmp_path: Path) -> None:
     (tmp_path / "questions.csv").write_text("question,answer\nWhat is kind?,A cluster.\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("QUESTIONS", str(tmp_path / "questions.csv")))
@@ -123,25 +121,25 @@ def test_no_command_of_the_launcher_tells_a_credential(
     ]
     codes: dict[str, int] = {}
     for command in commands:
-        code, text = hear(environment, *LAUNCHER, *command)
+        code, text = run_command(environment, *LAUNCHER, *command)
         codes[command[0]] = code
-        assert "DEBUG:" in text, f"{command}: the libraries did speak"
-        assert "send:" in text, f"{command}: the connections did speak"
-        check_discreet(text, environment)
-    assert codes == dict.fromkeys(codes, 0) | {"preflight": 1}, "in a cluster of nothing but a server"
+        assert "DEBUG:" in text, f"{command}: the libraries logged"
+        assert "send:" in text, f"{command}: the HTTP client logged"
+        assert_no_credential(text, environment)
+    assert codes == dict.fromkeys(codes, 0) | {"preflight": 1}, (
+        "preflight fails because the cluster has only an API server"
+    )
 
 
-def test_a_bucket_that_refuses_and_a_server_that_does_not_know_us_tell_none(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_failing_commands_print_no_credential(environment: dict[str, str], tmp_path: Path) -> None:
     environment |= {"LLAMAREFINE_STORE": "s3://no-such-bucket-anywhere/prefix"}
     for command in (["status"], ["logs"], ["submit", "nothing.yaml"]):
-        code, text = hear(environment, *LAUNCHER, *command)
+        code, text = run_command(environment, *LAUNCHER, *command)
         assert code != 0
-        check_discreet(text, environment)
+        assert_no_credential(text, environment)
 
 
-def test_no_stage_tells_a_credential(environment: dict[str, str], s3_uri: str, tmp_path: Path) -> None:
+def test_prepare_prints_no_credential(environment: dict[str, str], s3_uri: str, tmp_path: Path) -> None:
     rows = "question,answer\n" + "".join(f"What is {number}?,It is {number}.\n" for number in range(40))
     recipe = tmp_path / "recipe.yaml"
     small = "tiny-llama, tiny: {vocabulary: 300, hidden_size: 32, intermediate_size: 32, layers: 1, heads: 2, steps: 1}"
@@ -150,15 +148,15 @@ def test_no_stage_tells_a_credential(environment: dict[str, str], s3_uri: str, t
         hub.repositories["a/private"] = hostile_hub.Repository({"train.csv": rows.encode()})
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
         stage = [sys.executable, "-m", "llamarefine_jobs.prepare", "--recipe", str(recipe), "--store", s3_uri]
-        code, text = hear(environment, *stage)
+        code, text = run_command(environment, *stage)
     assert code == 0, text[-2000:]
     assert f"Bearer {HUB}" in hub.authorizations, "the token was used"
     assert "DEBUG:" in text
-    check_discreet(text, environment)
+    assert_no_credential(text, environment)
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("text", "redacted"),
     [
         ("Authorization: Bearer abc.def", "Authorization: [hidden]"),
         ("headers={'Authorization': b'AWS4-HMAC-SHA256 Credential=a/b, Signature=0f', 'Host': 'h'}",
@@ -177,11 +175,11 @@ def test_no_stage_tells_a_credential(environment: dict[str, str], s3_uri: str, t
         ("set HF_TOKEN for a private one; sha256: " + "0f" * 32, None),
     ],
 )  # fmt: skip
-def test_a_credential_is_known_by_its_form(said: str, shown: str | None) -> None:
-    assert redact(said) == (shown or said)
+def test_a_credential_is_recognized_by_its_form(text: str, redacted: str | None) -> None:
+    assert redact(text) == (redacted or text)
 
 
-def test_a_traceback_in_a_log_is_looked_through(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logged_traceback_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
     redact_logs()
     try:
         raise ValueError("Authorization: Bearer abc.def")

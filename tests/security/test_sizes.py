@@ -1,4 +1,4 @@
-"""A small file that stands for more than a machine holds is refused before it is unfolded."""
+"""A small file that expands to more data than a machine holds is refused before it is expanded."""
 
 import resource
 from pathlib import Path
@@ -20,8 +20,8 @@ def read(path: Path) -> list[Any]:
     )
 
 
-def one_text_many_times(path: Path, times: int = 2000, length: int = 16 << 20) -> None:
-    """32 GiB of question in less than a megabyte: the text is there once, and each row points at it."""
+def write_repeated_text(path: Path, times: int = 2000, length: int = 16 << 20) -> None:
+    """Write 32 GiB of questions in less than a megabyte: the file holds the text once, and each row refers to it."""
     indices = pyarrow.array([0] * times, pyarrow.int32())
     texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * length]))
     parquet.write_table(pyarrow.table({"question": texts, "answer": pyarrow.array(["a"] * times)}), path)
@@ -29,10 +29,10 @@ def one_text_many_times(path: Path, times: int = 2000, length: int = 16 << 20) -
 
 
 @pytest.mark.parametrize("place", ["rows.parquet", "dataset/train.parquet"])
-def test_a_parquet_file_of_one_text_meant_many_times(place: str, tmp_path: Path) -> None:
+def test_a_parquet_file_that_repeats_a_text_too_often_is_refused(place: str, tmp_path: Path) -> None:
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
-    one_text_many_times(path)
+    write_repeated_text(path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=r"8 GiB") as caught:
         read(path if path.parent == tmp_path else path.parent)
@@ -40,8 +40,8 @@ def test_a_parquet_file_of_one_text_meant_many_times(place: str, tmp_path: Path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "less than 2 GiB more, in KiB"
 
 
-def test_a_text_meant_a_few_times_is_read_as_often(tmp_path: Path) -> None:
-    one_text_many_times(tmp_path / "rows.parquet", times=3, length=5)
+def test_a_parquet_file_that_repeats_a_short_text_is_read(tmp_path: Path) -> None:
+    write_repeated_text(tmp_path / "rows.parquet", times=3, length=5)
     assert read(tmp_path / "rows.parquet") == [("xxxxx", "a")] * 3
 
 
@@ -53,9 +53,7 @@ def test_a_text_meant_a_few_times_is_read_as_often(tmp_path: Path) -> None:
         ("rows.parquet", b""),
     ],
 )
-def test_more_rows_than_are_read_at_once(
-    name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_rows_are_refused(name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_LIMIT_ROWS", 20)
     (tmp_path / name).write_bytes(data)
     if not data:

@@ -1,6 +1,8 @@
-"""One list of tests, two kinds of store."""
+"""Stores of both kinds, and a clock that makes the pauses between retries take no time."""
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +13,7 @@ from . import samples
 
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest) -> Store:
-    """An empty store: each test that takes it runs on a folder and on a bucket."""
+    """An empty store: each test with this fixture runs on a folder and on a bucket."""
     uri: str = request.getfixturevalue(f"{request.param}_uri")
     return Store(uri)
 
@@ -20,3 +22,29 @@ def store(request: pytest.FixtureRequest) -> Store:
 def folder(tmp_path: Path) -> Path:
     """A folder to publish."""
     return samples.make_folder(tmp_path / "made")
+
+
+class Clock:
+    """A clock that only `sleep` moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.pauses_s: list[float] = []
+        self._lock = threading.Lock()
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.pauses_s.append(seconds)
+            self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the retry policy, which passes its pauses at once; boto3's own pauses take no time either."""
+    clock = Clock()
+    monkeypatch.setattr("llamarefine_jobs.contract.retry.time", clock)
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
+    return clock

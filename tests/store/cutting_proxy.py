@@ -1,4 +1,4 @@
-"""A TCP proxy that does to connections what networks and restarting servers do."""
+"""A TCP proxy that imitates failing networks and restarting servers, and counts what it did to connections."""
 
 import contextlib
 import select
@@ -17,39 +17,54 @@ _CHUNK_BYTES = 1 << 14
 
 
 class CuttingProxy:
-    """Passes bytes on to `endpoint`, unless told otherwise. What is set here holds for connections at work, too."""
+    """Forwards bytes to `endpoint`, except as its attributes say. Changes also affect open connections.
+
+    Each attribute that ends with `_left` is a number of failures still to happen. A test that ends with 0 left has met
+    every one of them.
+    """
 
     def __init__(self, endpoint: str, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(endpoint)
-        self._behind = (parts.hostname or "", parts.port or 80)
+        self._server = (parts.hostname or "", parts.port or 80)
         self._listener = socket.create_server((host, 0), backlog=64)
+        self._lock = threading.Lock()
+        self.forwarded_bytes = 0  # by all connections together
         self.endpoint = f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
         self.tls = tls
-        self.impostors: list[ssl.SSLContext | None] = []  # what answers the next connections instead; None: no TLS
-        self.refuses = False  # closes what comes at once
-        self.stalls = False  # passes nothing on
-        self.slow_downs = 0  # so many requests are answered 503 SlowDown
-        self.retry_after_s = 0  # and told when to come again
-        self.strangers = 0  # so many connections lead to something else for good, which answers this:
-        self.stranger_says = b"404 Not Found"
-        self.lost_answers = 0  # so many answers to PUT are thrown away
-        self.cut_after_bytes: int | None = None  # of each connection, either way together
-        self.cuts = 0
         self.connections = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.refused = 0  # connections that were closed before a byte was forwarded
+        self.refuses = False  # close every connection
+        self.refusals_left = 0  # close every connection until so many new ones were closed
+        self.outage_at_byte: int | None = None  # once so many bytes were forwarded, `refusals_left` becomes 12
+        self.stalls_left = 0  # forward nothing on so many new connections, and keep them open
+        self.cuts_left = 0  # close so many connections once they have forwarded `cut_after_bytes`
+        self.cut_after_bytes = 0  # per connection, in both directions together
+        self.slow_downs_left = 0  # answer 503 SlowDown to so many requests
+        self.retry_after_s = 0  # send Retry-After with these answers
+        self.strangers_left = 0  # let another server answer so many new connections, until the client closes them
+        self.stranger_status = b"404 Not Found"  # its answer to every request
+        self.impostors: list[ssl.SSLContext | None] = []  # certificates shown to the next connections; None: no TLS
+        self.lost_answers_left = 0  # close the connection instead of forwarding so many answers to PUT
 
     def close(self) -> None:
         self._listener.close()
         self.refuses = True
 
     @contextlib.contextmanager
-    def away(self, seconds: float, what: str = "refuses") -> Iterator[None]:
-        """Be so for some seconds, which may outlast the context."""
-        setattr(self, what, True)
-        timer = threading.Timer(seconds, lambda: setattr(self, what, False))
+    def away(self, seconds: float) -> Iterator[None]:
+        """Close every connection for some seconds; wait for their end when the context ends."""
+        self.refuses = True
+        timer = threading.Timer(seconds, lambda: setattr(self, "refuses", False))
         timer.start()
         yield
         timer.join()
+
+    def _take(self, counter: str) -> bool:
+        """Reduce `counter` by one; return whether it was above 0."""
+        with self._lock:
+            left: int = getattr(self, counter)
+            setattr(self, counter, max(0, left - 1))
+            return left > 0
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -63,47 +78,62 @@ class CuttingProxy:
             if self.impostors:
                 _greet(client, self.impostors.pop(0))
                 return
-            if self.tls and not self.refuses:
+            if self.refuses or self._take("refusals_left"):
+                with self._lock:
+                    self.refused += 1
+                return
+            if self.tls:
                 client = self.tls.wrap_socket(client, server_side=True)
-            if self.slow_downs:
-                self.slow_downs -= 1
-                asked = b"\r\nRetry-After: %d" % self.retry_after_s if self.retry_after_s else b""
-                head = b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close" + asked
-                _answer(client, head, _SLOW_DOWN)
-                return
-            if self.strangers:
-                self.strangers -= 1
-                while _answer(client, self.stranger_says + b"\r\nContent-Type: text/plain", b"nothing here\n"):
+            if self._take("stalls_left"):
+                while client.recv(_CHUNK_BYTES):
                     pass
-                return
-            if not self.refuses:
-                with socket.create_connection(self._behind) as server:
-                    self._pass_on(client, server)
+            elif self._take("slow_downs_left"):
+                retry_after = b"\r\nRetry-After: %d" % self.retry_after_s if self.retry_after_s else b""
+                head = b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close" + retry_after
+                _answer(client, head, _SLOW_DOWN)
+            elif self._take("strangers_left"):
+                while _answer(client, self.stranger_status + b"\r\nContent-Type: text/plain", b"nothing here\n"):
+                    pass
+            else:
+                with socket.create_connection(self._server) as server:
+                    self._forward(client, server)
 
-    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
         passed_bytes, is_put = 0, False
-        while not self.refuses:
-            if self.stalls:
-                time.sleep(0.05)
-                continue
-            for ready in select.select([client, server], [], [], 0.1)[0]:
+        while True:
+            ready_sockets = select.select([client, server], [], [], 0.1)[0]
+            if self.refuses or self.refusals_left:
+                return
+            for ready in ready_sockets:
                 data = ready.recv(_CHUNK_BYTES)
                 if not data:
                     return
                 if ready is client:
                     is_put = data.startswith(b"PUT ") or (is_put and not data.startswith((b"GET ", b"HEAD ", b"POST ")))
-                elif is_put and self.lost_answers and not data.startswith(b"HTTP/1.1 100"):
-                    self.lost_answers -= 1
-                    return
-                if self.cut_after_bytes is not None and passed_bytes + len(data) > self.cut_after_bytes:
-                    self.cuts += 1
+                elif is_put and not data.startswith(b"HTTP/1.1 100") and self._take("lost_answers_left"):
                     return
                 passed_bytes += len(data)
+                if self.cuts_left and passed_bytes > self.cut_after_bytes and self._take("cuts_left"):
+                    return
+                if self._begins_outage(len(data)):
+                    return
                 (server if ready is client else client).sendall(data)
+
+    def _begins_outage(self, size_bytes: int) -> bool:
+        with self._lock:
+            self.forwarded_bytes += size_bytes
+            if self.outage_at_byte is None or self.forwarded_bytes < self.outage_at_byte:
+                return False
+            self.outage_at_byte, self.refusals_left = None, 12
+            return True
+
+    def start(self) -> None:
+        """Accept connections from now on."""
+        threading.Thread(target=self._accept, daemon=True).start()
 
 
 def _greet(client: socket.socket, tls: ssl.SSLContext | None) -> None:
-    """Begin as the server that has this certificate, or that speaks no TLS."""
+    """Begin the connection as a server with this certificate, or as one without TLS."""
     if tls:
         tls.wrap_socket(client, server_side=True).close()
     else:
@@ -111,18 +141,19 @@ def _greet(client: socket.socket, tls: ssl.SSLContext | None) -> None:
 
 
 def _answer(client: socket.socket, head: bytes, body: bytes) -> bool:
-    """Answer what comes next; whether anything came."""
+    """Answer the next request; return False if the client has closed the connection instead."""
     if not client.recv(_CHUNK_BYTES):
         return False
     client.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
-    time.sleep(0.05)  # what was not read would turn the end into a reset
+    time.sleep(0.05)  # closing at once, with a part of the request unread, would reset the connection
     return True
 
 
 @contextlib.contextmanager
 def before(endpoint: str, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[CuttingProxy]:
-    """A proxy before a server, on an address of this machine, for as long as the context lasts."""
+    """Run a proxy in front of a server, on an address of this machine, until the context ends."""
     proxy = CuttingProxy(endpoint, host, tls)
+    proxy.start()
     try:
         yield proxy
     finally:

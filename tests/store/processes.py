@@ -1,4 +1,4 @@
-"""Writers as processes of their own: what the tests of concurrency and of SIGKILL start and end."""
+"""Writers in separate processes, for the tests of concurrency and of SIGKILL."""
 
 import multiprocessing
 import os
@@ -11,13 +11,13 @@ from llamarefine_jobs.store import Store
 
 from . import samples
 
-# One server process imports boto3 once; each writer is a fork of it, single-threaded when it is made.
+# One server process imports boto3 once; each writer is forked from it while it has a single thread.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["boto3", "llamarefine_jobs.store.bucket", "llamarefine_jobs.store", __name__])
 
 
 def publish(uri: str, folder: Path, environment: dict[str, str], answer: Connection, start: Connection) -> None:
-    """Publish `folder` when told to; answer with the attempt of the manifest that stands."""
+    """Publish `folder` once `start` sends a message; send the attempt of the resulting manifest to `answer`."""
     os.environ.update(environment)
     store = Store(uri)
     store.manifest(samples.STAGE, samples.key_of("opens the connection"))
@@ -27,7 +27,7 @@ def publish(uri: str, folder: Path, environment: dict[str, str], answer: Connect
 
 
 def publish_within(uri: str, folder: Path, uid: int | None, file_limit_bytes: int | None, answer: Connection) -> None:
-    """Publish as another user, or with a limit on the size of files; answer with the error, or with nothing."""
+    """Publish as user `uid`, or with a limit on file sizes; send the error's class and text, or None, to `answer`."""
     if file_limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
     if uid is not None:
@@ -43,7 +43,7 @@ def publish_within(uri: str, folder: Path, uid: int | None, file_limit_bytes: in
 def error_of_publishing(
     uri: str, folder: Path, *, uid: int | None = None, file_limit_bytes: int | None = None
 ) -> tuple[str, str] | None:
-    """The kind and the text of the error that publishing under these conditions ends with."""
+    """Publish in a process with these limits; return the error's class and text, or None."""
     answer, child = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=publish_within, args=(uri, folder, uid, file_limit_bytes, child))
     process.start()
@@ -55,7 +55,7 @@ def error_of_publishing(
 
 
 class Writer:
-    """A process that waits to publish a folder."""
+    """A process that publishes a folder when `go` is called."""
 
     def __init__(self, store: Store, folder: Path, environment: dict[str, str]) -> None:
         self.answer, answer = PROCESSES.Pipe(duplex=False)
@@ -65,11 +65,11 @@ class Writer:
         assert self.answer.recv() == "ready"
 
     def go(self) -> None:
-        """Let it publish."""
+        """Start publishing."""
         self.start.send("go")
 
     def attempt(self) -> str:
-        """The attempt of the manifest that it was given, once it has one."""
+        """Wait for the process; return the attempt of the manifest that its `publish` returned."""
         assert self.answer.poll(60), "the writer did not end"
         found: str = self.answer.recv()
         self.process.join(60)
@@ -77,6 +77,6 @@ class Writer:
         return found
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """End the process with SIGKILL."""
         self.process.kill()
         self.process.join(60)

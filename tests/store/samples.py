@@ -1,4 +1,4 @@
-"""Folders to publish, drafts of manifests, and what a store must look like afterwards."""
+"""Folders to publish, drafts of manifests, and checks of a store's content."""
 
 import hashlib
 import random
@@ -13,7 +13,7 @@ STAGE = "sft"
 
 
 def key_of(text: str) -> str:
-    """A key, the same for the same text."""
+    """Return the artifact key for `text`."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -21,7 +21,7 @@ KEY = key_of("the key of most tests")
 
 
 def draft(key: str = KEY, stage: str = STAGE) -> Manifest:
-    """A manifest as a stage hands it to the store."""
+    """Return a manifest as a stage passes it to the store."""
     now = datetime(2026, 11, 1, 12, tzinfo=UTC)
     return Manifest(
         stage=stage,
@@ -37,7 +37,7 @@ def draft(key: str = KEY, stage: str = STAGE) -> Manifest:
 
 
 def make_folder(path: Path, seed: int = 1, size_bytes: int = 200_000) -> Path:
-    """A folder with the kinds of files that artifacts have: large, small, empty, nested, oddly named."""
+    """Create a folder with the kinds of files that artifacts have: large, small, empty, nested, oddly named."""
     content = random.Random(seed)
     for name, length in {
         "adapter/adapter_model.safetensors": size_bytes,
@@ -54,19 +54,19 @@ def make_folder(path: Path, seed: int = 1, size_bytes: int = 200_000) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by relative path."""
+    """Return the bytes of every file below `folder`, by relative path."""
     return {
         file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
     }
 
 
 def objects_of(store: Store, stage: str = STAGE, key: str = KEY) -> list[str]:
-    """The paths of all objects of an artifact, its manifest included."""
+    """Return the paths of all objects of an artifact, including its manifest."""
     return [entry.path for entry in store.entries(f"{artifact_path(stage, key)}/")]
 
 
 def assert_only(store: Store, manifest: Manifest) -> None:
-    """The store holds exactly what `manifest` lists and the manifest, and every byte is right."""
+    """Assert that the artifact consists of its manifest and the listed files, and that every byte is right."""
     expected = [f"{manifest.folder}/{file.path}" for file in manifest.files]
     expected.append(f"{artifact_path(manifest.stage, manifest.key)}/{MANIFEST}")
     assert objects_of(store, manifest.stage, manifest.key) == sorted(expected)

@@ -1,4 +1,4 @@
-"""A writer that ends between any two of its steps leaves no artifact, and the next one succeeds."""
+"""A writer that crashes between any two of its writes leaves no partial artifact, and the next writer succeeds."""
 
 import copy
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from .samples import KEY, STAGE
 
 
 class Crash(BaseException):
-    """The process is gone: nothing catches it."""
+    """Stands for the end of the process: no code of the store catches it."""
 
 
-class Ending:
-    """Real objects whose process ends at the `at`th change, and can do nothing from then on."""
+class CrashingObjects:
+    """Real objects, of which the `at`th write and every later one raise Crash."""
 
     def __init__(self, objects: Objects, at: int) -> None:
         self._objects, self._left = objects, at
@@ -40,11 +40,11 @@ class Ending:
 
 
 def crashed_at(store: Store, at: int, act: Callable[[Store], object]) -> bool:
-    """Whether `act`, on the same store, ended at its `at`th change (else it came to its end)."""
-    ending = copy.copy(store)
-    ending.objects = Ending(store.objects, at)  # type: ignore[assignment]
+    """Run `act` on the same store; return whether it crashed at its `at`th write (otherwise it completed)."""
+    crashing = copy.copy(store)
+    crashing.objects = CrashingObjects(store.objects, at)  # type: ignore[assignment]
     try:
-        act(ending)
+        act(crashing)
     except Crash:
         return True
     return False
@@ -55,13 +55,13 @@ def test_a_crash_before_the_manifest_leaves_no_artifact(store: Store, folder: Pa
         if not crashed_at(store, at, lambda store: store.publish(folder, samples.draft())):
             break
         assert store.manifest(STAGE, KEY) is None
-    assert at == len(samples.content(folder)) + 1, "each file is one change, the manifest the last"
+    assert at == len(samples.content(folder)) + 1, "each file is one write, and the manifest is the last"
     published = store.manifest(STAGE, KEY)
     assert published is not None
     store.verify(published)
 
 
-def test_a_crash_while_checkpoints_are_pruned_loses_none_that_counts(
+def test_a_crash_while_older_checkpoints_are_removed_keeps_a_complete_one(
     store: Store, folder: Path, tmp_path: Path
 ) -> None:
     store.publish_checkpoint(10, folder, samples.draft())
@@ -94,21 +94,21 @@ def test_a_crash_while_a_checkpoint_is_removed_leaves_it_whole_or_absent(
 def test_a_failed_upload_leaves_nothing(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload = store.objects.upload
 
-    def fail_at_the_last(path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
+    def fail_at_one_byte(path: str, file: Path, on_chunk: Callable[[bytes], None]) -> None:
         if path.endswith("one.byte"):
             raise DiskFullError("no space is left")
         upload(path, file, on_chunk)
 
-    monkeypatch.setattr(store.objects, "upload", fail_at_the_last)
+    monkeypatch.setattr(store.objects, "upload", fail_at_one_byte)
     with pytest.raises(DiskFullError):
         store.publish(folder, samples.draft())
     assert samples.objects_of(store) == []
 
 
-def test_a_manifest_whose_answer_was_lost_keeps_its_files(
+def test_a_manifest_keeps_its_files_if_its_answer_was_lost(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server wrote it, the connection broke before it could say so: its files must not be tidied away."""
+    """The server wrote the manifest, then the connection broke: the files must not be cleaned up."""
     create = store.objects.create
 
     def lose_the_answer(path: str, data: bytes) -> bool:
@@ -119,29 +119,29 @@ def test_a_manifest_whose_answer_was_lost_keeps_its_files(
         patched.setattr(store.objects, "create", lose_the_answer)
         with pytest.raises(StoreError):
             store.publish(folder, samples.draft())
-    standing = store.manifest(STAGE, KEY)
-    assert standing is not None
-    samples.assert_only(store, standing)
-    assert store.publish(folder, samples.draft()) == standing
+    manifest = store.manifest(STAGE, KEY)
+    assert manifest is not None
+    samples.assert_only(store, manifest)
+    assert store.publish(folder, samples.draft()) == manifest
 
 
 @pytest.mark.parametrize("error", [DiskFullError("the bucket is full"), AccessError("the credentials have expired")])
-def test_a_manifest_whose_answer_was_lost_keeps_its_files_though_the_next_try_is_refused(
+def test_a_manifest_keeps_its_files_if_its_answer_was_lost_and_the_retry_was_refused(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, error: LlamaRefineError
 ) -> None:
     create = store.objects.create
 
-    def be_refused_at_the_second_try(path: str, data: bytes) -> bool:
+    def refuse_the_retry(path: str, data: bytes) -> bool:
         create(path, data)
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(store.objects, "create", be_refused_at_the_second_try)
+        patched.setattr(store.objects, "create", refuse_the_retry)
         with pytest.raises(type(error)):
             store.publish(folder, samples.draft())
-    standing = store.manifest(STAGE, KEY)
-    assert standing is not None
-    samples.assert_only(store, standing)
+    manifest = store.manifest(STAGE, KEY)
+    assert manifest is not None
+    samples.assert_only(store, manifest)
 
 
 def test_a_refused_manifest_leaves_nothing(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

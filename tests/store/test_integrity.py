@@ -1,4 +1,4 @@
-"""A wrong byte is never used: the error names the file, and nothing half-fetched is left."""
+"""Wrong bytes are never used: the error names the file, and nothing partially fetched is left."""
 
 import random
 from collections.abc import Callable
@@ -21,14 +21,14 @@ def flip(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
 
 
-def change(store: Store, path: str, into: Callable[[bytes], bytes]) -> None:
+def replace(store: Store, path: str, damage: Callable[[bytes], bytes]) -> None:
     data = store.objects.read(path)
     assert data is not None
-    store.objects.write(path, into(data))
+    store.objects.write(path, damage(data))
 
 
 def assert_refused(store: Store, manifest: Manifest, name: str, tmp_path: Path) -> None:
-    """Neither fetched nor verified; the error is one line and names the file; no trace in the folder."""
+    """Fetch and verify fail; the one-line error names the file; the target's folder stays empty."""
     target = tmp_path / "target" / "fetched"
     with pytest.raises(IntegrityError) as error:
         store.fetch(manifest, target)
@@ -77,7 +77,7 @@ def test_a_file_of_another_length_is_named(
     store: Store, folder: Path, tmp_path: Path, damage: Callable[[bytes], bytes], words: str
 ) -> None:
     manifest = store.publish(folder, samples.draft())
-    change(store, f"{manifest.folder}/adapter/adapter_model.safetensors", damage)
+    replace(store, f"{manifest.folder}/adapter/adapter_model.safetensors", damage)
     assert_refused(store, manifest, "adapter/adapter_model.safetensors: " + words, tmp_path)
 
 
@@ -87,14 +87,16 @@ def test_a_missing_file_is_named(store: Store, folder: Path, tmp_path: Path) -> 
     assert_refused(store, manifest, "empty.txt: is missing", tmp_path)
 
 
-def test_a_part_is_fetched_though_another_part_is_damaged(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_part_of_an_artifact_is_fetched_though_another_part_is_damaged(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     manifest = store.publish(folder, samples.draft())
     store.objects.delete(f"{manifest.folder}/one.byte")
     store.fetch(manifest, tmp_path / "fetched", "adapter/")
     assert len(samples.content(tmp_path / "fetched")) == 2
 
 
-def test_the_error_says_how_to_go_on(store: Store, folder: Path) -> None:
+def test_the_error_says_what_to_remove(store: Store, folder: Path) -> None:
     manifest = store.publish(folder, samples.draft())
     store.objects.delete(f"{manifest.folder}/one.byte")
     place = store.uri.removeprefix("file://")
@@ -103,7 +105,7 @@ def test_the_error_says_how_to_go_on(store: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"not JSON"])
-def test_what_is_no_manifest_is_an_integrity_error(store: Store, data: bytes) -> None:
+def test_an_invalid_manifest_is_an_integrity_error(store: Store, data: bytes) -> None:
     store.objects.write(MANIFEST_PATH, data)
     with pytest.raises(IntegrityError, match="is not a manifest"):
         store.manifest(STAGE, KEY)
@@ -116,7 +118,7 @@ def test_a_manifest_of_another_artifact_is_refused(store: Store, folder: Path) -
         store.manifest(STAGE, KEY)
 
 
-def test_a_manifest_too_large_to_be_one_is_not_read_into_memory(store: Store, tmp_path: Path) -> None:
+def test_an_oversized_manifest_is_not_read_into_memory(store: Store, tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(READ_LIMIT_BYTES + 1)

@@ -1,4 +1,4 @@
-"""The ground floor: what a folder and a bucket do alike."""
+"""Objects: what a folder and a bucket do alike."""
 
 import io
 from pathlib import Path
@@ -9,17 +9,17 @@ import pytest
 from llamarefine_jobs.contract.errors import IntegrityError, RecipeError
 from llamarefine_jobs.store import Store, bucket
 from llamarefine_jobs.store.bucket import S3Objects
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 
 
-def test_what_is_not_there_is_none_and_removing_it_is_no_error(store: Store) -> None:
+def test_a_missing_object_reads_as_none_and_may_be_deleted(store: Store) -> None:
     assert store.objects.read("a/b") is None
     assert store.objects.download("a/b", io.BytesIO(), lambda chunk: None) is False
     store.objects.delete("a/b")
     assert list(store.entries("")) == []
 
 
-def test_a_path_below_a_file_is_not_there(store: Store) -> None:
+def test_a_path_below_an_object_does_not_exist(store: Store) -> None:
     store.write("a", b"a file")
     assert store.objects.read("a/b") is None
     assert store.objects.download("a/b", io.BytesIO(), lambda chunk: None) is False
@@ -27,7 +27,7 @@ def test_a_path_below_a_file_is_not_there(store: Store) -> None:
     assert store.read("a") == b"a file"
 
 
-def test_create_keeps_what_is_there(store: Store) -> None:
+def test_create_never_replaces_an_object(store: Store) -> None:
     assert store.objects.create("run.json", b"first")
     assert not store.objects.create("run.json", b"second")
     assert store.read("run.json") == b"first"
@@ -41,7 +41,7 @@ def test_entries_are_sorted_and_have_sizes(store: Store) -> None:
     assert all(entry.size_bytes == len(entry.path.encode()) for entry in listed)
 
 
-def test_a_prefix_is_text_not_a_folder(store: Store) -> None:
+def test_a_prefix_is_a_text_prefix_and_not_a_folder(store: Store) -> None:
     for path in ("runs/demo/run.json", "runs/demo-2/run.json", "runs/other/run.json"):
         store.write(path, b"{}")
     assert [entry.path for entry in store.entries("runs/demo")] == ["runs/demo-2/run.json", "runs/demo/run.json"]
@@ -49,15 +49,15 @@ def test_a_prefix_is_text_not_a_folder(store: Store) -> None:
     assert list(store.entries("runs/nobody/")) == []
 
 
-def test_more_than_one_page_of_a_bucket_is_listed(s3_uri: str) -> None:
+def test_a_listing_of_several_pages_is_complete(s3_uri: str) -> None:
     objects = S3Objects(*s3_uri.removeprefix("s3://").split("/", 1))
     pages = []
 
-    def ask_for_short_pages(params: dict[str, Any], **_: Any) -> None:
+    def request_short_pages(params: dict[str, Any], **_: Any) -> None:
         pages.append(params)
         params["MaxKeys"] = 10
 
-    objects.client.meta.events.register("provide-client-params.s3.ListObjectsV2", ask_for_short_pages)
+    objects.client.meta.events.register("provide-client-params.s3.ListObjectsV2", request_short_pages)
     for number in range(31):
         objects.write(f"many/{number:04d}", b"")
     assert [entry.path for entry in objects.entries("many/")] == [f"many/{number:04d}" for number in range(31)]
@@ -68,14 +68,14 @@ TIMES = ["2026-11-24T03:22:51.123Z", "2026-11-24T03:22:51+02:00", "Tue, 24 Nov 2
 
 
 @pytest.mark.parametrize("text", TIMES)
-def test_a_bucket_s_times_are_read_as_botocore_reads_them(text: str | float) -> None:
+def test_times_are_parsed_like_botocore_does(text: str | float) -> None:
     from botocore.utils import parse_timestamp
 
-    assert bucket._time(text) == parse_timestamp(text)
-    assert bucket._time(text).tzinfo
+    assert bucket._parse_time(text) == parse_timestamp(text)
+    assert bucket._parse_time(text).tzinfo
 
 
-def test_chunks_add_up_to_the_object(store: Store, tmp_path: Path) -> None:
+def test_the_chunks_of_an_upload_and_a_download_are_the_object(store: Store, tmp_path: Path) -> None:
     data = bytes(range(256)) * 12_000
     (tmp_path / "file").write_bytes(data)
     sent, received, into = bytearray(), bytearray(), io.BytesIO()
@@ -100,12 +100,12 @@ def test_stores_under_two_prefixes_do_not_see_each_other(store: Store) -> None:
         ("https://bucket.example/x", r"found https://"),
     ],
 )
-def test_a_uri_of_another_kind_is_a_recipe_error(uri: str, words: str) -> None:
+def test_an_unsupported_uri_is_a_recipe_error(uri: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         open_objects(uri)
 
 
-def test_a_folder_may_be_named_by_path_or_by_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_may_be_given_as_a_path_or_as_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "größer & mehr"
     Store(folder.as_uri()).write("x", b"1")
     assert Store(str(folder)).read("x") == b"1"
@@ -118,7 +118,7 @@ def test_no_path_leads_out_of_the_folder(file_uri: str, tmp_path: Path, path: st
     objects = open_objects(file_uri)
     (tmp_path / "outside").write_text("private")
     (tmp_path / "file").write_text("x")
-    for touch in (
+    for access in (
         lambda: objects.read(path),
         lambda: objects.write(path, b"x"),
         lambda: objects.create(path, b"x"),
@@ -127,7 +127,7 @@ def test_no_path_leads_out_of_the_folder(file_uri: str, tmp_path: Path, path: st
         lambda: objects.download(path, io.BytesIO(), lambda chunk: None),
     ):
         with pytest.raises(IntegrityError, match="not a plain relative path"):
-            touch()
+            access()
     assert (tmp_path / "outside").read_text() == "private"
 
 

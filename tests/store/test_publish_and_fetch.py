@@ -1,4 +1,4 @@
-"""An artifact is there with its manifest, whole, or it is not there."""
+"""An artifact exists completely, with its manifest, or not at all."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from . import samples
 from .samples import KEY, STAGE
 
 
-def test_what_is_published_is_fetched_byte_for_byte(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_a_published_folder_is_fetched_byte_for_byte(store: Store, folder: Path, tmp_path: Path) -> None:
     published = store.publish(folder, samples.draft())
     assert store.manifest(STAGE, KEY) == published
     store.fetch(published, tmp_path / "fetched")
@@ -20,7 +20,7 @@ def test_what_is_published_is_fetched_byte_for_byte(store: Store, folder: Path, 
     samples.assert_only(store, published)
 
 
-def test_the_manifest_lists_every_file_and_keeps_what_the_draft_says(store: Store, folder: Path) -> None:
+def test_the_manifest_lists_every_file_and_keeps_the_draft(store: Store, folder: Path) -> None:
     published = store.publish(folder, samples.draft())
     assert [file.path for file in published.files] == sorted(samples.content(folder))
     assert sum(file.size_bytes for file in published.files) == sum(map(len, samples.content(folder).values()))
@@ -31,7 +31,7 @@ def test_without_a_manifest_there_is_no_artifact(store: Store, folder: Path) -> 
     assert store.manifest(STAGE, KEY) is None
     published = store.publish(folder, samples.draft())
     store.objects.delete(f"{artifact_path(STAGE, KEY)}/{MANIFEST}")
-    assert samples.objects_of(store), "the files are still there"
+    assert samples.objects_of(store), "the files still exist"
     assert store.manifest(STAGE, KEY) is None
     again = store.publish(folder, samples.draft())
     assert again.attempt != published.attempt
@@ -45,7 +45,7 @@ def test_a_second_publish_of_a_key_changes_nothing(store: Store, folder: Path, t
     samples.assert_only(store, first)
 
 
-def test_only_the_asked_parts_are_fetched(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_only_the_requested_files_are_fetched(store: Store, folder: Path, tmp_path: Path) -> None:
     published = store.publish(folder, samples.draft())
     store.fetch(published, tmp_path / "fetched", "adapter/", "one.byte")
     assert sorted(samples.content(tmp_path / "fetched")) == [
@@ -55,14 +55,14 @@ def test_only_the_asked_parts_are_fetched(store: Store, folder: Path, tmp_path: 
     ]
 
 
-def test_a_file_larger_than_one_upload_part_arrives_whole(store: Store, tmp_path: Path) -> None:
+def test_a_file_of_several_upload_parts_is_fetched_unchanged(store: Store, tmp_path: Path) -> None:
     large = samples.make_folder(tmp_path / "large", size_bytes=20 * 2**20 + 13)  # boto3 splits from 8 MiB on
     published = store.publish(large, samples.draft())
     store.fetch(published, tmp_path / "fetched")
     assert samples.content(tmp_path / "fetched") == samples.content(large)
 
 
-def test_many_small_files_arrive_whole(store: Store, tmp_path: Path) -> None:
+def test_many_small_files_are_fetched_unchanged(store: Store, tmp_path: Path) -> None:
     many = tmp_path / "many"
     for number in range(150):
         file = many / f"{number % 7}" / f"{number}.txt"
@@ -73,27 +73,25 @@ def test_many_small_files_arrive_whole(store: Store, tmp_path: Path) -> None:
     assert samples.content(tmp_path / "fetched") == samples.content(many)
 
 
-def test_an_empty_folder_is_an_artifact_too(store: Store, tmp_path: Path) -> None:
+def test_an_empty_folder_can_be_published(store: Store, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     published = store.publish(tmp_path / "nothing", samples.draft())
     assert store.fetch(published, tmp_path / "fetched").is_dir()
     assert store.manifest(STAGE, KEY) == published
 
 
-def test_links_are_published_as_the_files_they_lead_to(store: Store, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "blob").write_text("what a Hub cache holds")
+def test_links_are_published_as_the_files_they_point_to(store: Store, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("a blob of the Hub cache")
     (folder / "model.safetensors").symlink_to(tmp_path / "blob")
     published = store.publish(folder, samples.draft())
     store.fetch(published, tmp_path / "fetched")
     fetched = tmp_path / "fetched" / "model.safetensors"
-    assert fetched.read_text() == "what a Hub cache holds"
+    assert fetched.read_text() == "a blob of the Hub cache"
     assert not fetched.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["back\\slash.txt", "colon:.txt", "line\nend.txt", "not-utf8-\udcff.txt"])
-def test_a_name_that_is_no_plain_path_is_refused_before_anything_is_there(
-    store: Store, folder: Path, name: str
-) -> None:
+def test_an_unsafe_file_name_is_refused_and_nothing_is_published(store: Store, folder: Path, name: str) -> None:
     (folder / name).write_text("x")
     with pytest.raises(DataError, match="rename it") as error:
         store.publish(folder, samples.draft())
@@ -101,7 +99,7 @@ def test_a_name_that_is_no_plain_path_is_refused_before_anything_is_there(
     assert samples.objects_of(store) == []
 
 
-def test_stages_and_keys_do_not_mix(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_artifacts_of_other_stages_and_keys_are_separate(store: Store, folder: Path, tmp_path: Path) -> None:
     other = samples.make_folder(tmp_path / "other", seed=2)
     sft = store.publish(folder, samples.draft(stage="sft"))
     dpo = store.publish(other, samples.draft(stage="dpo"))
@@ -110,7 +108,7 @@ def test_stages_and_keys_do_not_mix(store: Store, folder: Path, tmp_path: Path) 
         samples.assert_only(store, manifest)
 
 
-def test_a_run_file_is_replaced_as_a_whole(store: Store) -> None:
+def test_a_file_of_a_run_is_replaced_completely(store: Store) -> None:
     assert store.read("runs/demo/run.json") is None
     store.write("runs/demo/run.json", b"first and longer")
     store.write("runs/demo/run.json", b"second")

@@ -1,4 +1,4 @@
-"""Two writers of one key: one manifest, both succeed, nothing of the loser's stays."""
+"""Two writers of one key: one manifest wins, both succeed, none of the loser's files stay."""
 
 import random
 import threading
@@ -18,7 +18,7 @@ from .samples import KEY, STAGE
 
 @pytest.fixture
 def environment(store: Store, request: pytest.FixtureRequest) -> dict[str, str]:
-    """What a process of its own needs to reach the store."""
+    """The environment variables with which another process reaches the store."""
     if store.uri.startswith("s3://"):
         found: dict[str, str] = request.getfixturevalue("the_s3_server").environment
         return found
@@ -27,12 +27,12 @@ def environment(store: Store, request: pytest.FixtureRequest) -> dict[str, str]:
 
 def test_writers_in_threads_leave_one_artifact(store: Store, tmp_path: Path) -> None:
     folders = [samples.make_folder(tmp_path / str(seed), seed) for seed in range(5)]
-    together = threading.Barrier(len(folders))
+    barrier = threading.Barrier(len(folders))
 
     def publish(folder: Path) -> Manifest:
-        mine = Store(store.uri)
-        together.wait()
-        return mine.publish(folder, samples.draft())
+        own_store = Store(store.uri)
+        barrier.wait()
+        return own_store.publish(folder, samples.draft())
 
     with ThreadPoolExecutor(len(folders)) as pool:
         results = list(pool.map(publish, folders))
@@ -47,13 +47,13 @@ def test_writers_in_processes_leave_one_artifact(store: Store, tmp_path: Path, e
     for writer in writers:
         writer.go()
     attempts = {writer.attempt() for writer in writers}
-    standing = store.manifest(STAGE, KEY)
-    assert standing is not None
-    assert attempts == {standing.attempt}
-    samples.assert_only(store, standing)
+    manifest = store.manifest(STAGE, KEY)
+    assert manifest is not None
+    assert attempts == {manifest.attempt}
+    samples.assert_only(store, manifest)
 
 
-def test_a_writer_that_finds_the_manifest_uploads_nothing(
+def test_a_writer_that_finds_a_manifest_uploads_nothing(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = store.publish(folder, samples.draft())
@@ -63,10 +63,10 @@ def test_a_writer_that_finds_the_manifest_uploads_nothing(
 
 def test_create_has_exactly_one_winner(store: Store) -> None:
     for round_ in range(8):
-        together = threading.Barrier(6)
+        barrier = threading.Barrier(6)
 
-        def create(writer: int, path: str = f"runs/{round_}", together: threading.Barrier = together) -> bool:
-            together.wait()
+        def create(writer: int, path: str = f"runs/{round_}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
             return store.objects.create(path, f"written by {writer}".encode())
 
         with ThreadPoolExecutor(6) as pool:
@@ -78,7 +78,10 @@ def test_create_has_exactly_one_winner(store: Store) -> None:
 def test_a_writer_killed_at_any_moment_leaves_a_consistent_store(
     store: Store, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """SIGKILL at seeded moments: each time the artifact is whole or absent, and the next writer succeeds."""
+    """After SIGKILL at random moments the artifact is complete or absent, and the next writer succeeds.
+
+    The moments are spread over the time that one publish takes; this is why the test measures time and sleeps.
+    """
     kills = 20 if store.uri.startswith("file://") else 8
     folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
     trial = Writer(store, folder, environment)
@@ -88,7 +91,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_consistent_store(
     duration_s = time.monotonic() - began
     store._remove(f"artifacts/{STAGE}/{KEY}")
 
-    moments, whole = random.Random(11), 0
+    moments, completed = random.Random(11), 0
     for _ in range(kills):
         writer = Writer(store, folder, environment)
         writer.go()
@@ -96,9 +99,9 @@ def test_a_writer_killed_at_any_moment_leaves_a_consistent_store(
         writer.kill()
         manifest = store.manifest(STAGE, KEY)
         if manifest is not None:
-            whole += 1
+            completed += 1
             store.verify(manifest)
         next_one = store.publish(folder, samples.draft())
         store.verify(next_one)
         store._remove(f"artifacts/{STAGE}/{KEY}")
-    assert whole < kills, "no writer was killed before it was done: the moments prove nothing"
+    assert completed < kills, "every writer completed before it was killed, so the test proves nothing"

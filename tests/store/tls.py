@@ -1,4 +1,4 @@
-"""Certificates that nobody knows, for servers of the tests."""
+"""Self-signed certificates for servers of the tests."""
 
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,7 @@ _HOST = "127.0.0.1"
 
 
 def certificate(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
-    """A new certificate of this machine, which is its own authority, and what a server needs to show it."""
+    """Create a self-signed certificate for this machine; return its file and a server's TLS context with it."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     made = (

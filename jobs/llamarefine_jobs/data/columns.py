@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 from llamarefine_jobs.contract.errors import DataError, from_os_error
 from llamarefine_jobs.contract.recipe import Rows
-from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources import locations
+from llamarefine_jobs.sources.s3 import read_s3_head
 from llamarefine_jobs.sources.web import read_head
 
 HEAD_BYTES = 1 << 20
@@ -30,10 +31,10 @@ def columns_of(rows: Rows, key: str) -> list[str] | None:
     None where only prepare can tell: built-in rows, the Hub, a Parquet file that is not on this machine. Raises
     DataError, AccessError or StoreError where the source is not there, or its head is not what it should be.
     """
-    where = pinning.kind(rows.source)
-    if where in (pinning.Kind.BUILT_IN, pinning.Kind.HUB):
+    where = locations.kind(rows.source)
+    if where in (locations.Kind.BUILT_IN, locations.Kind.HUB):
         return None
-    path = pinning.local_path(rows.source) if where is pinning.Kind.PATH else None
+    path = locations.local_path(rows.source) if where is locations.Kind.PATH else None
     name = path or PurePosixPath(unquote(urlsplit(rows.source).path))
     if path and not path.exists():
         raise DataError(f"{key}: there is no {path}")
@@ -118,11 +119,11 @@ def _parquet_columns(path: Path, key: str) -> list[str]:
         raise DataError(f"{key}: {path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
 
 
-def _head(source: str, where: pinning.Kind, path: Path | None, key: str) -> bytes:
-    if where is pinning.Kind.HTTPS:
+def _head(source: str, where: locations.Kind, path: Path | None, key: str) -> bytes:
+    if where is locations.Kind.HTTPS:
         return read_head(source, key, HEAD_BYTES)
-    if where is pinning.Kind.S3:
-        return pinning.read_s3_head(source, key, HEAD_BYTES)
+    if where is locations.Kind.S3:
+        return read_s3_head(source, key, HEAD_BYTES)
     assert path is not None
     try:
         with path.open("rb") as file:

@@ -8,7 +8,7 @@ from llamarefine_jobs.data import docstrings
 from llamarefine_jobs.data.reading import Table
 from llamarefine_jobs.data.row_sets import Row, RowSet
 from llamarefine_jobs.data.splits import SPLITS, fold
-from llamarefine_jobs.sources.pinning import DOCSTRINGS, TINY_LLAMA
+from llamarefine_jobs.sources.locations import DOCSTRINGS, TINY_LLAMA
 
 _SHOWN_CONFLICTS = 5
 _SHOWN_CHARACTERS = 300

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.data.parquet import batches, column_names, readable
-from llamarefine_jobs.sources.pinning import files_below
+from llamarefine_jobs.sources.fingerprints import files_below
 
 _LIMIT_BYTES = 8 << 30  # of one file, unpacked
 _CHUNK_BYTES = 1 << 20

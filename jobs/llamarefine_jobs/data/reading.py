@@ -14,7 +14,8 @@ from llamarefine_jobs.contract.recipe import Rows, Source
 from llamarefine_jobs.data.columns import delimiter, format_of, missing_columns_error
 from llamarefine_jobs.data.dataset_folder import load_split
 from llamarefine_jobs.data.parquet import batches, cells, column_names, readable
-from llamarefine_jobs.sources import hub, pinning
+from llamarefine_jobs.sources import fingerprints, hub, locations, pinning
+from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.sources.web import download
 
 Cells = tuple[Any, ...]
@@ -68,8 +69,8 @@ def check_unchanged(source: Source, key: str) -> None:
     """Raise DataError where `source` is no longer what its fingerprint says."""
     if source.fingerprint is None:
         return
-    where = pinning.kind(source.source, hub_id_allowed=key.endswith(".base"))
-    if pinning.is_known_elsewhere(where, source.fingerprint):
+    where = locations.kind(source.source, hub_id_allowed=key.endswith(".base"))
+    if fingerprints.was_computed_elsewhere(where, source.fingerprint):
         return
     found = pinning.fingerprint(source.source, where, key)
     if found != source.fingerprint:
@@ -108,20 +109,20 @@ class _Wanted:
 def _bring(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
     """The local file or folder of a source, and the commit of a Hub repository."""
     into = work / key
-    match pinning.kind(rows.source):
-        case pinning.Kind.HTTPS:
+    match locations.kind(rows.source):
+        case locations.Kind.HTTPS:
             return download(rows.source, into, key), None
-        case pinning.Kind.S3:
-            return pinning.download_s3(rows.source, into, rows.fingerprint), None
-        case pinning.Kind.HUB:
+        case locations.Kind.S3:
+            return download_s3(rows.source, into, rows.fingerprint), None
+        case locations.Kind.HUB:
             parts = urlsplit(rows.source)
             repository = parts.path.strip("/")
             if parts.netloc != "datasets" or repository.count("/") > 1 or not repository:
                 raise DataError(f"{key}: expected hf://datasets/owner/name, found {rows.source}")
             folder = hub.snapshot(repository, rows.revision, "dataset", _DATA_FILES, key)
             return folder, folder.name
-        case pinning.Kind.PATH:
-            return pinning.local_path(rows.source), None
+        case locations.Kind.PATH:
+            return locations.local_path(rows.source), None
         case _:
             raise DataError(f"{key}: {rows.source} is not a source of these rows")
 

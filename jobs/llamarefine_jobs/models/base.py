@@ -13,7 +13,8 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.contract.recipe import Base, LinearLayer
 from llamarefine_jobs.models.encoding import load_tokenizer
 from llamarefine_jobs.models.weights import INDEX, SINGLE_FILE, Weights
-from llamarefine_jobs.sources import hub, pinning
+from llamarefine_jobs.sources import hub, locations
+from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.untrusted.remote_code import pickles_in, refuse_remote_code
 from llamarefine_jobs.untrusted.safe_json import read_object
 
@@ -25,15 +26,15 @@ _KEY = "prepare.base"
 
 def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
     """The local folder of a base that is not made on the spot, and the commit of a Hub repository."""
-    match pinning.kind(base.source, hub_id_allowed=True):
-        case pinning.Kind.HUB:
+    match locations.kind(base.source, hub_id_allowed=True):
+        case locations.Kind.HUB:
             repository = base.source.removeprefix("hf://")
             folder = hub.snapshot(repository, base.revision, "model", _HUB_FILES, _KEY)
             return folder, folder.name
-        case pinning.Kind.S3:
-            return pinning.download_s3(base.source, work / _KEY, base.fingerprint), None
-        case pinning.Kind.PATH:
-            return _in_hub_cache(pinning.local_path(base.source), base.revision)
+        case locations.Kind.S3:
+            return download_s3(base.source, work / _KEY, base.fingerprint), None
+        case locations.Kind.PATH:
+            return _in_hub_cache(locations.local_path(base.source), base.revision)
         case _:
             raise DataError(f"{_KEY}: expected a Hub id, a folder, s3://… or tiny-llama, found {base.source}")
 

@@ -17,7 +17,7 @@ from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.models.encoding import load_tokenizer
 from llamarefine_jobs.models.weights import Weights
-from llamarefine_jobs.sources.pinning import Kind, kind
+from llamarefine_jobs.sources.locations import Kind, kind
 from llamarefine_jobs.untrusted.safe_json import read_object
 
 _CONFIG = "config.json"

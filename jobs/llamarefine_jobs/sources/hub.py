@@ -1,6 +1,7 @@
-"""A snapshot of a Hugging Face Hub repository, from the network or from the cache on this machine.
+"""Download a snapshot of a Hugging Face Hub repository, or use the one in this machine's cache.
 
-What a repository lists is checked before any of it is brought, and what comes is held to that: see hub_client.py.
+The repository's listing is checked before any file is downloaded; hub_client.py checks that the server then sends no
+more than it listed.
 """
 
 import logging
@@ -13,32 +14,32 @@ from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefine
 from llamarefine_jobs.untrusted.log_redaction import redact, redact_logs
 
 _MOST_FILES = 10_000
-_MOST_ENTRIES = 100_000  # of a listing, wanted or not
+_MOST_ENTRIES = 100_000  # in a listing, whether they match or not
 _LIMIT_BYTES = 256 << 30
-_ANSWERS_BYTES = 64 << 20  # all that is not a file: listings, pages of errors
+# Until the files are known, and for everything that is no file (listings, error pages):
+_ANSWERS_BYTES = 64 << 20
 _ANSWERS = 200
-_REQUESTS_A_FILE = 8  # what a file is, where it lies, redirects, taken up again
+_REQUESTS_A_FILE = 8  # its metadata, its content, redirects, resumed downloads
 
 
 def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequence[str], key: str) -> Path:
-    """The folder of a repository's files that match `patterns`; its name is the commit.
+    """Return the folder with the repository's files that match `patterns`; the folder's name is the commit.
 
-    Without network, a revision that the cache holds is used. `kind` is ``model`` or ``dataset``,
-    `key` the recipe's key that named the repository. Raises DataError where there is no such
-    repository or revision, or one that no Hub would serve, AccessError where it is not ours to read,
-    StoreError for the network.
+    Without a network, a revision in the cache is used. `kind` is ``model`` or ``dataset``, `key` the recipe's key that
+    names the repository. Raises DataError if there is no such repository or revision, or if its server sends what no
+    Hub would; AccessError if the repository is gated; StoreError if the network or the Hub fails.
     """
     import httpx
     from huggingface_hub import errors
 
     redact_logs()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes addresses, and a file's is signed
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # INFO logs addresses, which hold signatures
     name = repository if revision is None else f"{repository} at {revision}"
     try:
-        return _brought(repository, revision, kind, patterns, f"{key}: {name} cannot be brought")
+        return _download(repository, revision, kind, patterns, f"{key}: {name} cannot be downloaded")
     except LlamaRefineError:
         raise
-    except errors.HFValidationError:  # a ValueError too
+    except errors.HFValidationError:  # before ValueError, of which it is a subclass
         raise DataError(f"{key}: expected a Hub id such as owner/name, found {repository}") from None
     except errors.GatedRepoError:
         raise AccessError(f"{key}: {name} is gated: accept its terms on the Hub, then set HF_TOKEN") from None
@@ -56,15 +57,15 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise StoreError(f"{key}: the Hub failed on {name}: {_line(error)}") from None
     except OSError as error:
-        if error.errno is not None:  # the disk's, not the network's
+        if error.errno is not None:  # of the disk, not of the network
             raise
         raise StoreError(f"{key}: reading {name} from the Hub failed: {_line(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError, httpx.InvalidURL) as error:
-        raise DataError(f"{key}: {name} cannot be brought: {_line(error)}") from None
+        raise DataError(f"{key}: {name} cannot be downloaded: {_line(error)}") from None
 
 
-def _brought(repository: str, revision: str | None, kind: str, patterns: Sequence[str], refused: str) -> Path:
-    """The snapshot's folder; `refused` begins the DataError where the repository is not as it should be."""
+def _download(repository: str, revision: str | None, kind: str, patterns: Sequence[str], failure: str) -> Path:
+    """Return the snapshot's folder. DataError, which begins with `failure`, if the server sends what no Hub would."""
     import httpx
     from huggingface_hub import HfApi, errors, snapshot_download
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ def _brought(repository: str, revision: str | None, kind: str, patterns: Sequenc
     from llamarefine_jobs.sources.hub_client import Allowance, guarded, is_commit
 
     def refuse(reason: str) -> DataError:
-        return DataError(f"{refused}: {reason}")
+        return DataError(f"{failure}: {reason}")
 
     wanted: dict[str, Any] = {"repo_type": kind, "allow_patterns": list(patterns)}
     allowance, api = Allowance(_ANSWERS, _ANSWERS_BYTES, refuse), HfApi()
@@ -87,9 +88,9 @@ def _brought(repository: str, revision: str | None, kind: str, patterns: Sequenc
                     raise refuse(f"it lists more than {_MOST_ENTRIES} files")
                 listed[entry.path] = getattr(entry, "size", 0)
             names = list(filter_repo_objects(listed, allow_patterns=list(patterns)))
-            if trouble := _trouble(names, sum(max(0, listed[name]) for name in names)):
-                raise refuse(trouble)
-            # Twice: a file that broke off may begin anew.
+            if reason := _reason_to_refuse(names, sum(max(0, listed[name]) for name in names)):
+                raise refuse(reason)
+            # Twice the bytes: an interrupted file may start again.
             allowance.raise_by(_REQUESTS_A_FILE * len(names), 2 * sum(listed[name] for name in names))
             return Path(snapshot_download(repository, revision=commit, **wanted))
         except (errors.OfflineModeIsEnabled, errors.RevisionResolutionError, httpx.TransportError):
@@ -97,12 +98,12 @@ def _brought(repository: str, revision: str | None, kind: str, patterns: Sequenc
         except errors.HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise
-        # The Hub is away: what the cache holds, or the error that says so.
+        # The Hub is unavailable: use the cache. If it lacks the revision, the library raises LocalEntryNotFoundError.
         return Path(snapshot_download(repository, revision=revision, local_files_only=True, **wanted))
 
 
-def _trouble(names: Iterable[str], size_bytes: int) -> str | None:
-    """Why files of these names are not brought."""
+def _reason_to_refuse(names: Iterable[str], size_bytes: int) -> str | None:
+    """Return why files of these names and this total size are not downloaded; None if they may be."""
     seen: dict[str, str] = {}
     for name in names:
         try:
@@ -110,7 +111,7 @@ def _trouble(names: Iterable[str], size_bytes: int) -> str | None:
         except ValueError as error:
             return str(error)
         if (other := seen.setdefault(folded(name), name)) != name:
-            return f"{other!r:.80} and {name!r:.80} are one file where case and accents do not count"
+            return f"{other!r:.80} and {name!r:.80} are one file on a file system that ignores case and accents"
     if len(seen) > _MOST_FILES:
         return f"{len(seen)} files match, expected at most {_MOST_FILES}"
     if size_bytes > _LIMIT_BYTES:
@@ -119,5 +120,5 @@ def _trouble(names: Iterable[str], size_bytes: int) -> str | None:
 
 
 def _line(error: BaseException) -> str:
-    """Its first line, without what an address in it may be signed by."""
+    """Return the error's first line, without the signatures of addresses in it."""
     return redact(first_line(error))[:300]

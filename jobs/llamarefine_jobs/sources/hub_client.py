@@ -1,8 +1,8 @@
-"""The HTTP client that the Hub's library is given: no answer reaches further than the repository's own files.
+"""The HTTP client for the Hub's library: it checks each request and each answer before the library sees it.
 
-The library makes a file's name of what a server calls a version of it (its ETag) or a commit, writes whatever comes,
-and follows wherever it is led. So each answer is looked at before the library sees it. Its native client for large
-files would go past this one, and is switched off.
+The library derives names of files from what a server sends (an ETag, a commit), writes as many bytes as come, and
+follows every redirect. This client refuses answers that would reach beyond the repository's own files. The library's
+native client for large files would bypass these checks, so it is switched off.
 """
 
 import contextlib
@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator
 
 import httpx
 
-from llamarefine_jobs.sources.addresses import redirects_inward
+from llamarefine_jobs.sources.web import redirects_inward
 
-_SILENCE_S = 60.0
+_TIMEOUT_S = 60.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _VERSION = re.compile(r'(W/)?"?[\w-][\w.:+=-]{0,200}"?', re.ASCII)
-_NAMED = {"X-Repo-Commit": _COMMIT, "X-Linked-Etag": _VERSION, "ETag": _VERSION}  # each becomes a file's or folder's
+# The library uses the values of these headers as names of files or folders.
+_HEADER_FORMS = {"X-Repo-Commit": _COMMIT, "X-Linked-Etag": _VERSION, "ETag": _VERSION}
 
 
 class Allowance:
-    """How many requests may still be made, and how many bytes may come. `refuse` makes the error of it."""
+    """How many more requests may be made and how many more bytes may be received.
+
+    `refuse` makes the error that is raised once either is used up.
+    """
 
     def __init__(self, requests: int, size_bytes: int, refuse: Callable[[str], Exception]) -> None:
         self.refuse = refuse
@@ -29,42 +33,42 @@ class Allowance:
         self._lock = threading.Lock()
 
     def raise_by(self, requests: int, size_bytes: int) -> None:
-        """Allow so much more, now that it is known what there is."""
+        """Allow this many more requests and bytes, once the listing says what there is to download."""
         with self._lock:
             self._requests += requests
             self._bytes += size_bytes
 
     def take(self, requests: int = 0, size_bytes: int = 0) -> None:
-        """Use some of it up."""
+        """Subtract from the allowance; raises the error of `refuse` if it is exceeded."""
         with self._lock:
             self._requests -= requests
             self._bytes -= size_bytes
             if self._requests < 0:
-                raise self.refuse("its server sends from one request to the next without an end")
+                raise self.refuse("its server leads from one request to the next without an end")
             if self._bytes < 0:
                 raise self.refuse("its server sends more than it listed")
 
 
 def is_commit(text: str) -> bool:
-    """Whether `text` is what Git calls a commit; the library makes paths of it."""
+    """Return whether `text` has the form of a Git commit; the library uses it as part of a path."""
     return bool(_COMMIT.fullmatch(text))
 
 
 @contextlib.contextmanager
 def guarded(allowance: Allowance) -> Iterator[None]:
-    """Give the Hub's library a client that holds every answer to `allowance`."""
+    """Make the Hub's library use a client that checks every request and answer against `allowance`."""
     from huggingface_hub import constants
     from huggingface_hub.utils import set_client_factory  # type: ignore[attr-defined]
     from huggingface_hub.utils._http import default_client_factory
 
-    def make() -> httpx.Client:
+    def make_client() -> httpx.Client:
         client = default_client_factory()
         client.event_hooks["request"].append(lambda request: _check_request(request, constants.ENDPOINT, allowance))
         client.event_hooks["response"].append(lambda response: _check_response(response, allowance))
         return client
 
     constants.HF_HUB_DISABLE_XET = True
-    set_client_factory(make)
+    set_client_factory(make_client)
     try:
         yield
     finally:
@@ -74,26 +78,26 @@ def guarded(allowance: Allowance) -> Iterator[None]:
 def _check_request(request: httpx.Request, endpoint: str, allowance: Allowance) -> None:
     allowance.take(requests=1)
     if request.url.scheme not in ("http", "https") or redirects_inward(str(request.url), endpoint):
-        raise allowance.refuse(f"its server leads to {request.url.scheme}://{request.url.host}, where no Hub is")
-    request.headers["Accept-Encoding"] = "identity"  # what comes is as long as what is written
+        raise allowance.refuse(f"its server leads to {request.url.scheme}://{request.url.host}, which is not a Hub")
+    request.headers["Accept-Encoding"] = "identity"  # without compression, received and written bytes are the same
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
-        name: limits.get(name) or _SILENCE_S for name in ("connect", "read", "write", "pool")
+        name: limits.get(name) or _TIMEOUT_S for name in ("connect", "read", "write", "pool")
     }
 
 
 def _check_response(response: httpx.Response, allowance: Allowance) -> None:
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise allowance.refuse("its server packs what was asked for as it is")
-    for name, form in _NAMED.items() if response.request.method == "HEAD" else ():
+        raise allowance.refuse("its server sends compressed data, which was not requested")
+    for name, form in _HEADER_FORMS.items() if response.request.method == "HEAD" else ():
         if name in response.headers and not form.fullmatch(response.headers[name]):
             raise allowance.refuse(f"its server names {response.headers[name]!r:.80} as {name}")
     assert isinstance(response.stream, httpx.SyncByteStream)
-    response.stream = _Counted(response.stream, allowance)
+    response.stream = _CountedStream(response.stream, allowance)
 
 
-class _Counted(httpx.SyncByteStream):
-    """A body that ends where the allowance does."""
+class _CountedStream(httpx.SyncByteStream):
+    """A response's body whose bytes are subtracted from the allowance as they are read."""
 
     def __init__(self, stream: httpx.SyncByteStream, allowance: Allowance) -> None:
         self._stream, self._allowance = stream, allowance

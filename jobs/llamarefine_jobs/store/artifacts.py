@@ -1,11 +1,11 @@
-"""Publish and fetch artifacts. The store is the pipeline's only state.
+"""Publish and fetch artifacts, checkpoints and files of runs. The store is the pipeline's only state.
 
-What it promises, on ``file://`` and ``s3://`` alike (tests/store holds the same list, one test a line):
+The main guarantees, for ``file://`` and ``s3://`` alike (tests/store/ACCEPTANCE.md lists all, with their tests):
 
-- no manifest, no artifact: the files go first, `manifest.json` last and only if none is there;
-- two writers of one key: one manifest wins, both succeed, and nothing of the loser's stays;
-- what is fetched has the size and sha256 that its manifest promises, byte for byte; it appears in
-  its folder all at once or not at all; a wrong byte is an IntegrityError that names the file.
+- Without a manifest there is no artifact: the files are written first, then `manifest.json`, only if there is none.
+- If two writers publish one key, one manifest wins, both succeed, and none of the loser's files stay.
+- A fetched file has the size and sha256 that its manifest lists; otherwise an IntegrityError names the file.
+- A fetched folder appears complete or not at all.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ from llamarefine_jobs.contract.errors import (
     from_os_error,
 )
 from llamarefine_jobs.contract.retry import RetryPolicy
-from llamarefine_jobs.store.objects import Entry, FileObjects, open_objects
+from llamarefine_jobs.store.objects import Entry
+from llamarefine_jobs.store.uri import open_objects
 
 _TRANSFERS = 8
 
@@ -46,7 +47,7 @@ Result = TypeVar("Result")
 
 
 class Store:
-    """Artifacts, checkpoints and runs under one URI. An outage of a bucket is waited out with `retry_policy`."""
+    """Artifacts, checkpoints and runs below one URI. Failed requests to a bucket are retried under `retry_policy`."""
 
     def __init__(self, uri: str, retry_policy: RetryPolicy | None = None) -> None:
         self.objects = open_objects(uri, retry_policy)
@@ -55,28 +56,32 @@ class Store:
     # Artifacts and checkpoints
 
     def manifest(self, stage: str, key: str) -> Manifest | None:
-        """The manifest of an artifact, or None where there is no artifact."""
+        """Return the manifest of an artifact, or None if there is no artifact."""
         return self._manifest(artifact_path(stage, key))
 
     def publish(self, folder: Path, draft: Manifest) -> Manifest:
-        """Publish all files of `folder` as an artifact; returns the manifest that stands.
+        """Publish all files of `folder` as an artifact; return the artifact's manifest.
 
-        `draft` says everything but the files and the attempt, which are filled in here. What is
-        returned is another writer's manifest where that one was first.
+        `draft` holds everything except the files and the attempt, which are filled in here. If another writer has
+        published the same key first, that writer's manifest is returned.
         """
         return self._publish(artifact_path(draft.stage, draft.key), folder, draft)
 
     def fetch(self, manifest: Manifest, into: Path, *prefixes: str) -> Path:
-        """Download the files under `prefixes` (all without any) into the new folder `into`, verified."""
+        """Download and verify the files below `prefixes` (default: all files) into the new folder `into`.
+
+        The folder appears once every file is verified. Raises IntegrityError for a wrong or missing file, DataError if
+        the artifact was removed meanwhile.
+        """
         return self._fetch(artifact_path(manifest.stage, manifest.key), manifest, into, prefixes)
 
     def verify(self, manifest: Manifest) -> None:
-        """Read every byte of an artifact and compare; IntegrityError names the first wrong file."""
+        """Read every byte of an artifact and compare it with the manifest; IntegrityError names a wrong file."""
         where = artifact_path(manifest.stage, manifest.key)
         _in_parallel(lambda file: self._read_verified(where, manifest, file, Path(os.devnull)), manifest.files)
 
     def faults(self, manifest: Manifest, checkpoint_step: int | None = None) -> list[str]:
-        """Read every byte of an artifact, or of a training's checkpoint; one line for each file that is wrong."""
+        """Read every byte of an artifact, or of a checkpoint; return one line for each wrong file."""
         where = artifact_path(manifest.stage, manifest.key)
         if checkpoint_step is not None:
             where = checkpoint_path(manifest.stage, manifest.key, checkpoint_step)
@@ -91,11 +96,11 @@ class Store:
         return [text for text in _in_parallel(fault, manifest.files) if text]
 
     def checkpoint_manifest(self, stage: str, key: str, step: int) -> Manifest | None:
-        """The manifest of a checkpoint, or None where it is not complete."""
+        """Return the manifest of a checkpoint, or None if the checkpoint is absent or incomplete."""
         return self._manifest(checkpoint_path(stage, key, step))
 
     def publish_checkpoint(self, step: int, folder: Path, draft: Manifest) -> Manifest:
-        """Publish a training's state after `step` optimizer steps, then drop the older ones."""
+        """Publish a training's state after `step` optimizer steps, then remove the older checkpoints."""
         published = self._publish(checkpoint_path(draft.stage, draft.key, step), folder, draft)
         for older in self.checkpoint_steps(draft.stage, draft.key):
             if older < step:
@@ -103,7 +108,7 @@ class Store:
         return published
 
     def fetch_checkpoint(self, stage: str, key: str, into: Path) -> int | None:
-        """Download the newest complete checkpoint into `into`; its step, or None where there is none."""
+        """Download the newest complete checkpoint into `into`; return its step, or None if there is none."""
         while found := self._newest_checkpoint(stage, key):
             step, manifest = found
             where = checkpoint_path(stage, key, step)
@@ -111,40 +116,39 @@ class Store:
                 self._fetch(where, manifest, into, ())
                 return step
             except DataError:
-                continue  # another process of this training, on its way out, replaced it by a newer one meanwhile
+                continue  # an earlier process of this training, still stopping, has published a newer checkpoint
         return None
 
     def remove_checkpoints(self, stage: str, key: str) -> None:
-        """Remove every checkpoint of a training that is published as a whole."""
+        """Remove all checkpoints of a training whose artifact is published."""
         for step in self.checkpoint_steps(stage, key):
             self._remove(checkpoint_path(stage, key, step))
-        if isinstance(self.objects, FileObjects):
-            for entry in list(self.objects.unfinished(checkpoint_path(stage, key))):  # of processes that were killed
-                self.objects.delete(entry.path)
+        for entry in list(self.objects.unfinished(checkpoint_path(stage, key))):  # left by killed processes
+            self.objects.delete(entry.path)
 
     # Runs: small files, replaced as a whole
 
     def read(self, path: str) -> bytes | None:
-        """A file of a run, or None."""
+        """Return a file of a run, or None if it does not exist."""
         return self.objects.read(path)
 
     def write(self, path: str, data: bytes, *, retry: bool = True) -> None:
-        """Make or replace a file of a run; where not `retry`, an outage is an error at once."""
+        """Create or replace a file of a run. Without `retry`, a failed request raises StoreError at once."""
         self.objects.write(path, data, retry=retry)
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        """All objects below `prefix`."""
+        """Yield all objects whose path starts with `prefix`."""
         return self.objects.entries(prefix)
 
     def now(self) -> datetime:
-        """What the store's own clock says: the one of this machine may be off."""
+        """Return the time of the store's own clock, since this machine's clock may be wrong."""
         return self.objects.clock() or datetime.now(UTC)
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Remove objects, a few at a time, in no order."""
+        """Delete objects, several in parallel, in no particular order."""
         _in_parallel(self.objects.delete, paths)
 
-    # How
+    # Implementation
 
     def _manifest(self, where: str) -> Manifest | None:
         data = self.objects.read(f"{where}/{MANIFEST}")
@@ -161,9 +165,9 @@ class Store:
         return manifest
 
     def _publish(self, where: str, folder: Path, draft: Manifest) -> Manifest:
-        standing = self._manifest(where)
-        if standing is not None:
-            return standing
+        existing = self._manifest(where)
+        if existing is not None:
+            return existing
         attempt = secrets.token_hex(8)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         try:
@@ -175,11 +179,11 @@ class Store:
         try:
             won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
         except (AccessError, DiskFullError):
-            # An earlier try of this very write, whose answer was lost, may have made it all the same.
+            # An earlier attempt of this write may have succeeded although its answer was lost.
             with contextlib.suppress(LlamaRefineError):
                 if self.objects.read(f"{where}/{MANIFEST}") is None:
                     self._remove_quietly(f"{where}/{attempt}")
-            raise  # after any other error the manifest may come to stand yet, so its files stay
+            raise  # after any other error the manifest may still be written, so its files stay
         if won:
             return mine
         self._remove_quietly(f"{where}/{attempt}")
@@ -193,7 +197,7 @@ class Store:
         try:
             safe_relative_path(name)
         except ValueError as error:
-            raise DataError(f"{folder}: {error}, so it cannot be published; rename it") from None
+            raise DataError(f"{folder}: {error}, so the file cannot be published; rename it") from None
         tally = _Tally()
         self.objects.upload(f"{where}/{name}", path, tally.add)
         return File(path=name, size_bytes=tally.size_bytes, sha256=tally.sha256)
@@ -233,12 +237,13 @@ class Store:
             raise IntegrityError(f"{name}: {wrong}; {self._remedy(where)}")
 
     def _remedy(self, where: str) -> str:
-        folder = self.objects.path_of(where) if isinstance(self.objects, FileObjects) else f"{self.uri}/{where}"
-        return f"to make it anew, remove {folder} and run again"
+        folder = self.objects.local_path(where) or f"{self.uri}/{where}"
+        return f"to recreate it, remove {folder} and run again"
 
     def _newest_checkpoint(self, stage: str, key: str) -> tuple[int, Manifest] | None:
         listed: list[int] = []
-        while (steps := self.checkpoint_steps(stage, key)) != listed:  # changed beside us: look again
+        # Look again as long as other processes change the list meanwhile.
+        while (steps := self.checkpoint_steps(stage, key)) != listed:
             for step in reversed(steps):
                 manifest = self._manifest(checkpoint_path(stage, key, step))
                 if manifest is not None:
@@ -247,19 +252,19 @@ class Store:
         return None
 
     def checkpoint_steps(self, stage: str, key: str) -> list[int]:
-        """The steps of a training that checkpoints were begun at, complete or not, in order."""
+        """Return the steps of a training that have a checkpoint, complete or not, in ascending order."""
         prefix = checkpoint_path(stage, key) + "/"
         folders = {entry.path[len(prefix) :].split("/")[0] for entry in self.objects.entries(prefix)}
         return sorted(int(folder) for folder in folders if re.fullmatch(r"[0-9]+", folder))
 
     def _remove(self, where: str) -> None:
-        """Remove an artifact or a checkpoint, its manifest first: it is gone at once, then its files go."""
+        """Remove an artifact or a checkpoint. Its manifest is deleted first, so it never exists without its files."""
         self.objects.delete(f"{where}/{MANIFEST}")
         for entry in list(self.objects.entries(f"{where}/")):
             self.objects.delete(entry.path)
 
     def _remove_quietly(self, where: str) -> None:
-        """Remove an attempt's files. What cannot be removed is in nobody's manifest, hence harmless."""
+        """Delete an attempt's files, ignoring errors: no manifest lists them, so a remaining file is harmless."""
         try:
             for entry in list(self.objects.entries(f"{where}/")):
                 self.objects.delete(entry.path)
@@ -268,11 +273,11 @@ class Store:
 
 
 class _TooLongError(Exception):
-    """More bytes came than were promised."""
+    """A file has more bytes than its manifest lists."""
 
 
 class _Tally:
-    """Size and sha256 of the chunks that pass."""
+    """Computes size and sha256 of a stream of chunks; raises _TooLongError above `limit_bytes`."""
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.size_bytes = 0
@@ -291,7 +296,7 @@ class _Tally:
 
 
 def _in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`work` on each item, a few at a time, in order; the first error ends it."""
+    """Return `work(item)` for each item, in order, computed by several threads; the first error cancels the rest."""
     with ThreadPoolExecutor(_TRANSFERS) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

@@ -20,7 +20,7 @@ from llamarefine_jobs.models import backends
 from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, is_out_of_memory, oom_micro_batch_rows
 from llamarefine_jobs.process.world import means_lost_peer
-from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.batches import WholeBatches
 from llamarefine_jobs.training.best_adapter import check_best, damaged, read_best
 from llamarefine_jobs.training.checkpoints import Checkpoint, Checkpoints
@@ -379,7 +379,7 @@ def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
 def _base_name(context: Context) -> str | None:
     """The Hub's name of the base, for whoever loads the adapter elsewhere; None where it has none."""
     source = context.recipe.prepare.base.source
-    known = context.stage.name == "sft" and pinning.kind(source, hub_id_allowed=True) is pinning.Kind.HUB
+    known = context.stage.name == "sft" and locations.kind(source, hub_id_allowed=True) is locations.Kind.HUB
     return source.removeprefix("hf://") if known else None
 
 

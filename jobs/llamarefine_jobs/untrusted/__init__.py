@@ -1,4 +1,4 @@
-"""Limits on bytes that others wrote: JSON, YAML, pickles, remote code, terminal control characters, secrets in logs.
+"""Checks of data that others wrote: JSON, YAML, pickles, remote code, terminal control characters, secrets in logs.
 
-Each module refuses or removes what could do harm before anything else reads it. Imports only the contract.
+Each module refuses or removes harmful content before anything else reads it. Imports only the contract.
 """

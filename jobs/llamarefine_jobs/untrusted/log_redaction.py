@@ -1,8 +1,8 @@
-"""No log holds a credential, whichever library writes it, at whatever level it was asked to.
+"""Remove credentials from every log record of this process, whichever library writes it, at every level.
 
-Libraries write whole requests where someone turns their debugging on: boto3 a session's token and what it signs,
-urllib3 signed addresses, Python's own HTTP client every header. So what is logged in this process is looked through
-before anybody formats it, for secrets that the environment holds and for the forms that others come in.
+With debug logging on, libraries log whole requests: boto3 a session's token and the text that it signs, urllib3 signed
+addresses, Python's own HTTP client every header. So each log record is searched before it is formatted, for the secrets
+in the environment and for text that has the form of a credential.
 """
 
 import base64
@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "[hidden]"
-_LEAST = 6  # characters of a secret: a shorter one is a word that is in every text
+_SHORTEST_SECRET = 6  # characters; a shorter value may be a word that occurs in any text
 _HOLDS_SECRET = re.compile(r"(secret|token|passw|credential|_key$|_key_id$)", re.IGNORECASE)
-# A header, an argument, a parameter or an element of such a name, and its value up to where one of its kind ends.
+# A header, argument, parameter or XML element with such a name, and its value up to its end.
 _NAMED = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization|\b(?:set-)?cookie|x-amz-(?:security-token|signature|credential)"
     r"|(?:secret|session|security|access|refresh|identity|id|api)[_-]?(?:access[_-]?)?(?:key(?:[_-]?id)?|token)"
@@ -31,14 +31,14 @@ _NAMED = re.compile(
 _FORMS = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
     re.compile(r"(?<=bearer )[\w.~+/=-]+", re.IGNORECASE),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"),  # a JSON web token: a service account's is one
+    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"),  # a JSON web token, such as a service account's
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
 )
 
 
 def redact(text: str) -> str:
-    """`text` without the credentials in it."""
-    for secret in _of_the_environment():
+    """Return `text` with each credential replaced by `[hidden]`."""
+    for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
     text = _NAMED.sub(rf"\g<name>\g<between>{HIDDEN}", text)
     for form in _FORMS:
@@ -48,35 +48,38 @@ def redact(text: str) -> str:
 
 @functools.cache
 def redact_logs() -> None:
-    """From now on no log of this process holds a credential. Called by whatever is about to use one."""
-    before = logging.getLogRecordFactory()
+    """Redact every later log record of this process. Every client calls this before it uses a credential."""
+    previous_factory = logging.getLogRecordFactory()
 
-    def make(*about: Any, **more: Any) -> logging.LogRecord:
-        record = before(*about, **more)
+    def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = previous_factory(*args, **kwargs)
         try:
-            said = record.getMessage()
-        except (TypeError, ValueError):  # arguments that do not fit: logging itself reports it
+            message = record.getMessage()
+        except (TypeError, ValueError):  # the arguments do not fit the format: logging itself reports this
             return record
-        if (hidden := redact(said)) != said:
-            record.msg, record.args = hidden, ()
+        if (redacted := redact(message)) != message:
+            record.msg, record.args = redacted, ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
         return record
 
-    logging.setLogRecordFactory(make)
-    # With its debugging on, Python's own client prints what it sends, and asks no logger.
+    logging.setLogRecordFactory(make_redacted)
+    # With its debug level on, Python's own HTTP client prints what it sends, without a logger.
     http.client.print = lambda *parts: print(redact(" ".join(map(str, parts))))  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _of_the_environment() -> tuple[str, ...]:
-    """The secrets that this process was given, as they may be written, the longest first."""
+def _environment_secrets() -> tuple[str, ...]:
+    """Return the secrets in the environment, in every spelling that a log may use, the longest first.
+
+    They are read once: a secret that is set later is only recognized by its form.
+    """
     found: set[str] = set()
     for name, value in os.environ.items():
         if _HOLDS_SECRET.search(name):
-            for part in value.split():  # a key in PEM is one line after the other
+            for part in value.split():  # a PEM key is logged line by line
                 found.update(_spellings(part))
-    return tuple(sorted((each for each in found if len(each) >= _LEAST), key=len, reverse=True))
+    return tuple(sorted((each for each in found if len(each) >= _SHORTEST_SECRET), key=len, reverse=True))
 
 
 def _spellings(secret: str) -> Iterator[str]:

@@ -1,18 +1,21 @@
-"""A checkpoint whose pickles hold more than tensors is refused before the trainer looks at it: nothing in it is run."""
+"""Refuse checkpoints whose pickles hold more than tensors, before the trainer reads them.
+
+This is not part of remote_code.py because it needs torch, and the launcher, which imports that module, has none.
+"""
 
 from pathlib import Path
 
 from llamarefine_jobs.contract.errors import IntegrityError
 from llamarefine_jobs.untrusted.remote_code import INERT
 
-_TENSORS = (".pt", ".pth")  # torch's own pickles: read as tensors and plain values, of which the trainer needs three
+_TENSORS = (".pt", ".pth")  # torch's pickles of the optimizer's, scheduler's and random generators' states
 
 
 def refuse_pickled_code(checkpoint: Path) -> None:
-    """Raise IntegrityError where a checkpoint holds more than tensors and plain values; nothing in it is run.
+    """Raise IntegrityError if a checkpoint holds more than tensors and plain values; nothing in it is run.
 
-    The optimizer's, the scheduler's and the random generators' states are torch's pickles. They are read here as the
-    trainer reads them, by an unpickler that knows tensors, numbers and texts, and refuses a call of anything else.
+    The states of the optimizer, the scheduler and the random generators are torch's pickles. They are read here as the
+    trainer reads them, by an unpickler that accepts tensors, numbers and texts, and refuses every other call.
     """
     import torch
     from transformers.trainer_pt_utils import safe_globals
@@ -20,7 +23,7 @@ def refuse_pickled_code(checkpoint: Path) -> None:
     for file in sorted(path for path in checkpoint.rglob("*") if not path.is_dir()):
         name = file.relative_to(checkpoint).as_posix()
         if file.suffix not in (*INERT, *_TENSORS):
-            raise IntegrityError(f"the checkpoint holds {name}, which no checkpoint of ours does; {_REMEDY}")
+            raise IntegrityError(f"the checkpoint holds {name}, a type of file that no checkpoint has; {_REMEDY}")
         if file.suffix in _TENSORS:
             try:
                 with safe_globals():

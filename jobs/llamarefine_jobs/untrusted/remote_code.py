@@ -1,7 +1,7 @@
-"""Models that bring code of their own are refused, before any library looks at them.
+"""Refuse models and adapters that bring code of their own, before any library reads their files.
 
-What guards against a wrong byte is the manifest; whoever may write the bucket writes manifests too. This guards
-against them: it holds for what is in the files, whoever vouches for it.
+Manifests protect against wrong bytes, but whoever may write to the bucket can write manifests, too. These checks look
+at the files themselves, so they hold whoever published them.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ INERT = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 
 
 def refuse_remote_code(folder: Path) -> None:
-    """Raise DataError where a config in `folder` names Python modules, or an attention kernel of a repository."""
+    """Raise DataError if a config in `folder` names Python modules, or an attention kernel from a repository."""
     for name in _CONFIGS:
         if not (folder / name).is_file():
             continue
@@ -33,10 +33,10 @@ def refuse_remote_code(folder: Path) -> None:
 
 
 def refuse_programs(folder: Path) -> None:
-    """Raise IntegrityError where a model or an adapter that was brought holds what none of ours does, or names code."""
+    """Raise IntegrityError if a downloaded model or adapter has a file of an unexpected type, or names code."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if file.suffix not in INERT:
-            raise IntegrityError(f"it holds {file.relative_to(folder).as_posix()}, which no model of ours does")
+            raise IntegrityError(f"it holds {file.relative_to(folder).as_posix()}, a type of file that no model has")
     try:
         refuse_remote_code(folder)
     except DataError as error:
@@ -44,5 +44,5 @@ def refuse_programs(folder: Path) -> None:
 
 
 def pickles_in(folder: Path) -> list[str]:
-    """The names of the files in `folder` that a pickle is read from."""
+    """Return the names of the files in `folder` whose suffix is that of a pickle."""
     return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)

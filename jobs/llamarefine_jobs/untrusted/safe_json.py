@@ -1,20 +1,20 @@
-"""A JSON file that came with a model, an adapter or a checkpoint: one object, of a sane size, whoever wrote it."""
+"""Read a JSON object of limited size, from a file that came with a model, an adapter or a checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-LIMIT_BYTES = 64 << 20  # the longest, a tokenizer.json, has 30 MB
+LIMIT_BYTES = 64 << 20  # the largest known file, a tokenizer.json, has 30 MB
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in `path`; ValueError, in one line, for anything else, OSError where it cannot be read."""
+    """Return the JSON object in `path`. One-line ValueError for anything else; OSError if it cannot be read."""
     with path.open("rb") as file:
         return parse_object(file.read(LIMIT_BYTES + 1), path.name)
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object in `data`, which `name` holds; ValueError, in one line, for anything else."""
+    """Return the JSON object in `data`. One-line ValueError for anything else; it names the file as `name`."""
     if len(data) > LIMIT_BYTES:
         raise ValueError(f"{name} holds more than {LIMIT_BYTES >> 20} MiB")
     try:

@@ -13,8 +13,8 @@ from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefine
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.data.columns import columns_of, missing_columns_error
-from llamarefine_jobs.sources import pinning
-from llamarefine_jobs.sources.pinning import Kind
+from llamarefine_jobs.sources import locations, pinning
+from llamarefine_jobs.sources.locations import Kind
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.cluster import access, placement, submission
 from llamarefine_k8s.cluster.api import Cluster
@@ -86,7 +86,7 @@ def check_sources(recipe: Recipe) -> Iterator[Check]:
             continue
         missing = [value for value in named.values() if there is not None and value not in there]
         if there is None:
-            where = pinning.kind(rows.source)
+            where = locations.kind(rows.source)
             said = "made on the spot" if where is Kind.BUILT_IN else "not looked at from here; prepare checks it first"
             yield (ok if where is Kind.BUILT_IN else warning)(name, f"{rows.source}: {said}")
         elif missing == [named.get("prompt_column")]:

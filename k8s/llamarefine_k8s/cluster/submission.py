@@ -9,8 +9,9 @@ from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
-from llamarefine_jobs.sources import pinning
-from llamarefine_jobs.sources.pinning import DOCSTRINGS, IN_IMAGE, Kind
+from llamarefine_jobs.sources import fingerprints, locations, pinning
+from llamarefine_jobs.sources.fingerprints import IMAGE_PREFIX
+from llamarefine_jobs.sources.locations import DOCSTRINGS, Kind
 from llamarefine_jobs.store import Store
 from llamarefine_k8s import settings
 from llamarefine_k8s.cluster import run_status
@@ -85,17 +86,17 @@ def bring_sources(recipe: Recipe, given: Settings, say: Say, *, upload: bool = T
     """
     pinned = {}
     for name, source in recipe.sources().items():
-        where = pinning.kind(source.source, hub_id_allowed=name == "base")
+        where = locations.kind(source.source, hub_id_allowed=name == "base")
         changes: dict[str, str] = {}
         if where is Kind.PATH:
             found = pinning.fingerprint(source.source, where, f"prepare.{name}.source") or ""
-            path = pinning.local_path(source.source)
+            path = locations.local_path(source.source)
             place = f"inputs/{found.rpartition(':')[2]}/{path.name}"
             if upload:
                 _upload(Store(given.store), path, place, say)
             changes = {"source": f"{given.store.rstrip('/')}/{place}", "fingerprint": found}
         elif source.source == DOCSTRINGS:
-            changes = {"fingerprint": IN_IMAGE + given.image("prepare")}
+            changes = {"fingerprint": IMAGE_PREFIX + given.image("prepare")}
         pinned[name] = type(source).model_validate(source.model_dump() | changes)
     return pinning.pin(recipe.with_sources(pinned))
 
@@ -111,7 +112,7 @@ def _upload(store: Store, path: Path, place: str, say: Say) -> None:
         for entry in store.entries(place)
         if entry.modified_at is None or entry.modified_at > kept_since
     }
-    for file in sorted(pinning.files_below(path)) if path.is_dir() else [path]:
+    for file in sorted(fingerprints.files_below(path)) if path.is_dir() else [path]:
         target = place if file == path else f"{place}/{file.relative_to(path).as_posix()}"
         size_bytes = file.stat().st_size
         if there.get(target) != size_bytes:

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from llamarefine_jobs.contract.errors import LlamaRefineError
-from llamarefine_jobs.store.bucket import S3Objects
-from llamarefine_jobs.store.objects import FileObjects, Objects, open_objects
+from llamarefine_jobs.store.objects import Objects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
 _SKEW_S = 60.0  # S3 refuses requests that are 15 minutes off
@@ -25,14 +25,13 @@ def check_store(uri: str) -> Iterator[Check]:
     name = "bucket" if uri.startswith("s3://") else "store"
     try:
         objects = open_objects(uri)
-        if isinstance(objects, FileObjects):
+        if objects.root:
             with _as_it_was(objects.root):
                 yield _rounds(name, objects)
             yield _room(objects.root)
         else:
             yield _rounds(name, objects)
-        if isinstance(objects, S3Objects):
-            yield from _clock(objects)
+        yield from _clock(objects)
     except LlamaRefineError as error:
         yield fail(name, str(error))
 
@@ -71,7 +70,7 @@ def _as_it_was(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
-def _clock(objects: S3Objects) -> Iterator[Check]:
+def _clock(objects: Objects) -> Iterator[Check]:
     there = objects.clock()
     skew_s = (datetime.now(UTC) - there).total_seconds() if there else 0.0
     if abs(skew_s) > _SKEW_S:

@@ -23,7 +23,7 @@ from llamarefine_jobs.contract.errors import IntegrityError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import Entry, FileObjects
+from llamarefine_jobs.store.objects import Entry
 from llamarefine_k8s.runs import records
 from llamarefine_k8s.runs.records import RECORD, RunRecord
 
@@ -194,10 +194,7 @@ class _Inventory:
 
     def unfinished(self) -> Iterator[Item]:
         """What killed writers and preflights left."""
-        left = list(self._store.entries("check/"))
-        if isinstance(self._store.objects, FileObjects):
-            left += self._store.objects.unfinished()
-        for entry in left:
+        for entry in [*self._store.entries("check/"), *self._store.objects.unfinished()]:
             if self._is_old([entry]):
                 yield _item("leftover", entry.path, "its writer never finished", [entry])
 

@@ -13,11 +13,11 @@ from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, from_os_error
 from llamarefine_jobs.contract.memory import Shape, training_bytes
 from llamarefine_jobs.contract.recipe import Base, Dpo, Recipe, Sft
-from llamarefine_jobs.sources import pinning
-from llamarefine_jobs.sources.pinning import Kind
+from llamarefine_jobs.sources import locations
+from llamarefine_jobs.sources.locations import Kind
 from llamarefine_jobs.sources.web import read_head
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
@@ -31,7 +31,7 @@ _PREPARED_CONFIG = "base/config.json"
 def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[str, int]:
     """Bytes by training stage; nothing where the base's shape is not known from here, or it is the tiny one."""
     base = recipe.prepare.base
-    is_near = ask_hub or pinning.kind(base.source, hub_id_allowed=True) is not Kind.HUB
+    is_near = ask_hub or locations.kind(base.source, hub_id_allowed=True) is not Kind.HUB
     try:
         config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if is_near else None)
         if config is None:
@@ -52,9 +52,9 @@ def base_config(base: Base) -> dict[str, Any] | None:
 
     Raises DataError where there is none, AccessError or StoreError where it cannot be reached from here.
     """
-    match pinning.kind(base.source, hub_id_allowed=True):
+    match locations.kind(base.source, hub_id_allowed=True):
         case Kind.PATH:
-            data = _read_file(pinning.local_path(base.source) / "config.json")
+            data = _read_file(locations.local_path(base.source) / "config.json")
         case Kind.S3:
             parts = urlsplit(base.source)
             data = open_objects(f"s3://{parts.netloc}").read(f"{unquote(parts.path).strip('/')}/config.json")
@@ -89,7 +89,7 @@ def gib(size_bytes: float) -> str:
 
 def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
     """That of the base that is prepared already; None where there is none, or it is not the file that prepare wrote."""
-    if recipe.prepare.base.source == pinning.TINY_LLAMA:
+    if recipe.prepare.base.source == locations.TINY_LLAMA:
         return None
     manifest = store.manifest("prepare", artifact_key("prepare", recipe, {}))
     if manifest is None:

@@ -26,9 +26,8 @@ from llamarefine_jobs.contract.errors import (
 )
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
-from llamarefine_jobs.sources.pinning import file_sha256
+from llamarefine_jobs.sources.fingerprints import file_sha256
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import FileObjects
 from llamarefine_k8s.runs import provenance, signing
 from llamarefine_k8s.runs.plan import newest_checkpoint
 from llamarefine_k8s.runs.records import Journal, RunRecord
@@ -145,7 +144,7 @@ class Pipeline:
         key = artifact_key(stage, self.recipe, {name: self.made[name] for name in STAGES[stage].reads})
         standing = self.store.manifest(stage, key)
         if standing:
-            if isinstance(self.store.objects, FileObjects):  # a bucket keeps its own checksums
+            if not self.store.objects.keeps_checksums:
                 self.store.verify(standing)
             if self.journal.was_left(stage, key):
                 self._finish(stage, key)
@@ -255,9 +254,9 @@ class StageLog:
         self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
 
     def __enter__(self) -> Self:
-        if isinstance(self._store.objects, FileObjects):
+        if local := self._store.objects.local_path(self.path):
             self._store.write(self.path, self._store.read(self.path) or b"")
-            self.file = self._store.objects.path_of(self.path)
+            self.file = local
         else:
             self.file = Path(self._folder.name, "log")
             with self.file.open("wb") as into:
@@ -275,7 +274,7 @@ class StageLog:
             self._kept_s = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(self._store.objects, FileObjects):
+        if self._store.objects.root:
             self._lines.close()
             self.sha256 = file_sha256(self.file)
         else:
@@ -289,7 +288,7 @@ class StageLog:
 
     def _keep(self) -> None:
         """Bring what there is to the bucket; where that does not go now, the next time will."""
-        if isinstance(self._store.objects, FileObjects) or self.file.stat().st_size > _KEEP_AT_MOST_BYTES:
+        if self._store.objects.root or self.file.stat().st_size > _KEEP_AT_MOST_BYTES:
             return
         with contextlib.suppress(LlamaRefineError):
             self._store.write(self.path, self.file.read_bytes() + self._mark().encode(), retry=False)

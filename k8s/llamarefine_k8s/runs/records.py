@@ -28,7 +28,6 @@ from llamarefine_jobs.contract.self_digest import add_self_digest, read_self_dig
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import FileObjects
 
 RECORD = "run.json"
 _SEAL = "record_sha256"
@@ -199,7 +198,7 @@ def where(store: Store, path: str) -> str:
 
     The path "." is the store itself.
     """
-    if not isinstance(store.objects, FileObjects):
+    if not store.objects.root:
         return store.uri if path == "." else f"{store.uri}/{path}"
     place = store.objects.root / path
     return os.path.relpath(place) if place.is_relative_to(os.getcwd()) else str(place)

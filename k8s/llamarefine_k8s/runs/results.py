@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llamarefine_jobs.contract.artifact import MANIFEST, Manifest, run_path
 from llamarefine_jobs.contract.errors import DataError, GateError, IntegrityError, from_os_error
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.sources.pinning import file_sha256
+from llamarefine_jobs.sources.fingerprints import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_jobs.untrusted.remote_code import refuse_programs
 from llamarefine_k8s.runs.records import RunRecord, where

@@ -14,7 +14,7 @@ from llamarefine_jobs.contract.errors import DataError, StoreError
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.data import reading
 from llamarefine_jobs.data.reading import Table, read_table
-from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources import locations, pinning
 
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=40)
 
@@ -171,14 +171,14 @@ def test_a_hub_that_cannot_be_reached_is_trouble_that_may_pass(tmp_path: Path, m
 
 def test_a_source_that_changed_since_it_was_pinned_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.csv", "question,answer\nq,a\n")
-    pinned = pinning.fingerprint(str(path), pinning.Kind.PATH, "prepare.questions")
+    pinned = pinning.fingerprint(str(path), locations.Kind.PATH, "prepare.questions")
     assert read(path, fingerprint=pinned).rows == [("q", "a")]
     path.write_text("question,answer\nq,b\n")
     assert "changed" in refusal(path, fingerprint=pinned)
 
 
 def test_rows_in_a_bucket_are_read(tmp_path: Path, s3_uri: str) -> None:
-    from llamarefine_jobs.store.objects import open_objects
+    from llamarefine_jobs.store.uri import open_objects
 
     open_objects(s3_uri).write("rows.csv", b"question,answer\nq,a\n")
     rows = Rows(source=f"{s3_uri}/rows.csv")

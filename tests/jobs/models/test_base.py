@@ -170,7 +170,7 @@ def test_a_hub_id_that_is_cached_needs_no_network(
 
 
 def test_a_base_in_a_bucket_is_brought(original: Path, tmp_path: Path, s3_uri: str) -> None:
-    from llamarefine_jobs.store.objects import open_objects
+    from llamarefine_jobs.store.uri import open_objects
 
     objects = open_objects(s3_uri)
     for file in original.iterdir():

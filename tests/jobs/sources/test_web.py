@@ -1,4 +1,4 @@
-"""Files from the web: a real server on this machine, well-behaved and not."""
+"""Downloads from a real server on this machine, including its errors and redirects."""
 
 import socket
 import threading
@@ -12,8 +12,7 @@ import pytest
 from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError
 from llamarefine_jobs.contract.recipe import Rows
 from llamarefine_jobs.data.reading import read_table
-from llamarefine_jobs.sources.addresses import redirects_inward
-from llamarefine_jobs.sources.web import download
+from llamarefine_jobs.sources.web import download, redirects_inward
 
 BODY = b"question,answer\nq,a\n"
 
@@ -54,7 +53,7 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def test_rows_behind_an_address_are_read(tmp_path: Path, url: str) -> None:
+def test_rows_at_a_web_address_are_read(tmp_path: Path, url: str) -> None:
     rows = Rows(source=f"{url}/rows.csv")
     assert read_table(rows, "prepare.questions", tmp_path, ("question",)).rows == [("q",)]
 
@@ -63,18 +62,18 @@ def test_a_redirect_is_followed(tmp_path: Path, url: str) -> None:
     assert download(f"{url}/moved", tmp_path, "key").read_bytes() == BODY
 
 
-def test_a_redirect_to_a_file_of_this_machine_is_not(tmp_path: Path, url: str) -> None:
+def test_a_redirect_to_a_local_file_is_not_followed(tmp_path: Path, url: str) -> None:
     with pytest.raises(LlamaRefineError, match=r"HTTP 302|neither http nor https"):
         download(f"{url}/leak", tmp_path, "key")
     assert not any(file.stat().st_size for file in tmp_path.iterdir())
 
 
-def test_a_redirect_to_where_clouds_keep_credentials_is_not(tmp_path: Path, url: str) -> None:
+def test_a_redirect_to_a_clouds_metadata_address_is_not_followed(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="leads to an address of this machine or network"):
         download(f"{url}/metadata", tmp_path, "key")
 
 
-PLACES = {"web.example": "93.184.215.14", "more.example": "2606:2800::1", "inside.example": "10.0.0.7"}
+ADDRESSES = {"web.example": "93.184.215.14", "more.example": "2606:2800::1", "inside.example": "10.0.0.7"}
 
 
 @pytest.mark.parametrize(
@@ -93,13 +92,13 @@ PLACES = {"web.example": "93.184.215.14", "more.example": "2606:2800::1", "insid
         ("https://unknown.example/a", "http://169.254.169.254/b", True),
     ],
 )
-def test_where_a_redirect_leads_inside(origin: str, target: str, inward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_inward(origin: str, target: str, inward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = socket.getaddrinfo
 
     def resolve(host: str, port: None) -> Any:
-        if host.endswith(".example") and host not in PLACES:
+        if host.endswith(".example") and host not in ADDRESSES:
             raise socket.gaierror
-        return real(PLACES.get(host, host), port)
+        return real(ADDRESSES.get(host, host), port)
 
     monkeypatch.setattr("socket.getaddrinfo", resolve)
     assert redirects_inward(target, origin) == inward
@@ -108,18 +107,18 @@ def test_where_a_redirect_leads_inside(origin: str, target: str, inward: bool, m
 @pytest.mark.parametrize(
     ("path", "error"), [("404", DataError), ("403", AccessError), ("503", StoreError), ("cut.csv", StoreError)]
 )
-def test_what_a_server_answers_decides_who_may_try_again(
+def test_the_servers_answer_decides_the_class_of_the_error(
     tmp_path: Path, url: str, path: str, error: type[LlamaRefineError]
 ) -> None:
     with pytest.raises(error):
         download(f"{url}/{path}", tmp_path, "key")
 
 
-def test_nobody_there_is_trouble_that_may_pass(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be reached"):
         download("http://127.0.0.1:9/rows.csv", tmp_path, "key")
 
 
-def test_more_than_the_limit_is_refused(tmp_path: Path, url: str) -> None:
+def test_a_file_above_the_size_limit_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="is over"):
         download(f"{url}/rows.csv", tmp_path, "key", limit_bytes=len(BODY) - 1)

@@ -9,7 +9,8 @@ import pytest
 
 from llamarefine_jobs.contract.recipe import Preferences, Questions, Recipe
 from llamarefine_jobs.store.bucket import S3Objects
-from llamarefine_jobs.store.objects import FileObjects, open_objects
+from llamarefine_jobs.store.folder import FolderObjects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_k8s.cluster.preflight import check_sources
 from llamarefine_k8s.runs import bucket_probe
 from llamarefine_k8s.runs.bucket_probe import check_store
@@ -128,7 +129,7 @@ def test_an_endpoint_without_tls_where_tls_is_asked_is_told(
     s3_uri: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint.replace("http:", "https:"))
-    assert "does not speak TLS; give it a certificate, or write http:// where that is meant" in bucket(s3_uri)
+    assert "does not speak TLS; give it a certificate, or write http:// if that is intended" in bucket(s3_uri)
 
 
 def test_nobody_at_the_endpoint_is_told(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_a_clock_that_is_far_off_is_told(s3_uri: str, s3: S3Server, monkeypatch:
     true = botocore.auth.get_current_datetime
     late = timedelta(minutes=20)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *args, **kwargs: true(*args, **kwargs) - late)
-    assert "this machine's clock differs too much from the bucket's; set it right" in bucket(s3_uri)
+    assert "this machine's clock differs too much from the bucket's; correct it (NTP)" in bucket(s3_uri)
 
 
 def test_a_clock_that_is_a_little_off_is_a_warning(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +153,16 @@ def test_a_clock_that_is_a_little_off_is_a_warning(s3_uri: str, monkeypatch: pyt
     assert "the bucket, which refuses requests that are 900 s off; set the clock right" in bucket(s3_uri)
 
 
-@pytest.mark.parametrize("kind", [FileObjects, S3Objects])
+@pytest.mark.parametrize("kind", [FolderObjects, S3Objects])
 def test_a_store_that_ignores_the_condition_of_a_put_is_refused(
-    kind: type[FileObjects | S3Objects], file_uri: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+    kind: type[FolderObjects | S3Objects], file_uri: str, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(self: FileObjects | S3Objects, path: str, data: bytes) -> bool:
+    def careless(self: FolderObjects | S3Objects, path: str, data: bytes) -> bool:
         self.write(path, data)
         return True
 
     monkeypatch.setattr(kind, "create", careless)
-    uri = file_uri if kind is FileObjects else s3_uri
+    uri = file_uri if kind is FolderObjects else s3_uri
     assert "If-None-Match is not honoured" in bucket(uri)
     assert list(open_objects(uri).entries("")) == []
 

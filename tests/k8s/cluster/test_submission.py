@@ -10,7 +10,8 @@ from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.recipe_file import load_recipe
-from llamarefine_jobs.sources import pinning
+from llamarefine_jobs.sources import fingerprints, pinning
+from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.cluster.submission import bring_sources, check_gpus, objects_of
 from llamarefine_k8s.runs.records import run_id
@@ -80,12 +81,12 @@ def test_the_docstrings_are_those_of_the_image(recipe_file: Path, s3_uri: str) -
 
 def test_other_bytes_under_an_uploaded_name_are_refused(own_files: Path, s3_uri: str, tmp_path: Path) -> None:
     rows = bring(own_files, s3_uri).prepare.questions
-    path = pinning.download_s3(rows.source, tmp_path / "right", rows.fingerprint)
+    path = download_s3(rows.source, tmp_path / "right", rows.fingerprint)
     assert path.read_bytes() == (tmp_path / "questions.csv").read_bytes()
     name = rows.source.removeprefix(f"{s3_uri}/")
     Store(s3_uri).write(name, b"question,answer\nother,bytes\n")
     with pytest.raises(DataError, match="expected the bytes that were uploaded"):
-        pinning.download_s3(rows.source, tmp_path / "wrong", rows.fingerprint)
+        download_s3(rows.source, tmp_path / "wrong", rows.fingerprint)
 
 
 def test_a_folder_is_uploaded_whole(recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path) -> None:
@@ -95,8 +96,8 @@ def test_a_folder_is_uploaded_whole(recipe: Callable[..., Recipe], s3_uri: str, 
     (folder / "deep" / "weights").write_bytes(b"\0" * 9)
     given = Settings(store=s3_uri)
     base = bring_sources(recipe(f"prepare.base.source={folder}"), given, lambda text: None).prepare.base
-    fetched = pinning.download_s3(base.source, tmp_path / "fetched", base.fingerprint)
-    assert pinning.content_sha256(fetched) == pinning.content_sha256(folder) == base.fingerprint
+    fetched = download_s3(base.source, tmp_path / "fetched", base.fingerprint)
+    assert fingerprints.content_sha256(fetched) == fingerprints.content_sha256(folder) == base.fingerprint
 
 
 def test_everything_of_a_run_is_listed(recipe_file: Path, s3_uri: str) -> None:

@@ -170,7 +170,7 @@ class Built:
         self._date(path, NOW - (timedelta(hours=1) if young else OLD))
 
     def _date(self, path: str, at: datetime) -> None:
-        os.utime(self.store.objects.path_of(path), (at.timestamp(), at.timestamp()))  # type: ignore[attr-defined]
+        os.utime(self.store.objects.local_path(path), (at.timestamp(), at.timestamp()))  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_a_run_that_is_driven_again_names_what_it_has_from_the_first_moment(
 def test_what_killed_writers_left_goes_and_what_is_not_ours_stays(store: Store) -> None:
     for path in ("check/0011", "models/mine.bin", "artifacts/mine/x/y", "notes.txt"):
         store.write(path, b"x")
-    root = store.objects.path_of("check").parent  # type: ignore[attr-defined]
+    root = store.objects.local_path("check").parent  # type: ignore[attr-defined]
     (root / "artifacts" / ".writing-0123").write_text("half")
     found = garbage.find(store, Keep(newest=1), LATER)
     assert {path for item in found.items for path in item.files} == {"check/0011", "artifacts/.writing-0123"}
@@ -368,7 +368,7 @@ def _manifests(store: Store) -> list[str]:
 
 def _age(store: Store) -> None:
     at_s = (NOW - OLD).timestamp()
-    for path in _files(store.objects.path_of("artifacts").parent):  # type: ignore[attr-defined]
+    for path in _files(store.objects.local_path("artifacts").parent):  # type: ignore[attr-defined]
         os.utime(path, (at_s, at_s))
 
 

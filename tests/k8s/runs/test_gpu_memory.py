@@ -15,7 +15,7 @@ from llamarefine_jobs.contract.memory import Shape, training_bytes
 from llamarefine_jobs.contract.recipe import Base, Recipe
 from llamarefine_jobs.sources.pinning import pin
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import open_objects
+from llamarefine_jobs.store.uri import open_objects
 from llamarefine_k8s.runs.gpu_memory import base_config, check_card, estimates
 from tests.contract.test_memory import TINYLLAMA
 from tests.jobs.tiny import publish as publish_folder

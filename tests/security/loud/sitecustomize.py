@@ -1,4 +1,4 @@
-"""On PYTHONPATH: every library of the process tells all it has to tell, and nothing can hold it to less."""
+"""On PYTHONPATH, this makes every library of a process log at DEBUG, whatever level the process sets."""
 
 import http.client
 import logging

@@ -1,4 +1,4 @@
-"""A full disk, a folder that may not be written: one line, the right kind, nothing left behind."""
+"""A full disk, missing permissions: a one-line error of the right class, and nothing left behind."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     mount = shutil.which("mount")
     options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() or not mount or subprocess.run([mount, *options], capture_output=True).returncode:
-        pytest.skip("no right to mount a file system")
+        pytest.skip("no permission to mount a file system")
     try:
         yield disk
     finally:
@@ -65,7 +65,7 @@ def test_fetching_to_a_full_disk_leaves_nothing(store: Store, tiny_disk: Path, t
     store.verify(published)
 
 
-def test_a_limit_on_the_size_of_files_reads_as_a_full_disk(open_folder: Path, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_a_disk_full_error(open_folder: Path, tmp_path: Path) -> None:
     folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
     error = error_of_publishing(str(open_folder / "store"), folder, file_limit_bytes=1_000_000)
     assert error is not None
@@ -87,7 +87,7 @@ def test_a_folder_without_write_permission_is_named(open_folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_file_that_may_not_be_read_is_named(open_folder: Path) -> None:
+def test_an_unreadable_file_is_named(open_folder: Path) -> None:
     made = samples.make_folder(open_folder / "made")
     (made / "one.byte").chmod(0o600)
     store = open_folder / "store"
@@ -101,20 +101,20 @@ def test_a_file_that_may_not_be_read_is_named(open_folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_read_only_is_named(tmp_path: Path, folder: Path) -> None:
+def test_a_read_only_folder_is_named(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "store").mkdir(mode=0o500)
     with pytest.raises(AccessError, match="no permission for"):
         Store(str(tmp_path / "store")).publish(folder, samples.draft())
 
 
-def test_a_store_below_a_file_is_refused_in_one_line(tmp_path: Path, folder: Path) -> None:
+def test_a_store_below_a_file_is_a_one_line_error(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(Exception, match="Not a directory") as error:
         Store(str(tmp_path / "file" / "store")).publish(folder, samples.draft())
     assert "\n" not in str(error.value)
 
 
-def test_fetching_over_a_folder_that_holds_something_keeps_it(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_fetch_keeps_the_files_of_an_existing_folder(store: Store, folder: Path, tmp_path: Path) -> None:
     published = store.publish(folder, samples.draft())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("kept")
@@ -126,7 +126,7 @@ def test_fetching_over_a_folder_that_holds_something_keeps_it(store: Store, fold
 
 @pytest.fixture
 def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on FAT: no file system that a test can make is without hard links."""
+    """Make hard links fail as on FAT, since a test cannot create a file system without them."""
 
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", source)
@@ -134,13 +134,13 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
 
 
-def test_a_file_system_without_hard_links_has_one_winner_too(no_links: None, file_uri: str, folder: Path) -> None:
+def test_create_has_one_winner_on_a_file_system_without_hard_links(no_links: None, file_uri: str, folder: Path) -> None:
     samples.assert_only(Store(file_uri), Store(file_uri).publish(folder, samples.draft()))
     for round_ in range(8):
-        together = threading.Barrier(6)
+        barrier = threading.Barrier(6)
 
-        def create(writer: int, path: str = f"runs/{round_}", together: threading.Barrier = together) -> bool:
-            together.wait()
+        def create(writer: int, path: str = f"runs/{round_}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
             return Store(file_uri).objects.create(path, f"written by {writer}".encode())
 
         with ThreadPoolExecutor(6) as pool:
