@@ -25,7 +25,7 @@ from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.contract.recipe import Recipe, Rows
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.data.reading import read_table
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_prompt, load_tokenizer
 from llamarefine_jobs.models.scoring import Answer, generate
 from llamarefine_jobs.process import sigterm
@@ -109,7 +109,7 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
         # The merged model in the type it was rounded to, as it was evaluated: a coarser one rounds the DPO update away.
         model = backend.load(base, dtype=recipe.merge.dtype if name == "merged" else None)
         if name == "sft":
-            model = backends.attach_adapter(model, inputs["sft"] / "adapter")
+            model = adapters.attach_adapter(model, inputs["sft"] / "adapter")
         yield Respondent(model, load_tokenizer(base), recipe)
 
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from llamarefine_jobs import entry, merge
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.models.backends import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llamarefine_jobs.models.lora import Update
+from llamarefine_jobs.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Update
 from llamarefine_jobs.store import Store
 
 from . import tiny

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.errors import DataError
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters
 
 from ..fuzz.target import held
 
@@ -56,11 +56,11 @@ def an_adapter(folder: Path, **config: Any) -> Path:
 )
 def test_a_setting_that_reaches_further_is_refused(config: dict[str, Any], base: Any, tmp_path: Path) -> None:
     with held("attach_adapter"), pytest.raises(DataError) as caught:
-        backends.attach_adapter(base, an_adapter(tmp_path / "adapter", **config))
+        adapters.attach_adapter(base, an_adapter(tmp_path / "adapter", **config))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 def test_a_plain_one_is_taken_wherever_it_says_it_is_from(base: Any, tmp_path: Path) -> None:
     elsewhere = {"base_model_name_or_path": "http://127.0.0.1:1/another", "revision": "main"}
-    assert backends.attach_adapter(base, an_adapter(tmp_path / "adapter", **elsewhere))
+    assert adapters.attach_adapter(base, an_adapter(tmp_path / "adapter", **elsewhere))

@@ -11,6 +11,9 @@ from typing import Any
 from llamarefine_jobs.contract.errors import DataError, IntegrityError
 from llamarefine_jobs.untrusted.safe_json import read_object
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 _LAYER = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
 _PREFIX = "base_model.model."
 _HALVES = (".lora_A.weight", ".lora_B.weight")
@@ -46,8 +49,8 @@ def read_adapter(folder: Path, name: str) -> Updates:
     from safetensors.torch import load_file
 
     try:
-        config = read_object(folder / "adapter_config.json")
-        tensors = load_file(folder / "adapter_model.safetensors")
+        config = read_object(folder / ADAPTER_CONFIG)
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
     except FileNotFoundError as error:
         raise DataError(f"the {name} adapter has no {Path(error.filename or folder).name}; train it again") from None
     except (SafetensorError, ValueError) as error:

@@ -11,7 +11,7 @@ import torch
 
 from llamarefine_jobs import entry
 from llamarefine_jobs.contract.errors import DataError, RecipeError
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import load_tokenizer
 from llamarefine_jobs.models.scoring import generate
 from tests.jobs import tiny
@@ -36,7 +36,7 @@ def backend() -> backends.Backend:
 @pytest.fixture
 def adapter(base: Path, backend: backends.Backend, tmp_path: Path) -> Path:
     model = backend.add_adapter(backend.load(base), tiny.recipe().sft.lora, seed=1, gradient_checkpointing=False)
-    backends.save_adapter(model.peft_config["default"], backends.adapter_state(model), tmp_path / "adapter", None)
+    adapters.save_adapter(model.peft_config["default"], adapters.adapter_state(model), tmp_path / "adapter", None)
     return tmp_path / "adapter"
 
 
@@ -84,7 +84,7 @@ def test_memory_that_runs_out_while_loading_is_not_called_a_bad_model(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", run_out)
     monkeypatch.setattr(PeftModel, "from_pretrained", run_out)
     with pytest.raises(torch.OutOfMemoryError):
-        backends.attach_adapter(model, adapter)
+        adapters.attach_adapter(model, adapter)
     with pytest.raises(SystemExit) as ended, entry.exit_code("sft"):
         backend.load(base)
     assert ended.value.code == 14
@@ -100,7 +100,9 @@ def test_memory_that_runs_out_beside_torchs_allocator_has_the_same_exit_code(wor
 
 def test_rows_longer_than_the_model_was_made_for_are_refused_in_one_line(base: Path, backend: backends.Backend) -> None:
     assert backend.load(base, max_length_tokens=POSITIONS)
-    with pytest.raises(RecipeError, match="max_length_tokens: expected at most the 64 of the base, found 65"):
+    with pytest.raises(
+        RecipeError, match="max_length_tokens: expected at most 64, the number of the base's positions, found 65"
+    ):
         backend.load(base, max_length_tokens=POSITIONS + 1)
 
 
@@ -111,7 +113,7 @@ def test_a_folder_without_a_model_is_refused_in_one_line(backend: backends.Backe
 
 
 def test_a_merged_policy_carries_its_bases_tokenizer(base: Path, adapter: Path, tmp_path: Path) -> None:
-    policy = backends.merge_in_memory(base, adapter, tmp_path / "policy", bf16=False)
+    policy = adapters.merge_in_memory(base, adapter, tmp_path / "policy", bf16=False)
     ours, its = load_tokenizer(base), load_tokenizer(policy)
     assert its.get_vocab() == ours.get_vocab()
     assert (its.pad_token_id, its.eos_token_id) == (ours.pad_token_id, ours.eos_token_id)
@@ -125,7 +127,7 @@ def test_an_adapter_that_was_rounded_is_trained_in_fp32(base: Path, backend: bac
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.bfloat16()
-    backends.hold_in_fp32(model)
+    adapters.hold_in_fp32(model)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 

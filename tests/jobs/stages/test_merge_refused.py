@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Change, type[LlamaRefineError], str]] = {
     "too large for float16": (
         base(lambda found: found["model.norm.weight"][3].fill_(7e4)),
         DataError,
-        "model.norm.weight would hold 7e\\+04, and torch.float16 ends at 6.55e\\+04; set merge.dtype to bfloat16",
+        "model.norm.weight would hold 7e\\+04, but the largest torch.float16 is 6.55e\\+04; set merge.dtype to bfloat16",
     ),
     "a base with NaN": (
         base(lambda found: found[f"{Q_PROJ}.weight"][3, 3].fill_(float("nan"))),
