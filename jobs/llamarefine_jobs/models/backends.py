@@ -279,8 +279,7 @@ def _check_length(folder: Path, max_length_tokens: int | None) -> None:
         positions = read_object(folder / "config.json").get("max_position_embeddings")
     if positions and max_length_tokens and max_length_tokens > positions:
         raise RecipeError(
-            f"max_length_tokens: expected at most {positions}, the number of the base's positions, "
-            f"found {max_length_tokens}"
+            f"max_length_tokens: expected at most the base's {positions} positions, found {max_length_tokens}"
         )
 
 
