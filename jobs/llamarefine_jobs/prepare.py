@@ -142,10 +142,10 @@ def _training_texts(questions: RowSet, preferences: RowSet) -> list[str]:
 def _pretrain(context: Context, tokenizer: Any, texts: Sequence[str], into: Path) -> dict[str, float]:
     tiny = context.recipe.prepare.base.tiny
 
-    def tick(step: int, steps: int, **figures: float) -> None:
+    def report_step(step: int, steps: int, **figures: float) -> None:
         context.progress(step, steps, phase="pretrain", **figures)
 
-    losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, tick)
+    losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, report_step)
     write_tokenizer_and_config(into, tokenizer, {})
     return losses
 

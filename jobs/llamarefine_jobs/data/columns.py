@@ -58,7 +58,7 @@ def columns_of(rows: Rows, key: str) -> list[str] | None:
 
 
 def format_of(path: PurePosixPath | Path, key: str) -> str:
-    """Return the format that a file's ending stands for, `hub` for a folder; DataError for an unknown ending."""
+    """Return the format of a file by its name's ending, `hub` for a folder; DataError for an unknown ending."""
     if isinstance(path, Path) and path.is_dir():
         return "hub"
     found = _FORMAT_BY_ENDING.get(path.suffix.lower())

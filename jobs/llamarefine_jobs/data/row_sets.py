@@ -114,17 +114,17 @@ def resolve_conflicts(questions: RowSet, policy: str) -> None:
     answers: defaultdict[str, list[str]] = defaultdict(list)
     for row in questions.rows:
         answers[fold(row.user_turns[0])].append(row.answers[0])
-    conflicting = {asked for asked, texts in answers.items() if len({fold(text) for text in texts}) > 1}
+    conflicting = {folded for folded, texts in answers.items() if len({fold(text) for text in texts}) > 1}
     seen: set[str] = set()
 
     def check(row: Row) -> Row:
-        asked = fold(row.user_turns[0])
-        if asked not in conflicting:
+        folded = fold(row.user_turns[0])
+        if folded not in conflicting:
             return row
-        is_first = asked not in seen
-        seen.add(asked)
+        is_first = folded not in seen
+        seen.add(folded)
         if is_first:
-            questions.conflicts[row.user_turns[0]] = answers[asked]
+            questions.conflicts[row.user_turns[0]] = answers[folded]
         if policy == "drop" or (policy == "keep_first" and not is_first):
             raise UnusableError("conflicting answer")
         return row

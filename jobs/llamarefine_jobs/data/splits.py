@@ -44,10 +44,10 @@ def group_rows(
     texts = sorted({*folded_questions, *(turns[0] for turns in folded_dialogues)})
     groups = _Groups(texts)
     _join_near_duplicates(groups, texts, similarity)
-    asked = set(folded_questions)
+    known_questions = set(folded_questions)
     for turns in folded_dialogues:
         for later in turns[1:]:
-            if later in asked:
+            if later in known_questions:
                 groups.join(turns[0], later)
     return [groups.name(text) for text in folded_questions], [groups.name(turns[0]) for turns in folded_dialogues]
 

@@ -129,7 +129,7 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     embeddings = shapes.get("model.embed_tokens.weight")
     if embeddings != (vocabulary, hidden):
         raise DataError(
-            f"{_KEY}: config.json says embeddings of {vocabulary} tokens × {hidden}, the weights hold {embeddings}"
+            f"{_KEY}: config.json has embeddings of {vocabulary} tokens × {hidden}, the weights hold {embeddings}"
         )
 
 

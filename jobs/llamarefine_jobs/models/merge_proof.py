@@ -26,7 +26,7 @@ _ROUNDING = 2.0  # the merged model's distance may be this multiple of the dista
 _NOISE = 1e-5  # fraction of the largest logit that fp32 arithmetic in another order may change
 _SHARE_TOLERANCE = 0.05  # how far from 1 the number of times that an adapter was added may be
 
-Tick = Callable[[], None]
+OnPass = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class _Logits:
     rounded: Any
 
 
-def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, tick: Tick) -> Proof:
-    """Compare the model in `written` with base + both adapters. `tick` is called after each of STEPS forward passes.
+def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, on_pass: OnPass) -> Proof:
+    """Compare the model in `written` with base + both adapters. `on_pass` is called after each of STEPS forward passes.
 
     Raises ProofError, with the number of times that each adapter was added, if a condition does not hold.
     """
-    expected = _logits_by_peft(base, sft, dpo, dtype, tick)
-    proof = _compare(expected, _logits(_load(written), tick))
+    expected = _logits_by_peft(base, sft, dpo, dtype, on_pass)
+    proof = _compare(expected, _logits(_load(written), on_pass))
     shares = {"SFT": proof.sft_share, "DPO": proof.dpo_share}
     counted = {name: share for name, share in shares.items() if share is not None}
     once = all(abs(share - 1) <= _SHARE_TOLERANCE for share in counted.values())
@@ -79,22 +79,22 @@ def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, tick: Tic
     return proof
 
 
-def _logits_by_peft(base: Path, sft: Path, dpo: Path, dtype: str, tick: Tick) -> _Logits:
+def _logits_by_peft(base: Path, sft: Path, dpo: Path, dtype: str, on_pass: OnPass) -> _Logits:
     import torch
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(_load(base), sft, adapter_name="sft")
     model.load_adapter(dpo, adapter_name="dpo")
     with model.disable_adapter():
-        base_logits = _logits(model, tick)
+        base_logits = _logits(model, on_pass)
     found = {}
     for name, active in (("sft", ["sft"]), ("dpo", ["dpo"]), ("exact", ["sft", "dpo"])):
         model.base_model.set_adapter(active)
-        found[name] = _logits(model, tick)
+        found[name] = _logits(model, on_pass)
     merged = model.merge_and_unload(adapter_names=["sft", "dpo"])
     for parameter in merged.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype)).float()
-    rounded_logits = _logits(merged, tick)
+    rounded_logits = _logits(merged, on_pass)
     del model, merged
     gc.collect()  # PEFT's wrappers refer to each other, and the next model needs their memory
     return _Logits(base=base_logits, rounded=rounded_logits, **found)
@@ -145,7 +145,7 @@ def _load(folder: Path) -> Any:
     return model.eval()
 
 
-def _logits(model: Any, tick: Tick) -> Any:
+def _logits(model: Any, on_pass: OnPass) -> Any:
     """Return the model's logits for the fixed input, flattened, in fp32."""
     import torch
 
@@ -155,7 +155,7 @@ def _logits(model: Any, tick: Tick) -> Any:
     ids_BT = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
     with torch.inference_mode():
         logits = model(input_ids=ids_BT, use_cache=False).logits
-    tick()
+    on_pass()
     return logits.float().flatten()
 
 

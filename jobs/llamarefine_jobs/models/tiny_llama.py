@@ -22,7 +22,7 @@ _INITIAL_RANGE = 0.05  # a narrow model learns faster with it than with the usua
 _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _TURN_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
 
-Tick = Callable[..., None]  # called with (step, steps, loss=, tokens_per_s=, eta_s=)
+OnStep = Callable[..., None]  # called with (step, steps, loss=, tokens_per_s=, eta_s=)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
@@ -61,7 +61,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
 
 
 def pretrain(
-    tiny: TinyModel, tokenizer: Any, texts: Sequence[str], seed: int, into: Path, tick: Tick
+    tiny: TinyModel, tokenizer: Any, texts: Sequence[str], seed: int, into: Path, on_step: OnStep
 ) -> dict[str, float]:
     """Train a Llama of `tiny`'s shape on `texts` and save it in `into`.
 
@@ -94,7 +94,7 @@ def pretrain(
         if step % 10 == 0 or step == tiny.steps:
             elapsed_s = time.monotonic() - started_s
             eta_s = elapsed_s / step * (tiny.steps - step)
-            tick(step, tiny.steps, loss=losses[-1], tokens_per_s=step * ids_BT.numel() / elapsed_s, eta_s=eta_s)
+            on_step(step, tiny.steps, loss=losses[-1], tokens_per_s=step * ids_BT.numel() / elapsed_s, eta_s=eta_s)
     logging.disable_progress_bar()
     model.save_pretrained(into)
     last = losses[-10:]

@@ -70,7 +70,7 @@ class Weights:
                 with safe_open(path, framework="pt") as file:
                     names = file.offset_keys()
                     if missing := sorted((listed or set()) - set(names)):
-                        raise DataError(f"the base model's index says that {path.name} holds {missing[0]}; it does not")
+                        raise DataError(f"the base model's index lists {missing[0]} in {path.name}, which lacks it")
                     for name in names:
                         if listed is None or name in listed:
                             found[name] = _Tensor(path, _float_shape(name, file.get_slice(name)))

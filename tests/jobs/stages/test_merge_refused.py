@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Change, type[LlamaRefineError], str]] = {
     "an index of tensors that are not there": (
         index_a_missing_tensor,
         DataError,
-        "says that model.safetensors holds model.extra.weight; it does not",
+        "lists model.extra.weight in model.safetensors, which lacks it",
     ),
     "a base without safetensors": (
         lambda run: (run.base / "model.safetensors").rename(run.base / "pytorch_model.bin"),
