@@ -17,9 +17,8 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
-from llamarefine_jobs.models.lineage import check_lineage
 from llamarefine_jobs.models.scoring import Score, score
 from llamarefine_jobs.report.intervals import Bootstrap, Interval
 
@@ -37,7 +36,7 @@ def work(context: Context) -> None:
     recipe, section = context.recipe, context.recipe.dpo
     base, preferences = context.inputs["prepare"] / "base", context.inputs["prepare"] / "preferences"
     adapter = context.inputs["sft"] / "adapter"
-    check_lineage(context, "sft", "prepare")
+    adapters.check_lineage(context, "sft", "prepare")
 
     # Data.
     tokenizer = load_tokenizer(base)
@@ -55,7 +54,7 @@ def work(context: Context) -> None:
     # Model: base + SFT adapter in one, frozen; a fresh adapter on top.
     policy = (context.world.shared or context.work) / "sft_policy"
     if context.world.is_first_on_node:
-        backends.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
+        adapters.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
     context.world.barrier()
     model = backend.load(policy, quantization=section.quantization, max_length_tokens=recipe.max_length_tokens)
     loop.set_token_ids(model, tokenizer)
@@ -111,7 +110,7 @@ def build_trainer(
     # checkpoint, and a training that goes on from there would take it for the policy.
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
-    backends.hold_in_fp32(trainer.model)
+    adapters.hold_in_fp32(trainer.model)
     return trainer
 
 

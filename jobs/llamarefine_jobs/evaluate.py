@@ -19,7 +19,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DivergedError
 from llamarefine_jobs.contract.recipe import Evaluate
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, Row, encode_pairs, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.models.scoring import Score, Tick, generate, score
 from llamarefine_jobs.report import comparison
@@ -149,7 +149,7 @@ def load(name: str, context: Context, backend: backends.Backend) -> Any:
         # In the type it was rounded to: a coarser one would round the DPO update away.
         return backend.load(inputs["merge"] / "model", max_length_tokens=length, dtype=context.recipe.merge.dtype)
     base = backend.load(inputs["prepare"] / "base", max_length_tokens=length)
-    return base if name == "base" else backends.attach_adapter(base, inputs["sft"] / "adapter")
+    return base if name == "base" else adapters.attach_adapter(base, inputs["sft"] / "adapter")
 
 
 def read_test_rows(prepared: Path, section: Evaluate) -> Rows:

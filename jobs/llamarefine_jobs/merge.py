@@ -1,10 +1,13 @@
-"""Base + SFT adapter + DPO adapter as one model: added in fp32 in one pass, rounded once, proved.
+"""Merge: add the SFT and DPO adapters to the base in fp32, round once, and prove the result.
 
     python -m llamarefine_jobs.merge --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads prepare's base/ and the adapters of sft and dpo, writes model/: a folder that plain
-`AutoModelForCausalLM.from_pretrained`, vLLM and llama.cpp's converter load. The tensors pass by in blocks, so the sum
-needs no more memory for a larger model than its largest tensor; the proof (merge_proof.py) loads the model in fp32.
+Reads prepare's base/ and the adapters of sft and dpo, writes model/. The sum streams the tensors in blocks, so its
+memory depends on the largest tensor, not on the size of the model. The proof (models/merge_proof.py) then loads model/
+in fp32 with plain `AutoModelForCausalLM.from_pretrained`.
+
+This project's tests run neither vLLM nor llama.cpp. vLLM was never run. llama.cpp's converter was run by hand only: it
+converted a model with a SentencePiece-like tokenizer.json and refused the demo's own BPE tokenizer.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.models import model_folder
-from llamarefine_jobs.models.lineage import check_lineage
+from llamarefine_jobs.models.adapters import check_lineage
 from llamarefine_jobs.models.lora import Updates, changes_nothing, check_fits, read_adapter
 from llamarefine_jobs.models.weights import BLOCK_ELEMENTS, Weights, write_weights
 
@@ -33,7 +36,7 @@ def work(context: Context) -> None:
     check_lineage(context, "sft", "prepare")
     check_lineage(context, "dpo", "prepare", "sft")
 
-    # Inputs: everything that could keep them from adding up is looked for before anything is written.
+    # Inputs: all checks that can refuse them run before anything is written.
     weights = Weights(base)
     config = model_folder.read_config(base)
     adapters = {name: context.inputs[name] / "adapter" for name in ("sft", "dpo")}
@@ -45,10 +48,11 @@ def work(context: Context) -> None:
     names = model_folder.tensors_to_keep(weights, config)
     parameters = sum(prod(weights.shapes[name]) for name in names)
 
-    # The sum, into files.
+    # Sum: base + adapters, written block by block.
     folder = context.output / "model"
     folder.mkdir()
-    ticker = _Ticker(context, len(names))
+    progress = _PhaseProgress(context)
+    progress.begin("adding", len(names))
     began_s = time.monotonic()
     sum_ = Sum(weights, list(updates.values()), section.dtype)
     with one_thread():
@@ -57,7 +61,7 @@ def work(context: Context) -> None:
             {name: weights.shapes[name] for name in names},
             section.dtype,
             section.max_shard_mb * _MB,
-            lambda name: ticker.counted(sum_.blocks(name)),
+            lambda name: progress.after_last(sum_.blocks(name)),
         )
     model_folder.write(folder, base, config, parameters, context)
     context.metrics |= {
@@ -67,25 +71,26 @@ def work(context: Context) -> None:
         "sum_peak_memory_bytes": _peak_memory_bytes(),
     }
 
-    # The proof. Imported here: what it stands on takes seconds to import, and a refusal above needs none of it.
+    # Proof: the written folder against PEFT's own sum. Imported here because transformers and peft take seconds to
+    # import, and a refusal above does not need them.
     from llamarefine_jobs.models import merge_proof
 
     began_s = time.monotonic()
-    ticker.begin("proof", merge_proof.STEPS)
-    proof = merge_proof.prove(base, adapters["sft"], adapters["dpo"], folder, section.dtype, ticker.tick)
+    progress.begin("proof", merge_proof.STEPS)
+    proof = merge_proof.prove(base, adapters["sft"], adapters["dpo"], folder, section.dtype, progress.advance)
     context.metrics |= {
         "proof": proof.figures(),
         "proof_s": time.monotonic() - began_s,
         "peak_memory_bytes": _peak_memory_bytes(),
     }
     context.note(
-        f"proved: logits {proof.difference:.1e} from base + adapters (rounding to {section.dtype} explains "
-        f"{proof.tolerance:.1e}), {proof.distance_from_base:.1e} from the base"
+        f"proved: the logits differ by {proof.difference:.1e} from base + adapters (rounding to {section.dtype} "
+        f"explains up to {proof.tolerance:.1e}), and by {proof.distance_from_base:.1e} from the base alone"
     )
 
 
 class Sum:
-    """base + Σ scale · B A, a block of rows at a time, in buffers that are used again."""
+    """Computes base + Σ scale · B A for one block of rows at a time, in buffers that are reused."""
 
     def __init__(self, base: Weights, adapters: list[Updates], dtype: str) -> None:
         import torch
@@ -97,7 +102,10 @@ class Sum:
         self.rounded = torch.empty_like(self.sum, dtype=self.dtype)
 
     def blocks(self, name: str) -> Iterator[Any]:
-        """The bytes of one tensor of the result. A block is overwritten when the next one is asked for."""
+        """Yield the bytes of the merged tensor `name`, block by block. Each block overwrites the one before.
+
+        Raises DataError when the result holds NaN or infinity, or exceeds the range of the output type.
+        """
         import torch
 
         a_nC, b_Rn = self._factors(name)
@@ -111,7 +119,10 @@ class Sum:
             yield rounded.view(torch.uint8).numpy()
 
     def _factors(self, name: str) -> tuple[Any, Any]:
-        """All updates of a tensor as one: their A below each other, their scaled B side by side."""
+        """Return all adapters' A of a tensor stacked (n, C) and their scaled B concatenated (R, n); None without one.
+
+        The product B A of the result is the sum of all adapters' updates.
+        """
         import torch
 
         found = [adapter[name] for adapter in self.adapters if name in adapter]
@@ -126,15 +137,18 @@ class Sum:
             return
         if max(-low, high) < float("inf"):
             raise DataError(
-                f"{name} would hold {max(-low, high):.3g}, and {self.dtype} ends at {self.largest:.3g}; "
+                f"{name} would hold {max(-low, high):.3g}, but the largest {self.dtype} is {self.largest:.3g}; "
                 "set merge.dtype to bfloat16 or float32"
             )
-        raise DataError(f"{name} holds NaN or infinity once the adapters are added; is the base sound?")
+        raise DataError(f"{name} holds NaN or infinity after the adapters are added; check the base model's weights")
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold torch to one thread: meeting at every block, more are no faster, and on busy cores many times slower."""
+    """Limit torch to one thread.
+
+    Several threads synchronise at every block: that is no faster, and many times slower when the cores are busy.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -145,32 +159,33 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Ticker:
-    """Progress between two tensors and between two passes of the proof."""
+class _PhaseProgress:
+    """Reports the progress of one phase after another: tensors summed, then forward passes of the proof."""
 
-    def __init__(self, context: Context, steps: int) -> None:
+    def __init__(self, context: Context) -> None:
         self.context = context
-        self.begin("adding", steps)
 
     def begin(self, phase: str, steps: int) -> None:
         self.phase, self.steps, self.done = phase, steps, 0
-        self.began_s = self.told_s = time.monotonic()
+        self.began_s = self.reported_s = time.monotonic()
 
-    def counted(self, blocks: Iterator[Any]) -> Iterator[Any]:
+    def after_last(self, blocks: Iterator[Any]) -> Iterator[Any]:
+        """Yield `blocks`, then count one step."""
         yield from blocks
-        self.tick()
+        self.advance()
 
-    def tick(self) -> None:
+    def advance(self) -> None:
+        """Count one step. Report it if the last report is a second old or the phase is finished."""
         self.done += 1
         now_s = time.monotonic()
-        if self.done == self.steps or now_s - self.told_s >= 1:
-            self.told_s = now_s
+        if self.done == self.steps or now_s - self.reported_s >= 1:
+            self.reported_s = now_s
             eta_s = (now_s - self.began_s) / self.done * (self.steps - self.done)
             self.context.progress(self.done, self.steps, phase=self.phase, eta_s=eta_s)
 
 
 def _peak_memory_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,10 +1,10 @@
-"""prepare: base model and data, checked and brought into the store.
+"""Prepare: check the base model and the data, split the data, and publish both.
 
-    python -m llamarefine_jobs.prepare --recipe recipe.yaml --store file:///folder
+    python -m llamarefine_jobs.prepare --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads the recipe's sources. Writes base/ (safetensors, config, tokenizer), questions/ and preferences/
-(train, validation and test as JSON lines) and data_card.json. Every row that was read is accounted for
-in the card; no question is in two splits, nor in one set's test and the other's training.
+Reads the recipe's sources. Writes base/ (safetensors, config, tokenizer), questions/ and preferences/ (train,
+validation and test as JSON lines) and data_card.json. The card counts every row that was read. No question is in two
+splits, and none is in the test split of one set and the training split of the other.
 """
 
 import json
@@ -21,41 +21,38 @@ from llamarefine_jobs.data import data_card, docstrings
 from llamarefine_jobs.data.columns import missing_columns_error
 from llamarefine_jobs.data.reading import Table, check_unchanged, read_table
 from llamarefine_jobs.data.row_sets import (
-    Row,
     RowSet,
     check_rows,
     drop_duplicates,
     fit_lengths,
-    is_dialogue,
-    pair_row,
-    question_row,
     resolve_conflicts,
     take_evenly,
 )
+from llamarefine_jobs.data.rows import Row, is_dialogue, pair_row, question_row
 from llamarefine_jobs.data.splits import SPLITS, assign_splits, group_rows
 from llamarefine_jobs.models import tiny_llama
-from llamarefine_jobs.models.base import bring_base, describe, install_base, write_tokenizer_and_config
+from llamarefine_jobs.models.base import bring_base, describe_base, install_base, write_tokenizer_and_config
 from llamarefine_jobs.sources.locations import DOCSTRINGS, TINY_LLAMA
 
 
 def work(context: Context) -> None:
-    """Fill `context.output` with base/, questions/, preferences/ and data_card.json."""
+    """Write base/, questions/, preferences/ and data_card.json."""
     recipe, section = context.recipe, context.recipe.prepare
 
-    # Read and check
+    # Data: both tables, read and checked row by row.
     question_table = _read_questions(context)
     pair_table = _read_pairs(context)
-    questions = _checked(context, "questions", question_table, question_row)
-    preferences = _checked(context, "preferences", pair_table, pair_row)
+    questions = _check(context, "questions", question_table, question_row)
+    preferences = _check(context, "preferences", pair_table, pair_row)
 
-    # Group, drop duplicates, split: both sets together
+    # Splits: rows are grouped and split across both sets together.
     _group(questions, preferences, section.near_duplicate_similarity)
     for rows in (questions, preferences):
         drop_duplicates(rows)
     resolve_conflicts(questions, section.questions.conflicting_answers)
     _split(context, questions, preferences)
 
-    # The base's tokenizer says what is too long; a tiny base learns from training text only
+    # Base: its tokenizer decides which rows are too long. A tiny base sees the training splits only.
     is_tiny = section.base.source == TINY_LLAMA
     base, commit = context.output / "base", None
     if is_tiny:
@@ -66,18 +63,18 @@ def work(context: Context) -> None:
         tokenizer = install_base(folder, base)
     for rows in (questions, preferences):
         fit_lengths(rows, tokenizer, recipe.max_length_tokens, section.too_long)
-    if not is_tiny:  # where it is, its tokenizer has read the training split, which must stay as it is
+    if not is_tiny:  # a tiny base's tokenizer was trained on the training splits, so these must not change any more
         _split(context, questions, preferences)
     for rows in (questions, preferences):
         rows.require_splits()
     if is_tiny:
         context.metrics["pretraining"] = _pretrain(context, tokenizer, _training_texts(questions, preferences), base)
 
-    # Write
+    # Rows and data card.
     for rows in (questions, preferences):
         _write(rows, context.output / rows.name)
     card = {
-        "base": data_card.describe_source(section.base, commit) | describe(base),
+        "base": data_card.describe_source(section.base, commit) | describe_base(base),
         "questions": data_card.describe_set(questions, section.questions, question_table),
         "preferences": data_card.describe_set(preferences, section.preferences, pair_table),
         "rules": data_card.rules(recipe),
@@ -94,28 +91,28 @@ def work(context: Context) -> None:
 def _read_questions(context: Context) -> Table:
     source = context.recipe.prepare.questions
     if source.source == DOCSTRINGS:
-        return _made(source, "prepare.questions", list(docstrings.question_rows()))
+        return _built_in_table(source, "prepare.questions", list(docstrings.question_rows()))
     return read_table(source, "prepare.questions", context.work, (source.question_column, source.answer_column))
 
 
 def _read_pairs(context: Context) -> Table:
     source = context.recipe.prepare.preferences
     if source.source == DOCSTRINGS:
-        return _made(source, "prepare.preferences", list(docstrings.preference_rows()))
+        return _built_in_table(source, "prepare.preferences", list(docstrings.preference_rows()))
     columns = (source.prompt_column, source.chosen_column, source.rejected_column)
     table = read_table(source, "prepare.preferences", context.work, columns, optional=(source.prompt_column,))
-    # Whole dialogues in chosen and rejected, as in Anthropic/hh-rlhf, need no column for the prompt.
+    # Where chosen and rejected hold whole dialogues, as in Anthropic/hh-rlhf, there is no prompt column.
     if source.prompt_column not in table.columns and not any(cells and is_dialogue(cells[1]) for cells in table.rows):
         raise missing_columns_error("prepare.preferences", source.source, [source.prompt_column], table.columns)
     return table
 
 
-def _made(source: Rows, key: str, rows: Sequence[tuple[str, ...]]) -> Table:
+def _built_in_table(source: Rows, key: str, rows: Sequence[tuple[str, ...]]) -> Table:
     check_unchanged(source, key)
     return Table("docstrings", list(rows), ())
 
 
-def _checked(context: Context, name: Any, table: Table, make: Callable[..., Row]) -> RowSet:
+def _check(context: Context, name: Any, table: Table, make: Callable[..., Row]) -> RowSet:
     section = context.recipe.prepare
     rows = RowSet(name, len(table.rows))
     check_rows(rows, take_evenly(rows, table.rows, section.max_rows), make, section.max_cell_bytes)
@@ -123,32 +120,32 @@ def _checked(context: Context, name: Any, table: Table, make: Callable[..., Row]
 
 
 def _group(questions: RowSet, preferences: RowSet, similarity: float) -> None:
-    """Give every row the group of what it asks."""
-    asked, dialogues = [row.asks[0] for row in questions.rows], [row.asks for row in preferences.rows]
-    for rows, groups in zip((questions, preferences), group_rows(asked, dialogues, similarity), strict=True):
+    """Set the group of every row."""
+    texts, dialogues = [row.user_turns[0] for row in questions.rows], [row.user_turns for row in preferences.rows]
+    for rows, groups in zip((questions, preferences), group_rows(texts, dialogues, similarity), strict=True):
         rows.rows = [replace(row, group=group) for row, group in zip(rows.rows, groups, strict=True)]
 
 
 def _split(context: Context, questions: RowSet, preferences: RowSet) -> None:
-    """Give every row the split of its group, the same in both sets; each set has rows in each split."""
+    """Set the split of every row to the split of its group. Each set has rows in each split."""
     section = context.recipe.prepare
     sets = {rows.name: {row.group for row in rows.rows} for rows in (questions, preferences)}
-    placed = assign_splits(sets, context.recipe.seed, section.validation_fraction, section.test_fraction)
+    split_of = assign_splits(sets, context.recipe.seed, section.validation_fraction, section.test_fraction)
     for rows in (questions, preferences):
-        rows.rows = [replace(row, split=placed[row.group]) for row in rows.rows]
+        rows.rows = [replace(row, split=split_of[row.group]) for row in rows.rows]
 
 
 def _training_texts(questions: RowSet, preferences: RowSet) -> list[str]:
-    return [text for rows in (questions, preferences) for row in rows.of("train") for text in row.texts]
+    return [text for rows in (questions, preferences) for row in rows.in_split("train") for text in row.texts]
 
 
 def _pretrain(context: Context, tokenizer: Any, texts: Sequence[str], into: Path) -> dict[str, float]:
     tiny = context.recipe.prepare.base.tiny
 
-    def tick(step: int, steps: int, **figures: float) -> None:
+    def report_step(step: int, steps: int, **figures: float) -> None:
         context.progress(step, steps, phase="pretrain", **figures)
 
-    losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, tick)
+    losses = tiny_llama.pretrain(tiny, tokenizer, texts, context.recipe.seed, into, report_step)
     write_tokenizer_and_config(into, tokenizer, {})
     return losses
 
@@ -157,11 +154,11 @@ def _write(rows: RowSet, folder: Path) -> None:
     folder.mkdir()
     for split in SPLITS:
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows.of(split):
-                file.write(_json(_record(rows, row)) + "\n")
+            for row in rows.in_split(split):
+                file.write(_json(_published(rows, row)) + "\n")
 
 
-def _record(rows: RowSet, row: Row) -> dict[str, Any]:
+def _published(rows: RowSet, row: Row) -> dict[str, Any]:
     if rows.name == "questions":
         return {"messages": [*row.prompt, *answer(row.answers[0])], "group": row.group}
     chosen, rejected = row.answers
@@ -173,9 +170,9 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _summary(rows: RowSet) -> str:
-    kept = ", ".join(f"{len(rows.of(split))} {split}" for split in SPLITS)
+    kept = ", ".join(f"{len(rows.in_split(split))} {split}" for split in SPLITS)
     reasons = ", ".join(f"{reason} {count}" for reason, count in rows.dropped.most_common())
-    return f"{rows.name}: {rows.rows_read} rows read; kept {kept}" + (f"; left out: {reasons}" if reasons else "")
+    return f"{rows.name}: {rows.rows_read} rows read; kept {kept}" + (f"; dropped: {reasons}" if reasons else "")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.contract.recipe import Sft
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.models.scoring import score
 
@@ -93,7 +93,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    backends.hold_in_fp32(trainer.model)
+    adapters.hold_in_fp32(trainer.model)
     return trainer
 
 

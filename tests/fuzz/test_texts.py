@@ -10,7 +10,7 @@ from llamarefine_jobs.contract import progress
 from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.data import hh
+from llamarefine_jobs.data.rows import is_dialogue, parse_dialogue
 from llamarefine_jobs.recipe_file import parse_recipe, to_yaml
 from llamarefine_jobs.untrusted.control_characters import strip_control_characters
 from llamarefine_k8s import settings
@@ -143,10 +143,10 @@ def test_a_dialogue(text: bytes) -> None:
     """Every turn's text is a part of the dialogue's text."""
     with held("HH dialogues"):
         whole = text.decode(errors="replace")
-        turns = hh.parse(whole)
+        turns = parse_dialogue(whole)
         assert all(turn["content"] in whole for turn in turns)
         assert all(turn["role"] in ("user", "assistant") for turn in turns)
-        hh.is_dialogue(whole)
+        is_dialogue(whole)
 
 
 STATEMENT = json.dumps(

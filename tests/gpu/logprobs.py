@@ -14,7 +14,7 @@ def main(prepared: Path, adapter: Path, gradient: Path) -> None:
 
     The file `gradient` gets that of the answers' loss, by the weights of the adapter, under their names.
     """
-    from llamarefine_jobs.models import backends
+    from llamarefine_jobs.models import adapters, backends
 
     backend = backends.choose_backend()
     from safetensors.torch import save_file
@@ -28,7 +28,7 @@ def main(prepared: Path, adapter: Path, gradient: Path) -> None:
     model = backend.load(prepared / "base")
     for name in ("base", "sft"):
         if name == "sft":
-            model = backends.attach_adapter(model, adapter)
+            model = adapters.attach_adapter(model, adapter)
         scores = score(model, tokenizer.pad_token_id, rows, 4)
         found[name] = [one.logprob / one.tokens for one in scores]
     save_file(gradient_of(backend.load(prepared / "base"), backend, adapter, rows, tokenizer.pad_token_id), gradient)
@@ -42,7 +42,7 @@ def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id
     from safetensors.torch import load_file
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from llamarefine_jobs.models.backends import ADAPTER_WEIGHTS
+    from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
     from llamarefine_jobs.sft import labelled
     from tests.jobs import tiny
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from llamarefine_jobs import dpo, merge, sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.models.scoring import generate, score
 from llamarefine_jobs.training import step_zero
 from tests.gpu.shapes import INTERPRETED
@@ -113,8 +114,8 @@ def test_before_the_first_step_of_dpo_all_is_as_it_must_be(dpo_context: Context,
     margins = [row["eval_reward_margin"] for row in dpo_context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > 0
     assert INTERPRETED or dpo_context.metrics["validation"]["accuracy"]["value"] > 0.5, "of two pairs it says nothing"
-    adapter = load_file(dpo_context.output / "adapter" / backends.ADAPTER_WEIGHTS)
-    given = load_file(dpo_context.inputs["sft"] / "adapter" / backends.ADAPTER_WEIGHTS)
+    adapter = load_file(dpo_context.output / "adapter" / ADAPTER_WEIGHTS)
+    given = load_file(dpo_context.inputs["sft"] / "adapter" / ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
 
@@ -142,10 +143,10 @@ def test_the_merged_model_is_the_base_with_both_adapters(dpo_context: Context, b
     answers = [one for pair in pairs_of(dpo_context, tokenizer)[:4] for one in pair]
     merged = backend.load(context.output / "model", dtype=context.recipe.merge.dtype)
     found = per_token(merged, tokenizer, answers)
-    policy = backends.merge_in_memory(
+    policy = adapters.merge_in_memory(
         context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter", context.work / "again", bf16=backend.bf16
     )
-    apart = backends.attach_adapter(backend.load(policy), dpo_context.output / "adapter")
+    apart = adapters.attach_adapter(backend.load(policy), dpo_context.output / "adapter")
     expected = per_token(apart, tokenizer, answers)
     tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
     assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 3 * tolerance
@@ -156,7 +157,7 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
 ) -> None:
     """Padding on the left must move no position. In bf16 near ties may fall either way, so the first tokens count."""
     tokenizer = load_tokenizer(prepared / "base")
-    model = backends.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
+    model = adapters.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
     context = make_context("sft", prepared, tmp_path, *settings)
     prompts = [row.prompt_ids for row in rows_of(context, tokenizer, "test")[:6]]
     options: dict[str, Any] = {"max_new_tokens": 4, "batch_rows": 6}

@@ -1,4 +1,4 @@
-"""A run finished up to DPO without any training: a random base, and adapters with random numbers in both halves."""
+"""Runs that are complete up to DPO without training: a random base, and adapters with random A and B."""
 
 import functools
 import json
@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from llamarefine_jobs import entry, merge
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.models.backends import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llamarefine_jobs.models.lora import Update
+from llamarefine_jobs.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Update
 from llamarefine_jobs.store import Store
 
 from . import tiny
@@ -29,7 +28,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass
 class Run:
-    """The folders that prepare, sft and dpo left, and the store that they are published in."""
+    """The folders that prepare, sft and dpo would write, and the store that they are published in."""
 
     recipe: Recipe
     store: Store
@@ -43,13 +42,13 @@ class Run:
         return self.folders[stage] / "adapter"
 
     def publish(self) -> dict[str, Manifest]:
-        """Publish what the folders hold now."""
-        made: dict[str, Manifest] = {}
+        """Publish the current content of the folders; return the manifests by stage."""
+        manifests: dict[str, Manifest] = {}
         for stage, parents in (("prepare", ()), ("sft", ("prepare",)), ("dpo", ("prepare", "sft"))):
-            made[stage] = tiny.publish(
-                self.store, self.folders[stage], stage, self.recipe, {name: made[name] for name in parents}
+            manifests[stage] = tiny.publish(
+                self.store, self.folders[stage], stage, self.recipe, {name: manifests[name] for name in parents}
             )
-        return made
+        return manifests
 
     def merge(self) -> Path:
         """Publish, merge, and return the merged model's folder in the store."""
@@ -72,7 +71,7 @@ def make_run(
     sft: dict[str, Any] | None = None,
     dpo: dict[str, Any] | None = None,
 ) -> Run:
-    """A run in `folder`; `sft` and `dpo` go to PEFT's LoraConfig."""
+    """Make a run in `folder`. `sft` and `dpo` are arguments of make_adapter."""
     prepared = shutil.copytree(_prepared(), folder / "prepare")
     base = prepared / "base"
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
@@ -91,12 +90,15 @@ def make_run(
 
 @functools.cache
 def _prepared() -> Path:
-    """One for all runs of this process: training its tokenizer takes longer than a merge."""
+    """Return a prepare folder that all runs of this process copy: training its tokenizer takes longer than a merge."""
     return tiny.write_prepared(Path(_SCRATCH.name, "prepare"))
 
 
 def make_adapter(base: Path, into: Path, seed: int, size: float = 0.02, **lora: Any) -> None:
-    """An adapter whose B is normal with the deviation `size` (0: an adapter that learned nothing), saved by PEFT."""
+    """Save an adapter with PEFT. Its B has the standard deviation `size`; 0 makes an adapter that adds nothing.
+
+    `lora` are arguments of PEFT's LoraConfig.
+    """
     from peft import LoraConfig, get_peft_model
 
     settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": LAYERS, **lora}
@@ -109,19 +111,19 @@ def make_adapter(base: Path, into: Path, seed: int, size: float = 0.02, **lora: 
 
 
 def make_adapter_for(run: Run, stage: str, **shape: Any) -> None:
-    """An adapter of another base, in place of the run's."""
+    """Replace the run's adapter of `stage` with an adapter of another base, which has the given shape."""
     other = run.folders[stage].parent / "other_base"
     tiny.make_model(400, **shape).save_pretrained(other)
     make_adapter(other, run.adapter(stage), seed=4)
 
 
 def load(folder: Path, dtype: Any = torch.float32) -> Any:
-    """A model as any user would load it."""
+    """Load a model with plain transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def merged_by_peft(run: Run) -> dict[str, torch.Tensor]:
-    """The tensors of base + both adapters in fp32, as PEFT adds them."""
+    """Return the tensors of base + both adapters, merged by PEFT in fp32."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load(run.base), run.adapter("sft"), adapter_name="sft")
@@ -131,7 +133,7 @@ def merged_by_peft(run: Run) -> dict[str, torch.Tensor]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors in a model folder's files."""
+    """Return all tensors in the files of a model folder."""
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
@@ -141,7 +143,7 @@ def change_config(adapter: Path, **values: Any) -> None:
 
 
 def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Let `change` edit the tensors of a safetensors file."""
+    """Rewrite a safetensors file after `change` has edited its tensors."""
     found = load_file(file)
     change(found)
     save_file({name: value.clone() for name, value in found.items()}, file, metadata={"format": "pt"})
@@ -152,12 +154,12 @@ def change_adapter(adapter: Path, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 def add(weight: torch.Tensor, update: Update) -> torch.Tensor:
-    """weight + update, in fp32."""
+    """Return weight + update in fp32."""
     return weight.float() + update.scale * update.b @ update.a
 
 
 def copy(run: Run, into: Path, *overrides: str) -> Run:
-    """The same folders, to be changed, and a store of their own."""
+    """Copy a run's folders, so that they can be changed, and give the copy a new store."""
     folders = {stage: shutil.copytree(folder, into / stage) for stage, folder in run.folders.items()}
     recipe = tiny.recipe(*overrides) if overrides else run.recipe
     return Run(recipe, Store((into / "store").as_uri()), folders)

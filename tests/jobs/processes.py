@@ -1,4 +1,4 @@
-"""Stages as processes, as users and Kubernetes run them."""
+"""Runs stages as processes, as users and Kubernetes do."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ _STEP = re.compile(r"^progress .*\bstep=(\d+)")
 def start(
     stage: str, recipe: Path, store: str, *options: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start a stage; its output and errors come as one stream of lines."""
+    """Start a stage. Its standard output and standard error are one stream."""
     return subprocess.Popen(
         [sys.executable, "-m", f"llamarefine_jobs.{stage}", "--recipe", recipe, "--store", store, *options],
         stdout=subprocess.PIPE,
@@ -26,35 +26,35 @@ def start(
 
 
 def run(stage: str, recipe: Path, store: str, *options: str) -> tuple[int, list[str]]:
-    """Run a stage to its end: exit code and lines."""
+    """Run a stage to its end; return its exit code and its lines."""
     process = start(stage, recipe, store, *options)
     output, _ = process.communicate(timeout=900)
     return process.returncode, output.splitlines()
 
 
-def signal_when(process: subprocess.Popen[str], number: signal.Signals, due: Callable[[str], bool]) -> list[str]:
-    """Read lines until one is `due`, send the signal, read the rest; all lines."""
+def signal_when(process: subprocess.Popen[str], number: signal.Signals, matches: Callable[[str], bool]) -> list[str]:
+    """Read lines until one `matches`, send the signal, read the rest; return all lines."""
     lines = []
     sent = False
     assert process.stdout
     for line in process.stdout:
         lines.append(line.rstrip())
-        if not sent and due(line):
+        if not sent and matches(line):
             process.send_signal(number)
             sent = True
     process.wait(timeout=60)
-    assert sent, "the moment to send the signal never came:\n" + "\n".join(lines)
+    assert sent, "no line matched, so no signal was sent:\n" + "\n".join(lines)
     return lines
 
 
 def step(line: str) -> int | None:
-    """The optimizer step that a progress line tells."""
+    """Return the optimizer step in a progress line, or None for other lines."""
     found = _STEP.match(line)
     return int(found[1]) if found else None
 
 
 def sha256s(store: Path, stage: str) -> dict[str, str]:
-    """The digest of every published file of a stage, by its path below the attempt's folder."""
+    """Return the digest of every published file of a stage, by its path below the attempt's folder."""
     files = sorted(path for path in (store / "artifacts" / stage).rglob("*") if path.is_file())
     return {
         "/".join(path.relative_to(store / "artifacts" / stage).parts[2:]): hashlib.sha256(path.read_bytes()).hexdigest()

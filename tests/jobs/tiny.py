@@ -1,4 +1,4 @@
-"""A prepare artifact small enough to train on in a second: a random Llama, made-up questions and pairs."""
+"""A prepare artifact that is small enough to train on within a second: a random Llama, made-up questions and pairs."""
 
 import json
 import random
@@ -50,12 +50,12 @@ _SPLITS = {"train": slice(0, 60), "validation": slice(60, 70), "test": slice(70,
 
 
 def recipe(*overrides: str) -> Recipe:
-    """The tiny recipe, its sources pinned."""
+    """Return the tiny recipe with pinned sources."""
     return pin(parse_recipe(RECIPE, "tiny", overrides))
 
 
 def make_tokenizer(texts: list[str], vocabulary: int = 400) -> Any:
-    """A byte-level BPE of at most so many tokens."""
+    """Train a byte-level BPE tokenizer of at most `vocabulary` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +77,7 @@ def make_tokenizer(texts: list[str], vocabulary: int = 400) -> Any:
 
 
 def make_model(tokens: int, seed: int = 0, **config: Any) -> Any:
-    """A random Llama of two layers."""
+    """Return a random Llama with two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -87,18 +87,21 @@ def make_model(tokens: int, seed: int = 0, **config: Any) -> Any:
 
 
 def made_up_rows(count: int = 80) -> list[tuple[str, str]]:
-    """Questions and answers of random words."""
-    draw = random.Random(0)
+    """Return questions and answers of random words."""
+    generator = random.Random(0)
     return [
-        (f"What is {' '.join(draw.choices(_WORDS, k=2))} {i}?", f"It is {' '.join(draw.choices(_WORDS, k=6))}.")
+        (
+            f"What is {' '.join(generator.choices(_WORDS, k=2))} {i}?",
+            f"It is {' '.join(generator.choices(_WORDS, k=6))}.",
+        )
         for i in range(count)
     ]
 
 
 def write_prepared(folder: Path, seed: int = 0) -> Path:
-    """What prepare leaves: base/, questions/, preferences/, data_card.json."""
+    """Write what prepare publishes into `folder`: base/, questions/, preferences/, data_card.json."""
     rows = made_up_rows()
-    tokenizer = make_tokenizer([asked + said for asked, said in rows])
+    tokenizer = make_tokenizer([question_text + answer_text for question_text, answer_text in rows])
     make_model(len(tokenizer), seed).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     write_splits(folder, {split: rows[part] for split, part in _SPLITS.items()})
@@ -106,20 +109,25 @@ def write_prepared(folder: Path, seed: int = 0) -> Path:
 
 
 def write_splits(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> None:
-    """questions/ and preferences/ of these rows, in which the rejected answer is the chosen one's words backwards."""
+    """Write questions/ and preferences/ with these rows. A rejected answer is the chosen answer's words in reverse."""
     for split, rows in splits.items():
         _write_rows(
             folder / "questions" / f"{split}.jsonl",
             [
-                {"messages": [*question(asked), *answer(said)], "group": f"{i:x}"}
-                for i, (asked, said) in enumerate(rows)
+                {"messages": [*question(question_text), *answer(answer_text)], "group": f"{i:x}"}
+                for i, (question_text, answer_text) in enumerate(rows)
             ],
         )
         _write_rows(
             folder / "preferences" / f"{split}.jsonl",
             [
-                {"prompt": question(asked), "chosen": said, "rejected": " ".join(said.split()[::-1]), "group": f"{i:x}"}
-                for i, (asked, said) in enumerate(rows)
+                {
+                    "prompt": question(question_text),
+                    "chosen": answer_text,
+                    "rejected": " ".join(answer_text.split()[::-1]),
+                    "group": f"{i:x}",
+                }
+                for i, (question_text, answer_text) in enumerate(rows)
             ],
         )
     (folder / "data_card.json").write_text("{}")
@@ -133,8 +141,7 @@ def publish_prepared(store: Store, folder: Path, recipe: Recipe) -> Manifest:
 def publish(
     store: Store, folder: Path, stage: str, recipe: Recipe, parents: dict[str, Manifest], **more: Any
 ) -> Manifest:
-    """Publish `folder` as the artifact of `stage`."""
-
+    """Publish `folder` as the artifact of `stage`; `more` are further fields of its manifest."""
     now = datetime.now(UTC)
     return store.publish(
         folder,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.errors import DataError
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters
 
 from ..fuzz.target import held
 
@@ -56,11 +56,11 @@ def write_adapter(folder: Path, **config: Any) -> Path:
 )
 def test_a_config_that_is_not_a_plain_lora_is_refused(config: dict[str, Any], base: Any, tmp_path: Path) -> None:
     with held("attach_adapter"), pytest.raises(DataError) as caught:
-        backends.attach_adapter(base, write_adapter(tmp_path / "adapter", **config))
+        adapters.attach_adapter(base, write_adapter(tmp_path / "adapter", **config))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 def test_a_plain_lora_is_loaded_whatever_base_it_names(base: Any, tmp_path: Path) -> None:
     elsewhere = {"base_model_name_or_path": "http://127.0.0.1:1/another", "revision": "main"}
-    assert backends.attach_adapter(base, write_adapter(tmp_path / "adapter", **elsewhere))
+    assert adapters.attach_adapter(base, write_adapter(tmp_path / "adapter", **elsewhere))

@@ -1,5 +1,4 @@
-"""From a source's rows to checked, deduplicated, split sets that fit the model.
+"""Data: reads tables, checks their rows, drops duplicates, splits the rest, and describes the result in the data card.
 
-Reads tables, parses dialogues, drops and counts rows, and describes the result in the data card. Only prepare and
-infer read tables; the later stages read what prepare published (models/encoding.py).
+Only prepare and infer read tables. The other stages read the rows that prepare published (models/encoding.py).
 """

@@ -1,4 +1,8 @@
-"""The columns of a table: how they are found, how a missing one is told. Without reading the table, from its head."""
+"""Column names of a table, read from the first megabyte of its source.
+
+The launcher's preflight check uses this module, so it imports no library that reads data sets; reading.py reads whole
+tables.
+"""
 
 import csv
 import importlib.util
@@ -26,10 +30,10 @@ _FORMAT_BY_ENDING = {
 
 
 def columns_of(rows: Rows, key: str) -> list[str] | None:
-    """The columns of the source that the recipe's `key` names, as far as its head shows them.
+    """Return the columns that the first megabyte of a source shows; `key` names the source in the recipe.
 
-    None where only prepare can tell: built-in rows, the Hub, a Parquet file that is not on this machine. Raises
-    DataError, AccessError or StoreError where the source is not there, or its head is not what it should be.
+    Returns None for sources that only prepare reads: built-in rows, Hub data sets, and Parquet files elsewhere.
+    Raises DataError, AccessError or StoreError if the source cannot be read or does not begin with rows of its format.
     """
     where = locations.kind(rows.source)
     if where in (locations.Kind.BUILT_IN, locations.Kind.HUB):
@@ -44,60 +48,63 @@ def columns_of(rows: Rows, key: str) -> list[str] | None:
     if kind not in ("csv", "jsonl"):
         return None
     head = _head(rows.source, where, path, key)
-    text = head.decode("utf-8-sig", errors="replace")  # the cut may fall into a character
-    found = _jsonl_columns(text, len(head) < HEAD_BYTES) if kind == "jsonl" else _csv_columns(text, _wanted(rows))
+    text = head.decode("utf-8-sig", errors="replace")  # the head may end inside a character
+    if kind == "jsonl":
+        found = _jsonl_columns(text, is_whole=len(head) < HEAD_BYTES)
+    else:
+        found = _csv_columns(text, _required_columns(rows))
     if not found:
-        raise DataError(f"{key}: {rows.source} begins with no row of {kind}")
+        raise DataError(f"{key}: {rows.source} does not begin with a {kind} row")
     return found
 
 
 def format_of(path: PurePosixPath | Path, key: str) -> str:
-    """The format that a file's ending says, `hub` for a folder; DataError where it says none."""
+    """Return the format of a file by its name's ending, `hub` for a folder; DataError for an unknown ending."""
     if isinstance(path, Path) and path.is_dir():
         return "hub"
     found = _FORMAT_BY_ENDING.get(path.suffix.lower())
     if found is None:
         raise DataError(
-            f"{key}: {path.name} ends in none of {', '.join(_FORMAT_BY_ENDING)}; say what it is with {key}.format"
+            f"{key}: {path.name} ends in none of {', '.join(_FORMAT_BY_ENDING)}; set its format with {key}.format"
         )
     return found
 
 
-def missing_columns_error(key: str, source: str, missing: Sequence[str], there: Sequence[str]) -> DataError:
-    """The error that says which columns a source lacks and which it has."""
-    wanted, found = (", ".join(f"`{column}`" for column in columns) for columns in (missing, there))
+def missing_columns_error(key: str, source: str, missing: Sequence[str], present: Sequence[str]) -> DataError:
+    """Return the error that names the columns that a source lacks and those that it has."""
+    wanted, found = (", ".join(f"`{column}`" for column in columns) for columns in (missing, present))
     return DataError(f"{key}: {source} has no column {wanted}, only {found or 'none'}; name the right one under {key}")
 
 
 def delimiter(text: str, columns: Collection[str]) -> str:
-    """The delimiter under which the header has `columns`; a comma where none does."""
+    """Return the delimiter (comma, semicolon or tab) with which the header has all `columns`; a comma if none has."""
     first_line = text.lstrip("\r\n").split("\n", 1)[0]
-    for each in (",", ";", "\t"):
+    for candidate in (",", ";", "\t"):
         try:
-            header = next(csv.reader([first_line], delimiter=each), [])
+            header = next(csv.reader([first_line], delimiter=candidate), [])
         except csv.Error:
             continue
         if set(columns) <= set(header):
-            return each
+            return candidate
     return ","
 
 
-def _wanted(rows: Rows) -> set[str]:
-    """The columns that a recipe's section names, but for the prompt's, which may be absent."""
+def _required_columns(rows: Rows) -> set[str]:
+    """Return the columns that the recipe's section names, without the prompt column, which is optional."""
     named = {name: value for name, value in rows if name.endswith("_column") and name != "prompt_column"}
     return set(named.values())
 
 
-def _csv_columns(text: str, wanted: set[str]) -> list[str]:
+def _csv_columns(text: str, required: set[str]) -> list[str]:
     try:
-        lines = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter(text, wanted))
+        lines = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter(text, required))
         return next(lines, [])
     except csv.Error:
         return []
 
 
 def _jsonl_columns(text: str, is_whole: bool) -> list[str]:
-    """The keys of the rows whose lines are whole."""
+    """Return the keys of all rows; the last line is left out unless the text `is_whole`."""
     lines = text.split("\n")
     found: dict[str, None] = {}
     for line in lines if is_whole else lines[:-1]:

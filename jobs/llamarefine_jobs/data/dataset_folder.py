@@ -1,6 +1,7 @@
-"""A folder of data files, such as a Hub data set's, read by `datasets`: its own files and no others.
+"""Data set folders, such as a snapshot of a Hub data set, loaded with the `datasets` library.
 
-Its card says which files are read, and may say any path or address. What the library would read is looked at first.
+The data set's card chooses the files that the library reads, and may name any path or URL. So the files are checked
+before they are read: each must be in the folder and must not unpack to more than a limit.
 """
 
 import gzip
@@ -12,14 +13,15 @@ from llamarefine_jobs.contract.errors import DataError
 from llamarefine_jobs.data.parquet import batches, column_names, readable
 from llamarefine_jobs.sources.fingerprints import files_below
 
-_LIMIT_BYTES = 8 << 30  # of one file, unpacked
+_LIMIT_BYTES = 8 << 30  # of one unpacked file
 _CHUNK_BYTES = 1 << 20
 
 
 def load_split(folder: Path, split: str, cache: Path) -> tuple[Any, Sequence[str]]:
-    """The rows of `split`, None where there is no such split, and the names of all splits.
+    """Return the rows of `split`, or None if it does not exist, and the names of all splits.
 
-    Raises ValueError, in one line, where the folder is no data set, or leads out of itself.
+    Raises ValueError, in one line, if the folder is not a data set. Raises DataError if the data set names a file
+    outside the folder, an archive, or a file that unpacks to more than the limit.
     """
     import datasets
 
@@ -35,14 +37,14 @@ def load_split(folder: Path, split: str, cache: Path) -> tuple[Any, Sequence[str
 
 
 def _check_files(folder: Path, named: Sequence[str]) -> None:
-    """Each named file is one of the folder's own, and unpacks to something of a sane size."""
+    """Raise DataError if a named file is outside the folder, is an archive, or unpacks to more than the limit."""
     from datasets.utils.extract import Extractor
 
     own = {file.absolute() for file in files_below(folder)}
     for name in named:
         if Path(name).absolute() not in own:
             raise DataError(
-                f"{folder.name} names {name}, which is no file of its own; correct `data_files` in its card"
+                f"{folder.name} names {name}, which is not a file in it; correct `data_files` in the data set's card"
             )
         packed = Extractor.infer_extractor_format(name)
         if packed == "gzip":
@@ -50,15 +52,15 @@ def _check_files(folder: Path, named: Sequence[str]) -> None:
         elif name.endswith((".parquet", ".geoparquet", ".gpq")):
             _check_parquet(Path(name))
         elif packed:
-            raise DataError(f"{Path(name).name} is an archive ({packed}), and none is opened; unpack it first")
+            raise DataError(f"{Path(name).name} is an archive ({packed}), and archives are not opened; unpack it first")
 
 
 def _check_parquet(path: Path) -> None:
     def check_size(rows: int, size_bytes: int) -> None:
         if size_bytes > _LIMIT_BYTES:
-            raise DataError(f"{path.name} stands for more than {_LIMIT_BYTES >> 30} GiB")
+            raise DataError(f"{path.name} unpacks to more than {_LIMIT_BYTES >> 30} GiB")
 
-    with readable(lambda why: DataError(f"{path.name} {why}")):
+    with readable(lambda reason: DataError(f"{path.name} {reason}")):
         for _ in batches(path, column_names(path), check_size):
             pass
 

@@ -1,7 +1,7 @@
-"""The demo's rows (`source: python-docstrings`), made from the standard library of the Python that runs.
+"""The demo's rows (`source: python-docstrings`), made from the docstrings of the running Python's standard library.
 
-Questions come from four of five documented names, preference pairs from the fifth: no question is
-in both. The sources are parsed, never imported, so nothing runs and the order is that of the names.
+Four of five documented names become questions, the fifth becomes a preference pair, so no question is in both sets. The
+library's files are parsed and never imported, so none of their code runs. The rows are ordered by module name.
 """
 
 import ast
@@ -17,13 +17,14 @@ from pathlib import Path
 from llamarefine_jobs.contract.errors import DataError
 
 RULES = (
-    "a question asks for a function, method or class by its full name; the answer is its docstring's first paragraph",
-    "that paragraph must be a sentence of 4 to 60 words: no code, no signature",
+    "a question names a function, method or class in full; the answer is the first paragraph of its docstring",
+    "that paragraph must be a sentence of 4 to 60 words, without code and without a signature",
     "chosen: the docstring's first paragraph; rejected: that text hedged (as many words as chosen, two of three pairs) "
     "or with its words shuffled (the third)",
 )
 
-# Packaged apart on some systems, only data, or not written to be read: they would make the rows depend on the machine.
+# Modules that some systems package separately, that hold only data, or that have no real documentation. With them the
+# rows would depend on the machine.
 _LEFT_OUT = {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "this"}
 _LEFT_OUT |= {"tkinter", "turtle", "turtledemo"}
 _FORMS = {
@@ -46,45 +47,45 @@ class _Documented:
 
 
 def question_rows() -> Iterator[tuple[str, str]]:
-    """Questions and answers."""
+    """Yield questions with their answers."""
     for item in _documented():
         if not _is_for_preferences(item):
             yield _question(item), item.text
 
 
 def preference_rows() -> Iterator[tuple[str, str, str]]:
-    """Prompts with a chosen and a rejected answer."""
+    """Yield prompts with a chosen and a rejected answer."""
     for item in _documented():
         if _is_for_preferences(item):
-            yield _question(item), item.text, _worse(item)
+            yield _question(item), item.text, _rejected_answer(item)
 
 
 def _question(item: _Documented) -> str:
     forms = _FORMS[item.kind]
-    return forms[_number(item.name, "form") % len(forms)].format(name=item.name)
+    return forms[_hash(item.name, "form") % len(forms)].format(name=item.name)
 
 
-def _worse(item: _Documented) -> str:
-    """The answer as fewer people would want it: without commitment, or without order."""
+def _rejected_answer(item: _Documented) -> str:
+    """Return a worse answer: the docstring's words shuffled, or the docstring after a hedge."""
     words = item.text.split()
-    if _number(item.name, "rule") % 3 == 0:
-        order = sorted(range(len(words)), key=lambda place: _number(item.name, "order", str(place)))
+    if _hash(item.name, "rule") % 3 == 0:
+        order = sorted(range(len(words)), key=lambda place: _hash(item.name, "order", str(place)))
         return " ".join(words[place] for place in order)
-    hedge = _HEDGES[_number(item.name, "hedge") % len(_HEDGES)]
+    hedge = _HEDGES[_hash(item.name, "hedge") % len(_HEDGES)]
     return " ".join((hedge.split() + words)[: max(len(words), len(hedge.split()) + 2)])
 
 
 def _is_for_preferences(item: _Documented) -> bool:
-    return _number(item.name, "set") % 5 == 0
+    return _hash(item.name, "set") % 5 == 0
 
 
-def _number(*texts: str) -> int:
+def _hash(*texts: str) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "big")
 
 
 @cache
 def _documented() -> tuple[_Documented, ...]:
-    """Every public function, method and class with a sentence to say, by module and then as written."""
+    """Return all public functions, methods and classes with a suitable docstring, by module, in the file's order."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = sorted(name for name in sys.stdlib_module_names - _LEFT_OUT if not name.startswith("_"))
     found: list[_Documented] = []
@@ -94,7 +95,7 @@ def _documented() -> tuple[_Documented, ...]:
             prefix = ".".join(part for part in parts if part != "__init__")
             found += _in_body(ast.parse(file.read_bytes()), prefix)
     if not found:
-        raise DataError(f"{root} holds no Python sources to take docstrings from; give a file as the rows' source")
+        raise DataError(f"{root} has no Python files to read docstrings from; give a file as the rows' source")
     return tuple(found)
 
 

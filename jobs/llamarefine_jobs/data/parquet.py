@@ -1,4 +1,4 @@
-"""A Parquet file, a batch at a time, and no more of it than a machine can hold: a kilobyte may stand for terabytes."""
+"""Parquet files, read batch by batch. The caller's limit is checked first: a kilobyte can unpack to terabytes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,11 @@ from llamarefine_jobs.contract.errors import DataError, first_line
 
 _BATCH_ROWS = 1024
 
-CheckSize = Callable[[int, int], None]  # of (rows, bytes); raises where it is too much
+CheckSize = Callable[[int, int], None]  # called with (rows, bytes); raises if they exceed a limit
 
 
 def column_names(path: Path) -> list[str]:
-    """The names of its columns; a pyarrow.ArrowException where it is no Parquet file."""
+    """Return the names of the file's columns; raises pyarrow.ArrowException if it is not a Parquet file."""
     from pyarrow import parquet
 
     names: list[str] = parquet.ParquetFile(path).schema_arrow.names
@@ -21,8 +21,8 @@ def column_names(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def readable(refuse: Callable[[str], DataError]) -> Iterator[None]:
-    """Turn what says that a file is none into the error that `refuse` makes; the disk's own errors are left."""
+def readable(make_error: Callable[[str], DataError]) -> Iterator[None]:
+    """Turn pyarrow's errors for a malformed file into the result of `make_error`. Errors of the disk pass unchanged."""
     import pyarrow
 
     try:
@@ -30,33 +30,33 @@ def readable(refuse: Callable[[str], DataError]) -> Iterator[None]:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise refuse(f"is not a Parquet file that can be read: {first_line(error)}") from None
+        raise make_error(f"is not a Parquet file that can be read: {first_line(error)}") from None
 
 
 def batches(path: Path, columns: Sequence[str], check_size: CheckSize) -> Iterator[Any]:
-    """The rows of `columns` in pyarrow's batches, once `check_size` has allowed what there is so far.
+    """Yield the rows of `columns` as pyarrow batches, each after `check_size` accepts the rows and bytes so far.
 
-    What its footer promises is checked first, then what is found: a footer may lie, and a text that stands there once
-    may be meant a million times. It stays one until it is known how much that is.
+    The sizes in the footer are checked first, then the sizes of the batches, because a footer can be wrong and a
+    dictionary-encoded text can be repeated a million times. Texts stay dictionary-encoded until their size is checked.
     """
     import pyarrow
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    promised = (group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns))
-    check_size(file.metadata.num_rows, sum(promised))
+    declared = (group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns))
+    check_size(file.metadata.num_rows, sum(declared))
     texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.large_string())]
     rows = size_bytes = 0
     for batch in parquet.ParquetFile(path, read_dictionary=texts).iter_batches(_BATCH_ROWS, columns=list(columns)):
         rows += len(batch)
-        size_bytes += sum(_written_out_bytes(column) for column in batch.columns)
+        size_bytes += sum(_decoded_bytes(column) for column in batch.columns)
         check_size(rows, size_bytes)
         yield batch
 
 
 def cells(batch: Any) -> dict[str, list[Any]]:
-    """The cells of a batch, by column."""
+    """Return the cells of a batch, by column."""
     return {name: _decoded(batch[name]).to_pylist() for name in batch.schema.names}
 
 
@@ -65,14 +65,14 @@ def _decoded(column: Any) -> Any:
 
 
 def _is_dictionary(column: Any) -> bool:
-    """Whether each text of a column stands there once."""
+    """Return whether a column is dictionary-encoded: each different text is stored once."""
     import pyarrow
 
     return bool(pyarrow.types.is_dictionary(column.type))
 
 
-def _written_out_bytes(column: Any) -> int:
-    """How long a column of a batch is with each of its texts written where it stands."""
+def _decoded_bytes(column: Any) -> int:
+    """Return the size of a batch's column after dictionary decoding, without decoding it."""
     from pyarrow import compute
 
     if not _is_dictionary(column):

@@ -1,7 +1,7 @@
-"""Which rows ask the same, and which split each belongs to.
+"""Groups of rows that ask the same, and the split of each group.
 
-Rows that ask the same or nearly the same form a group, over both sets; a group never crosses a
-split. A group's split is a hash of the group itself, so new rows leave the others where they are.
+Rows that ask the same question, or nearly the same, form one group across both sets. A group is always in one split. A
+hash of the group decides which, so new rows do not move the other groups.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from llamarefine_jobs.contract.errors import DataError
 SPLITS = ("train", "validation", "test")
 
 _OPENERS = "\"'`([{<«“‘¿¡"
-_CLOSERS = "\"'`()[]{}>»”’.,;:!?…"  # f() is f
+_CLOSERS = "\"'`()[]{}>»”’.,;:!?…"  # with brackets, so that f() equals f
 
 
 def fold(text: str) -> str:
-    """`text` for comparison only: case, white space, and the punctuation around words do not count.
+    """Return `text` for comparisons: without case, extra white space, and the punctuation around words.
 
-    What stands inside or names a word stays: C, C++ and C# are three languages, .NET is one more.
+    Punctuation that is part of a name is kept, so C, C++, C# and .NET stay different.
     """
     words = unicodedata.normalize("NFC", text).casefold().split()
     bare = (word.lstrip(_OPENERS).rstrip(_CLOSERS) for word in words)
@@ -33,21 +33,21 @@ def fold(text: str) -> str:
 def group_rows(
     questions: Sequence[str], dialogues: Sequence[Sequence[str]], similarity: float
 ) -> tuple[list[str], list[str]]:
-    """A group for each question, and for each dialogue, which is given by its user turns.
+    """Return the group of each question and of each dialogue. A dialogue is the sequence of its user turns.
 
-    Two are in one group when their first user turns are equal after `fold`, or their word 3-grams
-    have a Jaccard similarity of at least `similarity`; a dialogue also joins every question that a
-    later turn of it asks again.
+    Two of them are in one group if their first user turns are equal after `fold`, or if the word 3-grams of these turns
+    have a Jaccard similarity of at least `similarity`. A dialogue is also in the group of every question that one of
+    its later turns repeats.
     """
     folded_questions = [fold(question) for question in questions]
     folded_dialogues = [[fold(turn) for turn in turns] for turns in dialogues]
     texts = sorted({*folded_questions, *(turns[0] for turns in folded_dialogues)})
     groups = _Groups(texts)
     _join_near_duplicates(groups, texts, similarity)
-    asked = set(folded_questions)
+    known_questions = set(folded_questions)
     for turns in folded_dialogues:
         for later in turns[1:]:
-            if later in asked:
+            if later in known_questions:
                 groups.join(turns[0], later)
     return [groups.name(text) for text in folded_questions], [groups.name(turns[0]) for turns in folded_dialogues]
 
@@ -55,34 +55,34 @@ def group_rows(
 def assign_splits(
     sets: Mapping[Any, Collection[str]], seed: int, validation_fraction: float, test_fraction: float
 ) -> dict[str, str]:
-    """The split of each group, the same in every set that has it. No set is left without a split.
+    """Return the split of each group, the same in every set. Every set has groups in every split.
 
-    Raises DataError, which says how many are needed, where a set has too few groups.
+    Raises DataError, with the number of groups that are needed, if a set has too few.
     """
-    placed: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name, groups in sorted(sets.items(), key=lambda item: (len(item[1]), item[0])):
-        held = {placed[group] for group in groups if group in placed}
-        free = sorted(set(groups) - placed.keys(), key=lambda group: _share(group, seed))
-        shares = [_share(group, seed) for group in free]
-        needs_train, needs_validation, needs_test = (int(split not in held) for split in SPLITS)
+        filled = {split_of[group] for group in groups if group in split_of}
+        free = sorted(set(groups) - split_of.keys(), key=lambda group: _hash_fraction(group, seed))
+        fractions = [_hash_fraction(group, seed) for group in free]
+        needs_train, needs_validation, needs_test = (int(split not in filled) for split in SPLITS)
         if len(free) < needs_train + needs_validation + needs_test:
             raise DataError(
                 f"prepare.{name}: too few different questions are left after the checks ({len(groups)}): train, "
-                f"validation and test need one each of their own; give at least {len(SPLITS)}, better some hundreds"
+                f"validation and test need at least one each; give at least {len(SPLITS)}, better some hundreds"
             )
         last = len(free) - needs_train
-        test_end = max(bisect(shares, test_fraction), needs_test)
+        test_end = max(bisect(fractions, test_fraction), needs_test)
         validation_end = min(
-            max(bisect(shares, test_fraction + validation_fraction), test_end + needs_validation), last
+            max(bisect(fractions, test_fraction + validation_fraction), test_end + needs_validation), last
         )
         test_end = min(test_end, validation_end - needs_validation)
         for place, group in enumerate(free):
-            placed[group] = "test" if place < test_end else "validation" if place < validation_end else "train"
-    return placed
+            split_of[group] = "test" if place < test_end else "validation" if place < validation_end else "train"
+    return split_of
 
 
 class _Groups:
-    """Union-find over texts. A group is named by its first text in sorted order."""
+    """Union-find over texts. The name of a group is a hash of its first text in sorted order."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.parent = {text: text for text in texts}
@@ -102,21 +102,21 @@ class _Groups:
 
 
 def _join_near_duplicates(groups: _Groups, texts: Sequence[str], similarity: float) -> None:
-    """Join every two texts whose Jaccard similarity reaches `similarity`: all of them, none missed.
+    """Join all pairs of texts whose Jaccard similarity is at least `similarity`, without comparing every pair.
 
-    Two sets that similar share a gram among the rarest of each (https://doi.org/10.1145/1242572.1242591),
-    so only texts that share one of those few are compared.
+    Two sets that are so similar share at least one of the rarest grams of each
+    (https://doi.org/10.1145/1242572.1242591), so only texts that share one of these grams are compared.
     """
     grams = [_three_grams(text) for text in texts]
     frequency = Counter(gram for found in grams for gram in found)
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for place, found in enumerate(grams):
         rare_first = sorted(found, key=lambda gram: (frequency[gram], gram))
-        decisive = rare_first[: len(found) - math.ceil(similarity * len(found) - 1e-9) + 1]
-        for other in sorted({other for gram in decisive for other in holders[gram]}):
+        rarest = rare_first[: len(found) - math.ceil(similarity * len(found) - 1e-9) + 1]
+        for other in sorted({other for gram in rarest for other in holders[gram]}):
             if _jaccard(found, grams[other]) >= similarity:
                 groups.join(texts[place], texts[other])
-        for gram in decisive:
+        for gram in rarest:
             holders[gram].append(place)
 
 
@@ -129,7 +129,7 @@ def _jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def _share(group: str, seed: int) -> float:
-    """A number from 0 to 1 that only the group and the seed decide."""
+def _hash_fraction(group: str, seed: int) -> float:
+    """Return a number from 0 to 1 that depends on the group and the seed only."""
     digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

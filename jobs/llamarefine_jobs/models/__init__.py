@@ -1,4 +1,5 @@
-"""Base models, adapters and tokenizers: loading, checking, scoring, and the proof of a merge.
+"""Models: base models, adapters and tokenizers are checked, loaded, scored and merged here.
 
-The two training backends live here, behind one interface. Does not train (training/) and does not judge (report/).
+The two backends (Unsloth, transformers + peft) are behind one interface. Training is in training/, comparisons in
+report/.
 """

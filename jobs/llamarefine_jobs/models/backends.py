@@ -1,15 +1,14 @@
-"""Load a base, put adapters on it: two backends behind one interface.
+"""The two backends that load a base model and add a LoRA adapter, behind one interface.
 
-Unsloth on CUDA (with bitsandbytes for 4 bits), transformers + peft elsewhere. `choose_backend`
-says which runs and why. It is called before trl, transformers or peft are imported: Unsloth
-patches them as it is imported.
+Unsloth runs on CUDA (with bitsandbytes for 4 bits), transformers + peft everywhere else. `choose_backend` returns the
+backend and the reason for the choice. Call it before trl, transformers or peft is imported: importing Unsloth patches
+all three. Adapters that are already trained are handled in adapters.py.
 """
 
 import atexit
 import contextlib
 import gc
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -20,24 +19,20 @@ from typing import Any, Protocol
 
 from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
-from llamarefine_jobs.models.encoding import as_one_line, load_tokenizer
-from llamarefine_jobs.models.lora import read_adapter
+from llamarefine_jobs.models.encoding import as_one_line
 from llamarefine_jobs.process.out_of_memory import is_out_of_memory
 from llamarefine_jobs.untrusted.remote_code import refuse_remote_code
 from llamarefine_jobs.untrusted.safe_json import read_object
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
 
 class Backend(Protocol):
-    """How models are loaded and adapted."""
+    """A way to load models and to add adapters to them."""
 
     name: str
-    reason: str
+    reason: str  # why choose_backend chose it
     accelerator: str
     bf16: bool
-    flattens: bool  # attention keeps the rows of one flattened sequence apart, so no padding is needed
+    flattens: bool  # its attention separates the rows of one flattened sequence, so SFT batches need no padding
 
     def load(
         self,
@@ -47,19 +42,20 @@ class Backend(Protocol):
         max_length_tokens: int | None = None,
         dtype: str | None = None,
     ) -> Any:
-        """The frozen model of a folder, on the accelerator; on CUDA in `dtype`, the backend's own when None.
+        """Return the model in `folder`, frozen, on the accelerator.
 
-        RecipeError where rows of `max_length_tokens` are longer than the model was made for.
+        On CUDA the weights have the type `dtype`, or the backend's default type when it is None; on a CPU always fp32.
+        Raises RecipeError when `max_length_tokens` exceeds the positions that the model has.
         """
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
-        """`model` with a fresh, trainable LoRA adapter; its B is 0, so it changes nothing yet."""
+        """Return `model` with a new trainable LoRA adapter. Its B matrices are 0, so the output is still the base's."""
 
 
 def choose_backend(processes: int = 1) -> Backend:
-    """Unsloth where CUDA and the package are there, transformers + peft elsewhere, and for several processes.
+    """Return Unsloth for one process on CUDA if the package is installed, else transformers + peft.
 
-    LLAMAREFINE_BACKEND=transformers takes the plain one on CUDA too, to compare the two.
+    The environment variable LLAMAREFINE_BACKEND=transformers chooses transformers + peft on CUDA too, for comparisons.
     """
     import torch
 
@@ -68,32 +64,34 @@ def choose_backend(processes: int = 1) -> Backend:
         raise RecipeError(f"LLAMAREFINE_BACKEND: expected transformers or unsloth, found {wish}")
     cuda, unsloth = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
     if wish == "unsloth" and not (cuda and unsloth):
-        missing = "the package (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
-        raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth, but there is not {missing}")
+        missing = "the package unsloth (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
+        raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth needs {missing}, found none; unset it to use transformers")
     if wish == "unsloth" and processes > 1:
-        raise RecipeError("LLAMAREFINE_BACKEND=unsloth, but it trains in one process here; set gpus and nodes to 1")
+        raise RecipeError(
+            "LLAMAREFINE_BACKEND=unsloth supports one process here; set gpus and nodes to 1, or unset the variable"
+        )
     backend: Backend
     if cuda and processes > 1:
-        backend = TransformersBackend(f"{processes} processes train together, and unsloth trains in one here")
+        backend = TransformersBackend(f"{processes} processes train together, and unsloth supports one here")
     elif cuda and unsloth and wish != "transformers":
         backend = UnslothBackend("CUDA is available")
     elif cuda:
         backend = TransformersBackend(
-            "LLAMAREFINE_BACKEND asks for it" if wish else "unsloth is not installed (pip install 'llamarefine[gpu]')"
+            "LLAMAREFINE_BACKEND is set to it" if wish else "unsloth is not installed (pip install 'llamarefine[gpu]')"
         )
     else:
         backend = TransformersBackend("CUDA is not available")
-    _quiet_libraries()
+    _silence_libraries()
     return backend
 
 
 def describe(backend: Backend) -> str:
-    """The notice that every stage prints: which backend, where, why."""
+    """Return the line that every stage logs: which backend runs, on which device, and why."""
     return f"backend: {backend.name} on {backend.accelerator}, because {backend.reason}"
 
 
 class TransformersBackend:
-    """Plain transformers + peft: any machine, fp32 on a CPU, bf16 on CUDA."""
+    """Plain transformers + peft, on any machine: fp32 on a CPU, bf16 on CUDA devices that support it."""
 
     name = "transformers + peft"
     flattens = False
@@ -118,8 +116,8 @@ class TransformersBackend:
 
         _check_length(folder, max_length_tokens)
         cuda = torch.cuda.is_available()
-        own = torch.bfloat16 if self.bf16 else torch.float32
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype and cuda else own}
+        default_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype and cuda else default_dtype}
         if quantization == "nf4":
             if not cuda:
                 raise RecipeError("quantization: nf4 needs a CUDA device, found none; set it to none to train on a CPU")
@@ -130,19 +128,19 @@ class TransformersBackend:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
         if cuda:
-            options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
-        with _one_line(f"the model in {folder.name}/ does not load"):
+            options["device_map"] = {"": torch.cuda.current_device()}  # each process trains on its own device
+        with loading(f"the model in {folder.name}/ does not load"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
             )
-        return _freeze(model)
+        return freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
         from peft import LoraConfig, get_peft_model
         from transformers import set_seed
 
-        # PEFT's preparation of a 4-bit base is left out: with its norms in fp32 every activation is, and takes twice
-        # the memory of those on a base of 16 bits.
+        # peft's prepare_model_for_kbit_training is not called on a 4-bit base: it casts the norms to fp32, which makes
+        # every activation fp32 too, so activations take twice the memory that they take on a 16-bit base.
         set_seed(seed)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -157,7 +155,7 @@ class TransformersBackend:
 
 
 class UnslothBackend:
-    """Unsloth's kernels and, for 4 bits, bitsandbytes: CUDA only."""
+    """Unsloth's kernels, with bitsandbytes for 4 bits. CUDA only."""
 
     name = "unsloth"
     flattens = True
@@ -166,7 +164,7 @@ class UnslothBackend:
         import torch
 
         prepare_unsloth_environment(os.environ)
-        with contextlib.redirect_stdout(sys.stderr):  # it prints a banner, and infer's standard output is the answers
+        with contextlib.redirect_stdout(sys.stderr):  # Unsloth prints a banner; infer's stdout holds only answers
             import unsloth  # noqa: F401  (before transformers, trl and peft: it patches them)
 
         self.reason = reason
@@ -185,25 +183,25 @@ class UnslothBackend:
         from unsloth import FastLanguageModel
 
         _check_length(folder, max_length_tokens)
-        own = torch.bfloat16 if self.bf16 else torch.float16
-        with _one_line(f"the model in {folder.name}/ does not load"), contextlib.redirect_stdout(sys.stderr):
+        default_dtype = torch.bfloat16 if self.bf16 else torch.float16
+        with loading(f"the model in {folder.name}/ does not load"), contextlib.redirect_stdout(sys.stderr):
             model, _ = FastLanguageModel.from_pretrained(
                 model_name=str(folder),
-                use_exact_model_name=True,  # it maps names to its own repositories otherwise
+                use_exact_model_name=True,  # without it, Unsloth maps known names to its own Hub repositories
                 local_files_only=True,
                 trust_remote_code=False,
-                # Its forward pass cuts longer rows with no more than a warning, and a number past the model's own
-                # stretches the positions of every row: None is the model's own.
+                # None means the model's own number of positions. A smaller number cuts longer rows with only a
+                # warning; a larger one rescales the rotary positions of every row.
                 max_seq_length=None,
-                dtype=getattr(torch, dtype) if dtype else own,
+                dtype=getattr(torch, dtype) if dtype else default_dtype,
                 load_in_4bit=quantization == "nf4",
                 load_in_16bit=quantization == "none",
-                offload_embedding=False,  # when memory is tight it would move the embedding to the CPU unasked
-                # Left alone, it would move the pad token to <unk>; ours is settled in encoding.py.
+                offload_embedding=False,  # otherwise Unsloth moves the embeddings to the CPU when memory is short
+                # Otherwise Unsloth changes the pad token to <unk>; encoding.py chooses our pad token.
                 fix_tokenizer=False,
                 use_gradient_checkpointing=False,
             )
-        return _freeze(model)
+        return freeze(model)
 
     def add_adapter(self, model: Any, lora: Lora, *, seed: int, gradient_checkpointing: bool) -> Any:
         from unsloth import FastLanguageModel
@@ -223,69 +221,47 @@ class UnslothBackend:
 
 
 def prepare_unsloth_environment(environment: MutableMapping[str, str]) -> None:
-    """Before Unsloth is imported: no download counter, and its generated code in a folder of this process alone.
+    """Set the variables that Unsloth reads on import: no download statistics, generated code in a private folder.
 
-    By default it writes that code below the working folder (read-only in our containers), else into one
-    folder of the system's temporary ones that every user knows, and puts it first on `sys.path`.
+    By default Unsloth writes generated code below the working directory (read-only in our containers), or else into a
+    folder with a fixed name in the system's temporary directory, which any user can create; it then puts that folder
+    first on `sys.path`.
     """
-    environment.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it asks the Hub, and waits two minutes for it
+    environment.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # its request to the Hub blocks for up to two minutes
     if "UNSLOTH_COMPILE_LOCATION" not in environment:
         folder = tempfile.mkdtemp(prefix="llamarefine-unsloth-", dir=environment.get("LLAMAREFINE_WORK"))
         environment["UNSLOTH_COMPILE_LOCATION"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def attach_adapter(model: Any, folder: Path) -> Any:
-    """`model` with a published adapter on it, for inference. The adapter stays apart from the weights."""
-    from peft import PeftModel
-
-    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would read a pickle instead, or ask the Hub
-        raise DataError(f"the adapter in {folder.name}/ holds no {ADAPTER_WEIGHTS}; only safetensors are read")
-    read_adapter(folder, folder.parent.name)  # of PEFT's settings only those of a plain LoRA pass
-    with _one_line("the adapter does not fit its base"):
-        return _freeze(PeftModel.from_pretrained(model, folder, is_trainable=False))
+def freeze(model: Any) -> Any:
+    """Return `model` in evaluation mode, with no trainable parameter and its key/value cache on."""
+    model.requires_grad_(False)
+    model.config.use_cache = True
+    return model.eval()
 
 
-def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Path:
-    """Write base + adapter as a model folder, added in fp32 on the CPU; the DPO stage trains on it.
+@contextlib.contextmanager
+def loading(failure: str) -> Iterator[None]:
+    """Turn any error of a library that loads a user's files into a one-line DataError that begins with `failure`.
 
-    The base's tokenizer lies beside the weights: Unsloth loads no model without one.
+    Out-of-memory errors pass unchanged, because the files did not cause them.
     """
-    import torch
-    from safetensors.torch import save_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        device_map={"": "cpu"},
-    )
-    merged = attach_adapter(model, adapter).merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)
-    # Not by `merged.save_pretrained`: among several processes it writes nothing but in the first of them.
-    merged.config.dtype = merged.dtype
-    merged.config.save_pretrained(into)
-    merged.generation_config.save_pretrained(into)
-    save_model(merged, str(into / "model.safetensors"), metadata={"format": "pt"})
-    load_tokenizer(base).save_pretrained(into)
-    return into
-
-
-def hold_in_fp32(model: Any) -> None:
-    """Keep what is trained in fp32.
-
-    On a 4-bit base TRL rounds adapters to bf16 as it builds its trainer, and an update of DPO's size is then lost:
-    at a weight of 0.01 bf16's next number is 6e-5 away, ten learning rates.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    try:
+        yield
+    except LlamaRefineError:
+        raise
+    except Exception as error:  # the libraries raise anything for a malformed config, such as AttributeError
+        if is_out_of_memory(error):  # torch's is a RuntimeError, as is its error for a wrong shape
+            raise
+        raise DataError(f"{failure}: {as_one_line(error)}") from None
 
 
 def free_memory() -> None:
-    """Give back what a dropped model held. PEFT's wrappers refer to one another, so reference counts do not reach 0."""
+    """Release the memory of models that are no longer referenced, on the CPU and on CUDA.
+
+    PEFT's wrappers refer to each other, so only the garbage collector frees them.
+    """
     import torch
 
     gc.collect()
@@ -293,56 +269,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def adapter_state(model: Any) -> dict[str, Any]:
-    """The adapter's tensors as PEFT names them in a file, on the CPU."""
-    from peft import get_peft_model_state_dict
-
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-
-
-def save_adapter(config: Any, state: dict[str, Any], folder: Path, base_name: str | None) -> None:
-    """Write an adapter in PEFT's format: the same bytes for the same adapter, no path of this machine in them."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    values = {
-        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in config.to_dict().items()
-    }
-    values |= {"base_model_name_or_path": base_name, "inference_mode": True, "revision": None, "auto_mapping": None}
-    # By name, whatever pattern a backend has found them by: read_adapter takes no pattern.
-    values["target_modules"] = sorted({name.rsplit(".", 3)[1] for name in state})
-    text = json.dumps(values, indent=2, sort_keys=True, default=str)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _freeze(model: Any) -> Any:
-    model.requires_grad_(False)
-    model.config.use_cache = True
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """What a library says of a user's files, as one DataError. Memory that runs out is not the files' fault."""
-    try:
-        yield
-    except LlamaRefineError:
-        raise
-    except Exception as error:  # for a strange config they raise what comes: AttributeError, errors of their own
-        if is_out_of_memory(error):  # torch's is a RuntimeError
-            raise
-        raise DataError(f"{what}: {as_one_line(error)}") from None
-
-
 def _check_length(folder: Path, max_length_tokens: int | None) -> None:
-    """Refuse rows longer than the model was made for: Unsloth would cut them, transformers reads past its positions."""
+    """Raise RecipeError if rows can exceed the model's positions.
+
+    Unsloth would cut such rows; transformers would use positions that the model was not trained for.
+    """
     refuse_remote_code(folder)
-    with _one_line(f"the model in {folder.name}/ does not load"):
+    with loading(f"the model in {folder.name}/ does not load"):
         positions = read_object(folder / "config.json").get("max_position_embeddings")
     if positions and max_length_tokens and max_length_tokens > positions:
-        raise RecipeError(f"max_length_tokens: expected at most the {positions} of the base, found {max_length_tokens}")
+        raise RecipeError(
+            f"max_length_tokens: expected at most the base's {positions} positions, found {max_length_tokens}"
+        )
 
 
 def _accelerator() -> str:
@@ -353,8 +291,11 @@ def _accelerator() -> str:
     return f"{torch.cuda.get_device_name(0)} ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)"
 
 
-def _quiet_libraries() -> None:
-    """Progress is ours to show, and warnings that no user can act on drown the ones they can."""
+def _silence_libraries() -> None:
+    """Turn off the libraries' progress bars and warnings. Stages log their own progress.
+
+    No user can act on those warnings, and they hide the ones that users can act on.
+    """
     import warnings
 
     import datasets

@@ -1,6 +1,6 @@
-"""The base model: brought from a folder, a bucket or the Hub, checked, and laid out for the other stages.
+"""The base model: fetched from a folder, a bucket or the Hub, checked, and copied for the other stages.
 
-Weights are copied as they are. Only safetensors are taken, and nothing that runs code of its own.
+Weights are copied unchanged, and only from safetensors. A model that needs its own code is refused.
 """
 
 import json
@@ -18,14 +18,14 @@ from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.untrusted.remote_code import pickles_in, refuse_remote_code
 from llamarefine_jobs.untrusted.safe_json import read_object
 
-# Built as Llama is: the same seven linear layers in a block, under the same names.
+# Architectures with Llama's seven linear layers in each block, under the same names.
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 _KEY = "prepare.base"
 
 
 def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
-    """The local folder of a base that is not made on the spot, and the commit of a Hub repository."""
+    """Download the base if it is remote; return its local folder, and the commit of a Hub repository."""
     match locations.kind(base.source, hub_id_allowed=True):
         case locations.Kind.HUB:
             repository = base.source.removeprefix("hf://")
@@ -40,15 +40,15 @@ def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
 
 
 def install_base(folder: Path, into: Path) -> Any:
-    """Check the model in `folder` and lay it out in `into`; its tokenizer, with our chat template.
+    """Check the model in `folder`, copy it to `into`, and return its tokenizer with our chat template.
 
-    Raises DataError, in one line, where it is not a plain Llama-like model in safetensors.
+    Raises DataError, in one line, if it is not a Llama-like model in safetensors that fits its tokenizer.
     """
     config = check_model(folder)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config["vocab_size"]:
         raise DataError(
-            f"{_KEY}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}; "
+            f"{_KEY}: the tokenizer has {len(tokenizer)} tokens, but the model has {config['vocab_size']}; "
             "they do not belong together"
         )
     into.mkdir()
@@ -61,21 +61,21 @@ def install_base(folder: Path, into: Path) -> Any:
 
 
 def write_tokenizer_and_config(into: Path, tokenizer: Any, generation: dict[str, Any]) -> None:
-    """Write the tokenizer and the generation config beside the weights."""
+    """Write the tokenizer, and `generation` with the tokenizer's special tokens as generation_config.json."""
     tokenizer.save_pretrained(into)
     known = generation.get("eos_token_id")
     eos = tokenizer.eos_token_id
-    settled = generation | {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = generation | {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if known != eos and not (isinstance(known, list) and eos in known):
-        settled["eos_token_id"] = eos
-    text = json.dumps({name: value for name, value in settled.items() if value is not None}, indent=2, sort_keys=True)
+        config["eos_token_id"] = eos
+    text = json.dumps({name: value for name, value in config.items() if value is not None}, indent=2, sort_keys=True)
     (into / "generation_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """The config of the model in `folder`; DataError where adapters could not be put on it and merged."""
+    """Return the config of the model in `folder`; DataError if adapters cannot be trained on it and merged."""
     if not (folder / "config.json").is_file():
-        raise DataError(f"{_KEY}: {folder} holds no config.json; expected a model's folder")
+        raise DataError(f"{_KEY}: {folder} has no config.json; expected a model folder")
     config = _json(folder / "config.json")
     kind = config.get("model_type")
     try:
@@ -83,17 +83,17 @@ def check_model(folder: Path) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"{_KEY}: {error}") from None
     if kind not in _MODEL_TYPES:
-        raise DataError(
-            f"{_KEY}: expected a causal language model built as Llama is ({', '.join(_MODEL_TYPES)}), found {kind}"
-        )
+        raise DataError(f"{_KEY}: expected a causal language model of type {', '.join(_MODEL_TYPES)}, found {kind}")
     if "quantization_config" in config:
-        raise DataError(f"{_KEY}: the model is quantised, so nothing adds to it exactly; give its 16-bit original")
+        raise DataError(
+            f"{_KEY}: the model is quantised, so adapters cannot be merged exactly; give its 16-bit original"
+        )
     _check_weights(folder, config)
     return config
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """What the data card says of the base in `folder`."""
+def describe_base(folder: Path) -> dict[str, Any]:
+    """Return the data card's entry about the base in `folder`."""
     config = _json(folder / "config.json")
     shapes = Weights(folder).shapes.values()
     return {
@@ -106,10 +106,13 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
-    """The weights are safetensors, whole, and have the seven linear layers in each of the config's blocks."""
+    """Raise DataError unless the weights are complete safetensors with all tensors that the config promises.
+
+    Checked are the embeddings and the seven linear layers of each block, by name and by shape.
+    """
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
         pickles = pickles_in(folder)
-        found = f"only {pickles[0]}, a pickle, which can run code as it is read" if pickles else "none"
+        found = f"only {pickles[0]}, a pickle, which can run code when it is loaded" if pickles else "none"
         raise DataError(f"{_KEY}: expected weights in safetensors, found {found}; convert them, or choose another base")
     shapes = Weights(folder).shapes
     layers, vocabulary, hidden = (_size(config, name) for name in ("num_hidden_layers", "vocab_size", "hidden_size"))
@@ -119,18 +122,20 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
             name = f"model.layers.{layer}.{part}.{linear}.weight"
             if len(shapes.get(name, ())) != 2:
                 raise DataError(f"{_KEY}: the weights have no matrix {name}; adapters would not fit this base")
-            # What config.json says is what transformers makes room for, before it looks at the weights.
+            # transformers allocates the shapes of config.json before it reads the weights, however large they are.
             if shapes[name] != (expected := _shape(config, linear, hidden)):
-                raise DataError(f"{_KEY}: config.json makes {name} {expected}, the weights hold {shapes[name]}")
+                raise DataError(
+                    f"{_KEY}: {name} has the shape {expected} in config.json, the weights hold {shapes[name]}"
+                )
     embeddings = shapes.get("model.embed_tokens.weight")
     if embeddings != (vocabulary, hidden):
         raise DataError(
-            f"{_KEY}: config.json says {vocabulary} tokens of {hidden} numbers, the weights hold {embeddings}"
+            f"{_KEY}: config.json has embeddings of {vocabulary} tokens × {hidden}, the weights hold {embeddings}"
         )
 
 
 def _shape(config: dict[str, Any], linear: str, hidden: int) -> tuple[int, int]:
-    """The shape that config.json gives a linear layer of a block."""
+    """Return the shape of a block's linear layer according to config.json."""
     heads = _size(config, "num_attention_heads")
     width = _size(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
     outer = {
@@ -145,17 +150,17 @@ def _shape(config: dict[str, Any], linear: str, hidden: int) -> tuple[int, int]:
 
 def _size(config: dict[str, Any], name: str) -> int:
     if name not in config:
-        raise DataError(f"{_KEY}: config.json does not say {name}")
+        raise DataError(f"{_KEY}: config.json has no {name}")
     size = config[name]
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise DataError(f"{_KEY}: config.json says {name}: {size!r:.40}; expected a number")
+        raise DataError(f"{_KEY}: config.json has {name}: {size!r:.40}; expected a positive whole number")
     return size
 
 
 def _in_hub_cache(path: Path, revision: str | None) -> tuple[Path, str | None]:
-    """`path` itself, or the snapshot inside where it is a repository's folder in the Hub's cache."""
+    """Return `path`, or, if `path` is a repository in the Hub's cache, the snapshot of `revision` and its commit."""
     if not path.is_dir():
-        raise DataError(f"{_KEY}: {path} is no folder; expected a model's folder with config.json in it")
+        raise DataError(f"{_KEY}: {path} is not a folder; expected a model folder with a config.json")
     if not (path / "snapshots").is_dir():
         return path, None
     reference = path / "refs" / (revision or "main")

@@ -1,14 +1,14 @@
-"""The proof that a written model is base + SFT adapter + DPO adapter, each once, rounded once.
+"""The proof that a merged model is base + SFT adapter + DPO adapter, each added once, and rounded once.
 
-Nothing of merge.py is used here. PEFT computes, in fp32, the logits of the base with both adapters beside it
-(`exact`), and once more after it has merged them itself and rounded to the output type (`rounded`). The written
-folder is loaded alone, as its users will load it. Two things must hold:
+The proof uses no code of merge.py. PEFT computes, in fp32, the logits of the base with both adapters attached
+(`exact`), and again after PEFT's own merge is rounded to the output type (`rounded`). The merged folder is loaded
+alone, with plain `AutoModelForCausalLM.from_pretrained`. Two conditions must hold:
 
-- its logits are from the exact ones no further away than rounding explains, which `rounded` shows;
-- what separates them from the rounded ones holds no part of either adapter's effect. A least-squares fit tells how
-  often each adapter was counted, even where the adapter's effect is smaller than the rounding.
+- its logits differ from the exact ones by no more than rounding explains; `rounded` shows how much that is;
+- the difference between its logits and the rounded ones contains no part of either adapter's effect. A least-squares
+  fit estimates how often each adapter was added, even if the adapter's effect is smaller than the rounding.
 
-Memory: one model in fp32 at a time, 4 bytes a parameter, and six sets of logits (64 · vocabulary numbers).
+Memory: one fp32 model at a time (4 bytes a parameter), and six sets of logits (64 · vocabulary numbers each).
 """
 
 import gc
@@ -22,16 +22,20 @@ from llamarefine_jobs.contract.errors import ProofError
 STEPS = 6  # forward passes
 _SHAPE = (2, 32)  # rows and tokens of the fixed input
 _SEED = 20
-_ROUNDING = 2.0  # the written model may be so many times as far away as PEFT's own merge, rounded, is
-_NOISE = 1e-5  # of the largest logit: what fp32 arithmetic in another order may change
-_SHARE_TOLERANCE = 0.05
+_ROUNDING = 2.0  # the merged model's distance may be this multiple of the distance of PEFT's own rounded merge
+_NOISE = 1e-5  # fraction of the largest logit that fp32 arithmetic in another order may change
+_SHARE_TOLERANCE = 0.05  # how far from 1 the number of times that an adapter was added may be
 
-Tick = Callable[[], None]
+OnPass = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Distances are the largest differences between logits. A share is None where the adapter changes nothing."""
+    """The figures of a proof.
+
+    Each distance is the largest difference between two models' logits. Each share is the number of times that an
+    adapter was added, None for an adapter that changes nothing.
+    """
 
     difference: float
     tolerance: float
@@ -47,7 +51,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class _Logits:
-    """Of the fixed input, flat and in fp32, by models that PEFT makes."""
+    """The logits of the fixed input, flat and in fp32, of five models that PEFT builds."""
 
     base: Any
     sft: Any
@@ -56,53 +60,52 @@ class _Logits:
     rounded: Any
 
 
-def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, tick: Tick) -> Proof:
-    """Compare the model in `written` with base + both adapters; ProofError says how often it counts each."""
-    expected = _ask_peft(base, sft, dpo, dtype, tick)
-    proof = _compare(expected, _ask_written(written, tick))
+def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, on_pass: OnPass) -> Proof:
+    """Compare the model in `written` with base + both adapters. `on_pass` is called after each of STEPS forward passes.
+
+    Raises ProofError, with the number of times that each adapter was added, if a condition does not hold.
+    """
+    expected = _logits_by_peft(base, sft, dpo, dtype, on_pass)
+    proof = _compare(expected, _logits(_load(written), on_pass))
     shares = {"SFT": proof.sft_share, "DPO": proof.dpo_share}
     counted = {name: share for name, share in shares.items() if share is not None}
     once = all(abs(share - 1) <= _SHARE_TOLERANCE for share in counted.values())
-    if not (once and proof.difference <= proof.tolerance):  # so written that NaN fails too
+    if not (once and proof.difference <= proof.tolerance):  # in this form the comparison with NaN fails as well
         found = " and ".join(f"the {name} adapter {share:.2f} times" for name, share in counted.items())
         raise ProofError(
-            f"the merged model is not base + adapters: its logits are {proof.difference:.2e} away, rounding to {dtype} "
-            f"explains {proof.tolerance:.2e}" + (f"; it counts {found}" if found else "")
+            f"the merged model is not base + adapters: its logits differ by {proof.difference:.2e}, "
+            f"rounding to {dtype} explains up to {proof.tolerance:.2e}" + (f"; it contains {found}" if found else "")
         )
     return proof
 
 
-def _ask_peft(base: Path, sft: Path, dpo: Path, dtype: str, tick: Tick) -> _Logits:
+def _logits_by_peft(base: Path, sft: Path, dpo: Path, dtype: str, on_pass: OnPass) -> _Logits:
     import torch
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(_load(base), sft, adapter_name="sft")
     model.load_adapter(dpo, adapter_name="dpo")
     with model.disable_adapter():
-        of_base = _logits(model, tick)
+        base_logits = _logits(model, on_pass)
     found = {}
     for name, active in (("sft", ["sft"]), ("dpo", ["dpo"]), ("exact", ["sft", "dpo"])):
         model.base_model.set_adapter(active)
-        found[name] = _logits(model, tick)
+        found[name] = _logits(model, on_pass)
     merged = model.merge_and_unload(adapter_names=["sft", "dpo"])
     for parameter in merged.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype)).float()
-    of_rounded = _logits(merged, tick)
+    rounded_logits = _logits(merged, on_pass)
     del model, merged
-    gc.collect()  # PEFT's wrappers refer to one another; the next model needs their memory
-    return _Logits(base=of_base, rounded=of_rounded, **found)
-
-
-def _ask_written(folder: Path, tick: Tick) -> Any:
-    return _logits(_load(folder), tick)
+    gc.collect()  # PEFT's wrappers refer to each other, and the next model needs their memory
+    return _Logits(base=base_logits, rounded=rounded_logits, **found)
 
 
 def _compare(expected: _Logits, written: Any) -> Proof:
     noise = _NOISE * float(expected.exact.abs().max())
     rounding = _distance(expected.rounded, expected.exact)
     effects = {"sft": expected.exact - expected.dpo, "dpo": expected.exact - expected.sft}
-    felt = {name: effect for name, effect in effects.items() if float(effect.abs().max()) > noise}
-    shares = _shares(felt, written - expected.rounded)
+    measurable = {name: effect for name, effect in effects.items() if float(effect.abs().max()) > noise}
+    shares = _shares(measurable, written - expected.rounded)
     return Proof(
         difference=_distance(written, expected.exact),
         tolerance=_ROUNDING * rounding + noise,
@@ -115,7 +118,7 @@ def _compare(expected: _Logits, written: Any) -> Proof:
 
 
 def _shares(effects: dict[str, Any], difference: Any) -> dict[str, float]:
-    """How often each adapter was counted: 1 plus its coefficient in the difference, by least squares."""
+    """Return how often each adapter was added: 1 plus its least-squares coefficient in the difference."""
     import torch
 
     if not effects:
@@ -129,7 +132,7 @@ def _load(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         local_files_only=True,
@@ -137,22 +140,22 @@ def _load(folder: Path) -> Any:
         trust_remote_code=False,
         output_loading_info=True,
     )
-    if lacking := sorted(found["missing_keys"]):
-        raise ProofError(f"{folder.name}/ lacks the weights {', '.join(lacking[:3])}, so they would be random")
+    if missing := sorted(report["missing_keys"]):
+        raise ProofError(f"{folder.name}/ lacks the weights {', '.join(missing[:3])}, so they would be random")
     return model.eval()
 
 
-def _logits(model: Any, tick: Tick) -> Any:
-    """The logits of the fixed input, one token after the other."""
+def _logits(model: Any, on_pass: OnPass) -> Any:
+    """Return the model's logits for the fixed input, flattened, in fp32."""
     import torch
 
     rows, tokens = _SHAPE
     tokens = min(tokens, model.config.max_position_embeddings)
-    draw = torch.Generator().manual_seed(_SEED)
-    ids_BT = torch.randint(model.config.vocab_size, (rows, tokens), generator=draw)
+    generator = torch.Generator().manual_seed(_SEED)
+    ids_BT = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
     with torch.inference_mode():
         logits = model(input_ids=ids_BT, use_cache=False).logits
-    tick()
+    on_pass()
     return logits.float().flatten()
 
 

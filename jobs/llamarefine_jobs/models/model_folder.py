@@ -1,6 +1,7 @@
-"""What lies around the weights of a merged model: its configs, its tokenizer, its card.
+"""The files of a merged model besides its weights: configs, tokenizer and model card.
 
-Laid out for transformers, vLLM and llama.cpp's converter. The same inputs give the same bytes: no date, no path.
+The layout is that of transformers, which loads the folder in the merge's proof; the configs also use the spellings of
+older transformers versions. The same inputs give the same bytes: no file holds a date or a path.
 """
 
 import json
@@ -22,9 +23,9 @@ from llamarefine_jobs.untrusted.safe_json import read_object
 
 _CONFIG = "config.json"
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Written by older versions of transformers. Every reader computes it anew; rounded it would be wrong.
+# Older versions of transformers saved this buffer. Every reader recomputes it, and a rounded copy would be wrong.
 _COMPUTED = ".rotary_emb.inv_freq"
-_OF_THE_TOKENIZER = (
+_TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,32 +36,37 @@ _OF_THE_TOKENIZER = (
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """The base's config; DataError where its weights cannot be added to."""
+    """Return the base's config; DataError if it cannot be read or the base is quantised."""
     try:
         config = read_object(base / _CONFIG)
     except (OSError, ValueError) as error:
         raise DataError(f"the base model's {_CONFIG} cannot be read: {str(error).splitlines()[0]}") from None
     if "quantization_config" in config:
-        raise DataError("the base model is quantised, so nothing adds to it exactly; start from its 16-bit original")
+        raise DataError(
+            "the base model is quantised, so adapters cannot be merged exactly; start from its 16-bit original"
+        )
     return config
 
 
 def tensors_to_keep(weights: Weights, config: dict[str, Any]) -> list[str]:
-    """The names of the tensors that the merged model holds: a tie of the embeddings is kept by writing them once."""
+    """Return the names of the merged model's tensors. If lm_head is tied to the embeddings, they are written once.
+
+    Raises DataError if the config ties them, but the weights hold two different tensors.
+    """
     names = [name for name in weights.shapes if not name.endswith(_COMPUTED)]
     if config.get("tie_word_embeddings") and _HEAD in names and _EMBEDDINGS in names:
         if not _equal(weights, _HEAD, _EMBEDDINGS):
             raise DataError(
-                f"the base model's {_CONFIG} ties {_HEAD} to {_EMBEDDINGS}, but its weights hold two that differ; "
-                "set tie_word_embeddings to false there, or remove one"
+                f"the base model's {_CONFIG} ties {_HEAD} to {_EMBEDDINGS}, but these two differ in its weights; "
+                "set tie_word_embeddings to false in the config, or remove one of them"
             )
         names.remove(_HEAD)
     return names
 
 
 def write(folder: Path, base: Path, config: dict[str, Any], parameters: int, context: Context) -> None:
-    """Put everything but the weights into `folder`."""
-    for pattern in _OF_THE_TOKENIZER:
+    """Write all files of the merged model except the weights into `folder`."""
+    for pattern in _TOKENIZER_FILES:
         for file in base.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     tokenizer = load_tokenizer(base)
@@ -70,7 +76,7 @@ def write(folder: Path, base: Path, config: dict[str, Any], parameters: int, con
 
 
 def card(context: Context, parameters: int, tokenizer: Any) -> str:
-    """The model card."""
+    """Return the model card, in Markdown with YAML front matter."""
     recipe, base = context.recipe, context.recipe.prepare.base
     hub = kind(base.source, hub_id_allowed=True) is Kind.HUB
     origin = f"{base.source} at {base.revision or 'its main branch'}" if hub else Path(base.source).name
@@ -95,7 +101,7 @@ def card(context: Context, parameters: int, tokenizer: Any) -> str:
 
 
 def _merged_config(config: dict[str, Any], tokenizer: Any, dtype: str) -> dict[str, Any]:
-    """The base's config with the new type, in the spellings that older readers know as well."""
+    """Return the base's config with the new type, also in the spellings that older versions of transformers read."""
     merged = config | {"dtype": dtype, "torch_dtype": dtype} | _special_tokens(tokenizer)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -116,7 +122,7 @@ def _equal(weights: Weights, one: str, other: str) -> bool:
     if weights.shapes[one] != weights.shapes[other]:
         return False
     pairs = zip(weights.blocks(one), weights.blocks(other), strict=True)
-    return all(torch.equal(mine, yours) for (_, mine), (_, yours) in pairs)
+    return all(torch.equal(one_block, other_block) for (_, one_block), (_, other_block) in pairs)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -128,16 +134,16 @@ _CARD = """\
 {front}---
 # {name}, fine-tuned
 
-A language model of {parameters} parameters, fine-tuned in two steps and merged into one: supervised fine-tuning (SFT)
-on questions and answers, then direct preference optimisation (DPO) against the SFT policy, both with LoRA.
-Base model: {origin}. Made by LlamaRefine {version}.
+A language model of {parameters} parameters, fine-tuned in two steps: supervised fine-tuning (SFT) on questions and
+answers, then direct preference optimisation (DPO) with the SFT policy as the reference. Each step trained a LoRA
+adapter; both adapters are merged into the weights. Base model: {origin}. Made by LlamaRefine {version}.
 
-## How to ask it
+## How to use it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 messages = [{{"role": "user", "content": "Your question"}}]
@@ -146,7 +152,7 @@ output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-The chat template renders a question as below; the answer follows, and ends with EOS.
+The chat template renders a question as below. The answer follows and ends with EOS.
 
 ```text
 {prompt}```
@@ -154,20 +160,21 @@ The chat template renders a question as below; the answer follows, and ends with
 ## What it was made from
 
 The weights are base + scale · B A of the SFT adapter + scale · B A of the DPO adapter, added in fp32 and rounded once
-to {dtype}. Before it was published, its logits were compared with those of the base with both adapters beside it.
+to {dtype}. Before the model was published, it was loaded in fp32 with transformers, and its logits were compared with
+the logits of the base with both adapters attached. LlamaRefine tested it with no other software.
 
 | artifact | key |
 | --- | --- |
 {keys}
 
-This one is merge `{key}`. Settings of the stages:
+This model is the artifact merge `{key}`. Settings of the stages:
 
 ```yaml
 {settings}```
 
 ## Limits
 
-- It was trained on conversations of up to {length} tokens, one question and one answer for the most part.
-- It may state what is false with confidence; check what matters. What it is good at is in the run's report.
-- The base model's licence and that of the training data apply; neither is stated here.
+- SFT trained on single questions with one answer each, DPO on preference pairs; none had more than {length} tokens.
+- It can state false facts with confidence; check what matters. The run's report compares it with the base model.
+- The licences of the base model and of the training data apply; neither is stated here.
 """

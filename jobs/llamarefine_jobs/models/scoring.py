@@ -1,6 +1,6 @@
-"""What a model makes of given answers (log-probabilities), and the answers it gives itself.
+"""Log-probabilities that a model gives to given answers, and the answers that a model generates.
 
-Shapes: B rows of a batch, T tokens of the longest of them.
+Tensor axes: B rows of a batch, T tokens of its longest row, V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 
 from llamarefine_jobs.models.encoding import Encoded
 
-Tick = Callable[[int, int], None]
+Tick = Callable[[int, int], None]  # called after each batch with (rows done, rows in all)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one answer: the sum of its tokens' log-probabilities in nats, EOS included, and how many they are."""
+    """The score of one answer: the sum of its tokens' log-probabilities in nats, and their number, both with EOS."""
 
     logprob: float
     tokens: int
@@ -22,7 +22,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said. `stopped` is false where it was cut at the limit of new tokens."""
+    """A generated answer. `stopped` is False if it was cut at the limit of new tokens, without EOS."""
 
     text: str
     tokens: int
@@ -30,11 +30,10 @@ class Answer:
 
 
 def score(model: Any, pad_id: int, rows: Sequence[Encoded], batch_rows: int, tick: Tick | None = None) -> list[Score]:
-    """The log-probability that `model` gives each row's answer after its prompt.
+    """Return the log-probability that `model` gives to each row's answer after its prompt.
 
-    Rows are taken longest first, so a batch wastes little on padding and memory runs out at once
-    or never. Logits are kept for the answers' positions only, and turned to fp32 before the
-    softmax.
+    Rows are scored longest first, so batches need little padding, and if memory is too small the first batch fails.
+    Only the logits of the answers' positions are cast to fp32, before the softmax.
     """
     import torch
 
@@ -54,15 +53,15 @@ def score(model: Any, pad_id: int, rows: Sequence[Encoded], batch_rows: int, tic
                 ids_BT[place, : len(row)] = torch.tensor(row.prompt_ids + row.answer_ids)
                 mask_BT[place, : len(row)] = 1
             with torch.no_grad():
-                hidden = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
-                logits_BTV = hidden.logits
+                output = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
+                logits_BTV = output.logits
             for place, index in enumerate(batch):
                 row = rows[index]
                 begin, end = len(row.prompt_ids), len(row)
                 answer_logits = logits_BTV[place, begin - 1 : end - 1].float()
                 target = torch.tensor(row.answer_ids, device=device)
-                picked = answer_logits.log_softmax(-1).gather(-1, target[:, None])
-                scores[index] = Score(float(picked.double().sum()), len(row.answer_ids))
+                logprobs = answer_logits.log_softmax(-1).gather(-1, target[:, None])
+                scores[index] = Score(float(logprobs.double().sum()), len(row.answer_ids))
             if tick:
                 tick(min(start + batch_rows, len(order)), len(order))
     finally:
@@ -81,9 +80,9 @@ def generate(
     top_p: float = 1.0,
     tick: Tick | None = None,
 ) -> list[Answer]:
-    """The model's answers to tokenised prompts; the likeliest token each time at temperature 0.
+    """Return the model's answers to tokenised prompts. Temperature 0 means greedy decoding.
 
-    An answer ends where the model's positions do: past them transformers makes noise and Unsloth raises.
+    An answer ends at the model's last position at the latest: beyond it transformers generates noise, Unsloth raises.
     """
     import torch
 
@@ -98,7 +97,7 @@ def generate(
         longest = max(len(prompts[index]) for index in batch)
         ids_BT = torch.full((len(batch), longest), tokenizer.pad_token_id)
         mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
-        for place, index in enumerate(batch):  # padded on the left: generation goes on at the right
+        for place, index in enumerate(batch):  # padded on the left, because generation appends on the right
             ids_BT[place, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask_BT[place, longest - len(prompts[index]) :] = 1
         with torch.no_grad():

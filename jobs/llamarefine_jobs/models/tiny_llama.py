@@ -1,8 +1,8 @@
-"""The tiny Llama of the demo (`base.source: tiny-llama`): trained on the spot, so that nothing needs downloading.
+"""The tiny Llama of the demo (`base.source: tiny-llama`), trained by prepare, so that nothing is downloaded.
 
-It sees the training splits as plain text, questions apart from answers and without the chat
-template: it can write a little, and SFT still has everything about answering to teach. Held-out
-text never reaches it or its tokenizer. On one thread the same recipe gives the same bytes.
+It is trained on the training splits as plain text: questions and answers are separate texts, without the chat template.
+So it learns some language, and SFT still has to teach it to answer. Neither the model nor its tokenizer sees held-out
+text. On one thread the same recipe gives the same bytes.
 """
 
 import hashlib
@@ -16,24 +16,30 @@ from llamarefine_jobs.contract.errors import DataError, DivergedError
 from llamarefine_jobs.contract.recipe import TinyModel
 from llamarefine_jobs.models.encoding import set_special_tokens
 
-_WINDOW_TOKENS = 64  # a demo row fits; longer windows cost time and teach so small a model nothing
+_WINDOW_TOKENS = 64  # a demo row fits; longer windows cost time and do not improve so small a model
 _POSITIONS = 2048
-_INITIAL_RANGE = 0.05  # a narrow model learns faster from it than from the 0.02 that suits wide ones
+_INITIAL_RANGE = 0.05  # a narrow model learns faster with it than with the usual 0.02 of wide models
 _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _TURN_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
 
-Tick = Callable[..., None]
+OnStep = Callable[..., None]  # called with (step, steps, loss=, tokens_per_s=, eta_s=)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
-    """A byte-level BPE of at most `vocabulary` tokens. No token spans a line's end; a turn's mark is one token."""
+    """Train a byte-level BPE of at most `vocabulary` tokens.
+
+    No token contains a line break with other text, and each role mark of the chat template is one token.
+    Raises DataError if `vocabulary` is too small for the bytes and the marks.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     marks = [*_SPECIAL.values(), *(AddedToken(mark, normalized=False) for mark in _TURN_MARKS)]
     least = len(marks) + 256
     if vocabulary < least:
-        raise DataError(f"prepare.base.tiny.vocabulary: {vocabulary} is too small; bytes and marks alone are {least}")
+        raise DataError(
+            f"prepare.base.tiny.vocabulary: expected at least {least}, for all bytes and marks; found {vocabulary}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,22 +61,26 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
 
 
 def pretrain(
-    tiny: TinyModel, tokenizer: Any, texts: Sequence[str], seed: int, into: Path, tick: Tick
+    tiny: TinyModel, tokenizer: Any, texts: Sequence[str], seed: int, into: Path, on_step: OnStep
 ) -> dict[str, float]:
-    """Train a Llama of `tiny`'s shape on `texts` and save it in `into`; its first and last loss, in nats a token."""
+    """Train a Llama of `tiny`'s shape on `texts` and save it in `into`.
+
+    Returns the first loss and the mean of the last ten, in nats a token. Raises DivergedError for a loss that is not
+    finite.
+    """
     import torch
     from transformers.utils import logging
 
     ids = _stream(tokenizer, texts, seed)
     torch.manual_seed(seed)
-    model = _untrained(tiny, tokenizer)
+    model = _new_model(tiny, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, tiny.steps))
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
-    started = time.monotonic()
+    started_s = time.monotonic()
     for step in range(1, tiny.steps + 1):
-        starts_B = torch.randint(0, len(ids) - _WINDOW_TOKENS + 1, (tiny.batch_rows, 1), generator=draw)
+        starts_B = torch.randint(0, len(ids) - _WINDOW_TOKENS + 1, (tiny.batch_rows, 1), generator=generator)
         ids_BT = ids[starts_B + torch.arange(_WINDOW_TOKENS)]
         loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         loss.backward()
@@ -82,9 +92,9 @@ def pretrain(
         if not math.isfinite(losses[-1]):
             raise DivergedError(f"the tiny Llama's loss is {losses[-1]} at step {step}; lower base.tiny.learning_rate")
         if step % 10 == 0 or step == tiny.steps:
-            passed_s = time.monotonic() - started
-            eta_s = passed_s / step * (tiny.steps - step)
-            tick(step, tiny.steps, loss=losses[-1], tokens_per_s=step * ids_BT.numel() / passed_s, eta_s=eta_s)
+            elapsed_s = time.monotonic() - started_s
+            eta_s = elapsed_s / step * (tiny.steps - step)
+            on_step(step, tiny.steps, loss=losses[-1], tokens_per_s=step * ids_BT.numel() / elapsed_s, eta_s=eta_s)
     logging.disable_progress_bar()
     model.save_pretrained(into)
     last = losses[-10:]
@@ -92,7 +102,7 @@ def pretrain(
 
 
 def _stream(tokenizer: Any, texts: Sequence[str], seed: int) -> Any:
-    """All texts in random order, EOS after each, as one row of tokens; repeated where it is short."""
+    """Return all texts as one tensor of tokens, in random order, with EOS after each; repeated up to one window."""
     import torch
 
     shuffled = sorted(texts, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
@@ -102,13 +112,13 @@ def _stream(tokenizer: Any, texts: Sequence[str], seed: int) -> Any:
     return torch.tensor(ids * math.ceil(_WINDOW_TOKENS / len(ids)))
 
 
-def _untrained(tiny: TinyModel, tokenizer: Any) -> Any:
+def _new_model(tiny: TinyModel, tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if tiny.hidden_size % (2 * tiny.heads):
         raise DataError(
-            f"prepare.base.tiny.hidden_size: {tiny.hidden_size} must be a multiple of twice the heads ({tiny.heads}), "
-            "because rotary positions turn pairs of numbers"
+            f"prepare.base.tiny.hidden_size: expected a multiple of twice the heads (2 × {tiny.heads}), because rotary "
+            f"positions rotate pairs of numbers; found {tiny.hidden_size}"
         )
     return LlamaForCausalLM(
         LlamaConfig(
@@ -129,7 +139,7 @@ def _untrained(tiny: TinyModel, tokenizer: Any) -> Any:
 
 
 def _cosine(step: int, steps: int) -> float:
-    """The learning rate's factor: up over the first tenth, then down to a tenth along a cosine."""
+    """Return the learning rate's factor: linear warmup over the first tenth, then a cosine down to 0.1."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,7 +1,7 @@
-"""A model's tensors, read and written in the safetensors format a block of rows at a time: no model is ever held.
+"""A model's tensors, read and written as safetensors in blocks of rows, so no whole model is in memory.
 
-The library reads. It cannot write what is not in memory yet, so the writing is done here: eight bytes with the
-header's length, the header (JSON: type, shape and place of each tensor), then the tensors' bytes.
+The safetensors library reads them. It can only write tensors that are in memory, so this module writes the format
+itself: eight bytes with the header's length, the header (JSON: type, shape and offsets of each tensor), the tensors.
 """
 
 import json
@@ -18,13 +18,13 @@ from llamarefine_jobs.untrusted.safe_json import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BLOCK_ELEMENTS = 1 << 20  # a block in fp32 stays in the processor's cache: four times as many take twice the time
+BLOCK_ELEMENTS = 1 << 20  # an fp32 block of this size fits the CPU's cache; four times the size takes twice the time
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {name: code for code, name in _FLOATS.items()}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a file beside the index, and no pickle
-_ENTRY_BYTES = 160  # of a header for one tensor, besides its name: a bound
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a safetensors file in the index's folder
+_ENTRY_BYTES = 160  # upper bound of a tensor's entry in the header, without its name
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,10 @@ class _Tensor:
 
 
 class Weights:
-    """The tensors of a model folder, in one file or in several with an index, in the files' order."""
+    """Reads the tensors of a model folder: one safetensors file, or several with an index. Keeps the files' order.
+
+    Raises DataError, on first use, if the files are not complete safetensors of float tensors.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,12 +49,12 @@ class Weights:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[int, Any]]:
-        """A tensor in blocks of at most BLOCK_ELEMENTS (or one row), each with the number of its first row."""
+        """Yield a tensor in blocks of at most BLOCK_ELEMENTS (or one row), each with the index of its first row."""
         from safetensors import safe_open
 
         rows, *rest = self._tensors[name].shape
         step = max(1, BLOCK_ELEMENTS // max(1, prod(rest)))
-        # Opened for each tensor: what an open file was read from stays mapped, and counts as memory.
+        # The file is opened for each tensor: pages that were read from an open file stay mapped and count as memory.
         with safe_open(self._tensors[name].file, framework="pt") as file:
             tensor = file.get_slice(name)
             for begin in range(0, rows, step):
@@ -67,7 +70,7 @@ class Weights:
                 with safe_open(path, framework="pt") as file:
                     names = file.offset_keys()
                     if missing := sorted((listed or set()) - set(names)):
-                        raise DataError(f"the base model's index says that {path.name} holds {missing[0]}; it does not")
+                        raise DataError(f"the base model's index lists {missing[0]} in {path.name}, which lacks it")
                     for name in names:
                         if listed is None or name in listed:
                             found[name] = _Tensor(path, _float_shape(name, file.get_slice(name)))
@@ -76,20 +79,22 @@ class Weights:
         return found
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
-        """Each file with the tensors that the index gives it; without an index the one file, with all it holds."""
+        """Return each file with its tensors according to the index; without an index the single file, with None."""
         index, single = self.folder / INDEX, self.folder / SINGLE_FILE
         if not index.exists():
             if not single.exists():
-                raise DataError(f"the base model holds neither {SINGLE_FILE} nor {INDEX}; only safetensors can be read")
+                raise DataError(f"the base model has neither {SINGLE_FILE} nor {INDEX}; only safetensors can be read")
             return [(single, None)]
         try:
             places = read_object(index)["weight_map"]
             files = sorted(set(places.values()))
-            strange = [file for file in files if not _PLAIN_NAME.fullmatch(file)]
+            refused = [file for file in files if not _PLAIN_NAME.fullmatch(file)]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"the base model's {INDEX} is not an index of tensors") from None
-        if strange:
-            raise DataError(f"the base model's {INDEX} names {strange[0]!r:.80}; expected one beside it")
+        if refused:
+            raise DataError(
+                f"the base model's {INDEX} names {refused[0]!r:.80}; expected safetensors files in the same folder"
+            )
         return [(self.folder / file, {name for name, place in places.items() if place == file}) for file in files]
 
 
@@ -100,10 +105,10 @@ def write_weights(
     max_file_bytes: int,
     blocks: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Write tensors of these shapes into `folder`, in one file or in several with an index.
+    """Write tensors with the given shapes into `folder`, as one file or as several with an index.
 
-    `blocks` gives a tensor's bytes in order, piece by piece. A file is at most `max_file_bytes` long, except that a
-    tensor which alone is longer gets a file of its own.
+    `blocks(name)` yields the bytes of a tensor, in order, in pieces of any length. No file is longer than
+    `max_file_bytes`, except for a larger tensor, which gets a file for itself.
     """
     shards = _shards(shapes, dtype, max_file_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(place, len(shards)) for place in range(len(shards))]
@@ -139,14 +144,14 @@ def _shard_name(place: int, count: int) -> str:
 
 
 def _header(shapes: Mapping[str, Sequence[int]], dtype: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     begin = 0
     for name, shape in shapes.items():
         end = begin + prod(shape) * _BYTES[dtype]
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
@@ -154,8 +159,8 @@ def _float_shape(name: str, tensor: Any) -> Shape:
     code, shape = tensor.get_dtype(), tuple(tensor.get_shape())
     if code not in _FLOATS:
         raise DataError(
-            f"the base model's {name} is of the type {code}; expected {', '.join(_FLOATS.values())}: "
-            "a quantised base cannot be added to exactly"
+            f"the base model's {name} has the type {code}; expected {', '.join(_FLOATS.values())}: "
+            "adapters cannot be merged exactly into a quantised base"
         )
     if not shape:
         raise DataError(f"the base model's {name} is a single number; no Llama has such a tensor")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.errors import IntegrityError
-from llamarefine_jobs.models.backends import ADAPTER_WEIGHTS
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 
 
 def read_best(folder: Path, where: str) -> tuple[float, int]:

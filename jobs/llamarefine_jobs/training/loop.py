@@ -16,7 +16,8 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, LlamaRefineError, PreemptedError, first_line
 from llamarefine_jobs.contract.recipe import Dpo, Sft
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, is_out_of_memory, oom_micro_batch_rows
 from llamarefine_jobs.process.world import means_lost_peer
@@ -101,7 +102,7 @@ class Watch(TrainerCallback):
         if losses:  # of the pods before this one
             self.first_loss, self.last_loss = float(losses[0]), float(losses[-1])
         if self.context.world.is_first_on_node and any("eval_loss" in entry for entry in state.log_history):
-            check_best(self.best, backends.adapter_state(model), self.where)
+            check_best(self.best, adapters.adapter_state(model), self.where)
         self.began_s = self.saved_s = time.monotonic()
         self.context.progress(state.global_step, state.max_steps)
         self.has_begun = True  # what goes wrong from here on is not what the checkpoint holds
@@ -178,7 +179,7 @@ class Watch(TrainerCallback):
             from safetensors.torch import save_file
 
             self.best.mkdir(exist_ok=True)
-            save_file(backends.adapter_state(model), self.best / backends.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            save_file(adapters.adapter_state(model), self.best / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             (self.best / "best.json").write_text(json.dumps({"loss": loss, "step": state.global_step}))
 
     def on_save(
@@ -370,10 +371,10 @@ def _save_best(trainer: Trainer, watch: Watch, context: Context) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    state = load_file(watch.best / backends.ADAPTER_WEIGHTS)
+    state = load_file(watch.best / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(trainer.model, state)
     config = trainer.model.peft_config["default"]
-    backends.save_adapter(config, state, context.output / "adapter", _base_name(context))
+    adapters.save_adapter(config, state, context.output / "adapter", _base_name(context))
 
 
 def _base_name(context: Context) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.scoring import score
 
@@ -54,7 +54,7 @@ def score_reference_separately(
     answers = [answer for pair in some for answer in pair]
     model = backend.load(base)
     bare = _per_token(model, answers, pad_id, batch_rows)
-    model = backends.attach_adapter(model, adapter)
+    model = adapters.attach_adapter(model, adapter)
     once = _per_token(model, answers, pad_id, batch_rows)
     _scale_adapter(model, 2.0)
     twice = _per_token(model, answers, pad_id, batch_rows)

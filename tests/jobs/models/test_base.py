@@ -1,4 +1,4 @@
-"""The base model: brought as it is, or refused in one line."""
+"""The base model: copied unchanged, or refused in one line."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from llamarefine_jobs.contract.errors import DataError, StoreError
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, question
 from llamarefine_jobs.contract.recipe import Base
 from llamarefine_jobs.models import tiny_llama
-from llamarefine_jobs.models.base import bring_base, describe, install_base
+from llamarefine_jobs.models.base import bring_base, describe_base, install_base
 from llamarefine_jobs.models.encoding import encode_prompt, load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama as it comes from the Hub: a foreign template, pad = EOS."""
+    """Return a random Llama as the Hub might hold it: another chat template, EOS as the pad token."""
     folder = tmp_path_factory.mktemp("original")
     tokenizer = tiny_llama.train_tokenizer(["some text"], 300)
     tokenizer.chat_template, tokenizer.pad_token = "{{ messages }}", tokenizer.eos_token
@@ -44,7 +44,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_weights_are_copied_as_they_are_and_the_tokenizer_is_settled(folder: Path, tmp_path: Path) -> None:
+def test_weights_are_copied_unchanged_and_the_special_tokens_are_set(folder: Path, tmp_path: Path) -> None:
     into = tmp_path / "installed"
     install_base(folder, into)
     assert (into / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -54,10 +54,10 @@ def test_weights_are_copied_as_they_are_and_the_tokenizer_is_settled(folder: Pat
     generation = json.loads((into / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     model = LlamaForCausalLM.from_pretrained(into)
-    assert describe(into)["parameters"] == sum(tensor.numel() for tensor in model.parameters())
+    assert describe_base(into)["parameters"] == sum(tensor.numel() for tensor in model.parameters())
 
 
-def test_a_sharded_base_is_copied_with_its_index_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_a_sharded_base_is_copied_with_its_index_but_without_pickles(folder: Path, tmp_path: Path) -> None:
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20kB")
     (folder / WEIGHTS).unlink(missing_ok=True)
     (folder / "pytorch_model.bin").write_bytes(b"\x80pickle")
@@ -70,35 +70,35 @@ def test_a_sharded_base_is_copied_with_its_index_and_nothing_else(folder: Path, 
     LlamaForCausalLM.from_pretrained(into)
 
 
-def only_a_pickle(folder: Path) -> None:
+def replace_weights_by_a_pickle(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
 
 
-def without_a_layer(folder: Path) -> None:
+def remove_a_layer(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def cut_off(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
 
 
-def leading_out(folder: Path) -> None:
+def point_index_outside(folder: Path) -> None:
     shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
     names = dict.fromkeys(load_file(folder / WEIGHTS), "../outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "message"),
     [
-        (only_a_pickle, "only pytorch_model.bin, a pickle"),
+        (replace_weights_by_a_pickle, "only pytorch_model.bin, a pickle"),
         (lambda folder: (folder / WEIGHTS).unlink(), "expected weights in safetensors, found none"),
-        (cut_off, "cannot be read"),
-        (without_a_layer, "model.layers.1.mlp.up_proj.weight"),
-        (leading_out, "expected one beside it"),
+        (truncate_weights, "cannot be read"),
+        (remove_a_layer, "model.layers.1.mlp.up_proj.weight"),
+        (point_index_outside, "expected safetensors files in the same folder"),
         (lambda folder: edit(folder / "config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
         (
             lambda folder: edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}),
@@ -113,8 +113,8 @@ def leading_out(folder: Path) -> None:
         (lambda folder: edit(folder / "config.json", num_attention_heads=10**9), "the weights hold (16, 16)"),
         (lambda folder: edit(folder / "config.json", head_dim=10**9), "the weights hold (16, 16)"),
         (lambda folder: edit(folder / "config.json", num_key_value_heads=10**9), "k_proj"),
-        (lambda folder: edit(folder / "config.json", max_position_embeddings="x"), "no tokenizer that loads"),
-        (lambda folder: edit(folder / "config.json", torch_dtype="evil", dtype="evil"), "no tokenizer that loads"),
+        (lambda folder: edit(folder / "config.json", max_position_embeddings="x"), "does not load"),
+        (lambda folder: edit(folder / "config.json", torch_dtype="evil", dtype="evil"), "does not load"),
         (
             lambda folder: edit(
                 folder / "tokenizer_config.json", extra_special_tokens=[f"<{i}>" for i in range(10001)]
@@ -123,16 +123,16 @@ def leading_out(folder: Path) -> None:
         ),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer that loads"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "does not load"),
     ],
 )
 def test_a_base_that_cannot_be_used_is_refused_in_one_line(
-    folder: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    spoil(folder)
+    damage(folder)
     with pytest.raises(DataError) as caught:
         install_base(folder, tmp_path / "installed")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
         install_base(folder, tmp_path / "installed")
 
 
-def test_a_repository_in_the_hubs_cache_is_found_by_its_revision(original: Path, tmp_path: Path) -> None:
+def test_a_repository_folder_of_the_hubs_cache_is_read_at_its_revision(original: Path, tmp_path: Path) -> None:
     cached = tmp_path / "models--owner--name"
     commit = "0123456789abcdef"
     shutil.copytree(original, cached / "snapshots" / commit)
@@ -155,9 +155,7 @@ def test_a_repository_in_the_hubs_cache_is_found_by_its_revision(original: Path,
         bring_base(Base(source=str(cached), revision="v2"), tmp_path)
 
 
-def test_a_hub_id_that_is_cached_needs_no_network(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_hub_id_needs_no_network(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0" * 40
     cached = tmp_path / "models--owner--name"
     shutil.copytree(original, cached / "snapshots" / commit)
@@ -169,7 +167,7 @@ def test_a_hub_id_that_is_cached_needs_no_network(
         bring_base(Base(source="owner/other"), tmp_path)
 
 
-def test_a_base_in_a_bucket_is_brought(original: Path, tmp_path: Path, s3_uri: str) -> None:
+def test_a_base_in_a_bucket_is_downloaded(original: Path, tmp_path: Path, s3_uri: str) -> None:
     from llamarefine_jobs.store.uri import open_objects
 
     objects = open_objects(s3_uri)
@@ -180,20 +178,20 @@ def test_a_base_in_a_bucket_is_brought(original: Path, tmp_path: Path, s3_uri: s
 
 
 @pytest.mark.parametrize("source", ["https://example.org/model", "/no/such/folder"])
-def test_what_is_no_source_of_a_base_is_refused(source: str, tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_base_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepare\.base: "):
         bring_base(Base(source=source), tmp_path)
 
 
-def test_a_pattern_that_takes_for_ever_in_a_tokenizer_is_one_line(folder: Path) -> None:
+def test_a_regular_expression_that_a_tokenizer_cannot_finish_is_refused_in_one_line(folder: Path) -> None:
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit(folder / "tokenizer.json", pre_tokenizer=pattern)
-    with pytest.raises(DataError, match="gives up on a text"):
+    with pytest.raises(DataError, match="fails on a text"):
         encode_prompt(load_tokenizer(folder), question("a" * 30_000 + "!"))
 
 
 @pytest.mark.parametrize("template", ["{% for i in range(10**12) %}{{ i }}{% endfor %}", "{{ ''.__class__.__mro__ }}"])
-def test_a_bases_own_chat_template_is_never_rendered_nor_handed_on(folder: Path, tmp_path: Path, template: str) -> None:
+def test_a_bases_own_chat_template_is_neither_rendered_nor_copied(folder: Path, tmp_path: Path, template: str) -> None:
     edit(folder / "tokenizer_config.json", chat_template=template)
     (folder / "chat_template.jinja").write_text(template)
     into = tmp_path / "installed"

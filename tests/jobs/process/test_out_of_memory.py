@@ -14,7 +14,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Sft
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
@@ -101,7 +101,7 @@ def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micr
     assert halved.metrics["micro_batch_rows"] == 8
     assert halved.metrics["ran_out_of_memory_at_micro_batch_rows"] == [16]
     assert halved.metrics["resumed_at_step"] >= 2
-    expected, found = (load_file(next(store.rglob(backends.ADAPTER_WEIGHTS))) for store in (roomy, tight))
+    expected, found = (load_file(next(store.rglob(ADAPTER_WEIGHTS))) for store in (roomy, tight))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)
 

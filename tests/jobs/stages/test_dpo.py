@@ -15,8 +15,9 @@ from llamarefine_jobs import dpo, sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import IntegrityError, ProofError
 from llamarefine_jobs.contract.prompt import answer, question
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.training import step_zero
 from tests.jobs import tiny
 from tests.jobs.stages.test_sft import assert_longest_first, make_context, record_widths
@@ -67,8 +68,8 @@ def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -
     assert held_out["accuracy"]["value"] == 1
     assert held_out["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
     assert 0 < held_out["margin"]["low"] < held_out["margin"]["value"] < held_out["margin"]["high"]
-    adapter = load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS)
-    given = load_file(context.inputs["sft"] / "adapter" / backends.ADAPTER_WEIGHTS)
+    adapter = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
+    given = load_file(context.inputs["sft"] / "adapter" / ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
     assert all(not torch.equal(adapter[name], given[name]) for name in adapter), "it is the SFT adapter trained further"
 
@@ -90,15 +91,15 @@ def test_a_reference_on_the_bare_base_is_refused(context: Context) -> None:
 
 def test_an_sft_adapter_counted_twice_is_refused(context: Context) -> None:
     adapter = context.inputs["sft"] / "adapter"
-    once = backends.merge_in_memory(context.inputs["prepare"] / "base", adapter, context.work / "once", bf16=False)
-    twice = backends.merge_in_memory(once, adapter, context.work / "twice", bf16=False)
+    once = adapters.merge_in_memory(context.inputs["prepare"] / "base", adapter, context.work / "once", bf16=False)
+    twice = adapters.merge_in_memory(once, adapter, context.work / "twice", bf16=False)
     with pytest.raises(ProofError, match="the SFT adapter counts twice in it"):
         prove_with(context, backends.choose_backend().load(twice))
 
 
 def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Path) -> None:
     other = tiny.write_prepared(tmp_path / "other", seed=5)
-    policy = backends.merge_in_memory(
+    policy = adapters.merge_in_memory(
         other / "base", context.inputs["sft"] / "adapter", context.work / "policy", bf16=False
     )
     with pytest.raises(ProofError, match="was SFT trained on another base"):
@@ -118,10 +119,10 @@ def test_a_policy_that_forgot_sft_is_refused_though_its_reference_is_right(conte
 def test_an_sft_adapter_that_learned_nothing_is_refused(context: Context, tmp_path: Path) -> None:
     idle = tmp_path / "idle" / "adapter"
     shutil.copytree(context.inputs["sft"] / "adapter", idle)
-    weights = load_file(idle / backends.ADAPTER_WEIGHTS)
+    weights = load_file(idle / ADAPTER_WEIGHTS)
     save_file(
         {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in weights.items()},
-        idle / backends.ADAPTER_WEIGHTS,
+        idle / ADAPTER_WEIGHTS,
     )
     context.inputs["sft"] = idle.parent
     with pytest.raises(ProofError, match="it learned nothing"):
@@ -145,7 +146,7 @@ def test_the_same_base_prepared_again_is_the_same_base(context: Context) -> None
     context.parents["prepare"] = again
     shutil.rmtree(context.work / "store" / "artifacts" / "prepare")
     dpo.work(context)
-    assert (context.output / "adapter" / backends.ADAPTER_WEIGHTS).exists()
+    assert (context.output / "adapter" / ADAPTER_WEIGHTS).exists()
 
 
 def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def sft_policy(context: Context) -> Path:
     folder = context.work / "policy"
     if folder.exists():
         return folder
-    return backends.merge_in_memory(
+    return adapters.merge_in_memory(
         context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter", folder, bf16=False
     )
 

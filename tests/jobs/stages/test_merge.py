@@ -1,4 +1,4 @@
-"""Merge: the sum is PEFT's own, rounded once, whatever the base looks like; the folder stands on its own."""
+"""The merge stage: for every kind of base the sum equals PEFT's, rounded once, and the folder loads alone."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> merging.Run:
-    """A run whose merge is made once and looked at by several tests."""
+    """Return a run that several tests merge once and only read."""
     return merging.make_run(tmp_path_factory.mktemp("run"))
 
 
@@ -45,28 +45,28 @@ def model(run: merging.Run) -> Path:
 
 @pytest.fixture(scope="module")
 def exact(run: merging.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same merge, not rounded."""
+    """Return the folder of the same merge in fp32, so without rounding."""
     return merging.copy(run, tmp_path_factory.mktemp("exact"), FP32).merge()
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_the_sum_is_pefts_own(kind: str, tmp_path: Path) -> None:
+def test_the_sum_equals_pefts_own_merge(kind: str, tmp_path: Path) -> None:
     run = merging.make_run(tmp_path, FP32, **BASES[kind])
     assert (run.base / "model.safetensors.index.json").exists() == (kind == "in several files")
-    ours, theirs = merging.tensors(run.merge()), merging.merged_by_peft(run)
-    assert theirs.keys() - ours.keys() == ({"lm_head.weight"} if kind == "tied embeddings" else set())
-    for name, tensor in ours.items():
+    merged, expected = merging.tensors(run.merge()), merging.merged_by_peft(run)
+    assert expected.keys() - merged.keys() == ({"lm_head.weight"} if kind == "tied embeddings" else set())
+    for name, tensor in merged.items():
         assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-6)
-    changed = [name for name in ours if not torch.equal(ours[name], merging.load(run.base).state_dict()[name])]
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+    changed = [name for name in merged if not torch.equal(merged[name], merging.load(run.base).state_dict()[name])]
     assert changed, "nothing was added"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_sum_is_rounded_once(dtype: torch.dtype, run: merging.Run, exact: Path, tmp_path: Path) -> None:
-    """Bit for bit the rounded fp32 sum, which rounding after each adapter is not."""
-    mine = merging.copy(run, tmp_path, f"merge.dtype={str(dtype).removeprefix('torch.')}")
-    rounded, unrounded = merging.tensors(mine.merge()), merging.tensors(exact)
+    """The result is bit for bit the rounded fp32 sum. Rounding after each adapter gives other bits."""
+    copied = merging.copy(run, tmp_path, f"merge.dtype={str(dtype).removeprefix('torch.')}")
+    rounded, unrounded = merging.tensors(copied.merge()), merging.tensors(exact)
     assert rounded.keys() == unrounded.keys()
     assert all(torch.equal(rounded[name], unrounded[name].to(dtype)) for name in rounded)
 
@@ -77,7 +77,7 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, run: merging.Run, exact: Pa
     assert not any(torch.equal(twice[name], rounded[name]) for name in twice)
 
 
-def test_a_large_model_is_written_in_files_of_the_size_asked_for(tmp_path: Path) -> None:
+def test_a_large_model_is_written_in_files_of_the_requested_size(tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     run = merging.make_run(tmp_path, FP32, "merge.max_shard_mb=1", shape=shape)
     model = run.merge()
@@ -94,7 +94,7 @@ def test_a_large_model_is_written_in_files_of_the_size_asked_for(tmp_path: Path)
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_tie_written_out_in_the_base_is_written_once(tmp_path: Path) -> None:
+def test_tied_tensors_that_the_base_stores_twice_are_written_once(tmp_path: Path) -> None:
     run = merging.make_run(tmp_path, shape={"tie_word_embeddings": True})
     merging.change_tensors(
         run.base / "model.safetensors",
@@ -115,7 +115,7 @@ def test_the_same_inputs_give_the_same_bytes(run: merging.Run, model: Path, tmp_
     assert all((model / name).read_bytes() == (again / name).read_bytes() for name in names)
 
 
-def test_the_configs_say_type_ties_and_special_tokens(run: merging.Run, model: Path) -> None:
+def test_the_configs_hold_the_type_and_the_special_tokens(run: merging.Run, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float16"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -128,7 +128,7 @@ def test_the_configs_say_type_ties_and_special_tokens(run: merging.Run, model: P
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2)
 
 
-def test_scaled_rotary_positions_stay_in_both_spellings(tmp_path: Path) -> None:
+def test_scaled_rotary_positions_are_written_in_both_spellings(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     run = merging.make_run(tmp_path, shape={"rope_parameters": rope})
     model = run.merge()
@@ -137,17 +137,17 @@ def test_scaled_rotary_positions_stay_in_both_spellings(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(model).rope_parameters == AutoConfig.from_pretrained(run.base).rope_parameters
 
 
-def test_the_cards_own_words_make_the_folder_answer(model: Path) -> None:
-    """In a process that knows nothing of us, in the folder, nothing else at hand."""
+def test_the_model_cards_example_generates_an_answer(model: Path) -> None:
+    """It runs in the model's folder, in a process that imports nothing of this project."""
     card = (model / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
     snippet += "\nprint(model.dtype, len(output[0]) > inputs['input_ids'].shape[1])\n"
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=model, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "torch.float16 True"
+    completed = subprocess.run([sys.executable, "-c", snippet], cwd=model, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines()[-1] == "torch.float16 True"
 
 
-def test_the_card_says_what_the_model_was_made_from(run: merging.Run, model: Path) -> None:
+def test_the_model_card_names_the_artifacts_and_settings_of_the_model(run: merging.Run, model: Path) -> None:
     _, front, card = (model / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
@@ -162,14 +162,14 @@ def test_the_card_says_what_the_model_was_made_from(run: merging.Run, model: Pat
     assert str(run.base) not in card
 
 
-def test_a_card_names_a_base_of_the_hub(tmp_path: Path) -> None:
+def test_the_model_card_names_a_base_from_the_hub(tmp_path: Path) -> None:
     run = merging.make_run(tmp_path, "prepare.base.source=somebody/llama", "prepare.base.revision=v1")
     _, front, card = (run.merge() / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "somebody/llama"
     assert "somebody/llama at v1" in card
 
 
-def test_the_manifest_holds_the_proof(run: merging.Run, model: Path) -> None:
+def test_the_manifest_holds_the_figures_of_the_proof(run: merging.Run, model: Path) -> None:
     manifest = Manifest.from_bytes((model.parent.parent / "manifest.json").read_bytes())
     metrics = manifest.metrics
     assert metrics["parameters"] == sum(tensor.numel() for tensor in merging.tensors(model).values())
@@ -181,35 +181,37 @@ def test_the_manifest_holds_the_proof(run: merging.Run, model: Path) -> None:
     assert metrics["sum_peak_memory_bytes"] <= metrics["peak_memory_bytes"]
 
 
-def test_an_adapter_that_learned_nothing_is_merged_with_a_warning(
+def test_an_adapter_that_adds_nothing_is_merged_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = merging.make_run(tmp_path, FP32, dpo={"size": 0})
-    ours, theirs = merging.tensors(run.merge()), merging.merged_by_peft(run)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    merged, expected = merging.tensors(run.merge()), merging.merged_by_peft(run)
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in merged)
     assert "merge: warning: the DPO adapter adds zero everywhere" in capsys.readouterr().out
 
 
-def test_a_merge_told_to_stop_leaves_nothing(run: merging.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = merging.copy(run, tmp_path)
-    mine.publish()
-    (tmp_path / "recipe.yaml").write_text(to_yaml(mine.recipe))
+def test_sigterm_during_a_merge_leaves_no_artifact_and_no_files(
+    run: merging.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = merging.copy(run, tmp_path)
+    copied.publish()
+    (tmp_path / "recipe.yaml").write_text(to_yaml(copied.recipe))
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("LLAMAREFINE_WORK", str(tmp_path / "work"))
-    process = processes.start("merge", tmp_path / "recipe.yaml", mine.store.uri)
+    process = processes.start("merge", tmp_path / "recipe.yaml", copied.store.uri)
     lines = processes.signal_when(process, signal.SIGTERM, lambda line: "phase=adding" in line)
     assert process.returncode == 30, lines
     assert lines[-1] == "merge: error: merge was told to stop; run the same command again to go on"
-    assert mine.merged_artifacts() == []
+    assert copied.merged_artifacts() == []
     assert list((tmp_path / "work").iterdir()) == []
 
 
-MEASURED = """
+MEMORY_PROBE = """
 import resource, sys, torch
 from pathlib import Path
-from llamarefine_jobs.lora import Update
+from llamarefine_jobs.models.lora import Update
 from llamarefine_jobs.merge import Sum, one_thread
-from llamarefine_jobs.weights import Weights, write_weights
+from llamarefine_jobs.models.weights import Weights, write_weights
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
@@ -228,8 +230,10 @@ print((merged / "model.safetensors").stat().st_size // 2**20, peak_mb() - before
 
 
 def test_the_sum_needs_the_memory_of_a_tensor_not_of_the_model(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    size_mb, grown_mb = map(int, done.stdout.split())
+    completed = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert completed.returncode == 0, completed.stderr
+    size_mb, grown_mb = map(int, completed.stdout.split())
     assert size_mb == 24 * 16
     assert grown_mb < size_mb / 4

@@ -18,8 +18,9 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, ProofError, RecipeError
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.models import backends
+from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode, encode_questions, load_tokenizer, read_rows, set_special_tokens
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.process.sigterm import Stop
 from llamarefine_jobs.store import Store
 from tests.jobs import tiny
@@ -103,7 +104,7 @@ def test_training_changes_the_adapter_and_not_one_weight_of_the_base(context: Co
     base = context.inputs["prepare"] / "base" / "model.safetensors"
     before = base.read_bytes()
     sft.work(context)
-    adapter = load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS)
+    adapter = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
     assert len(adapter) == 2 * 7 * 2  # layers x linear layers x A and B
     assert all(tensor.abs().max() > 0 for tensor in adapter.values()), "a LoRA matrix was never trained"
     assert base.read_bytes() == before
@@ -127,7 +128,7 @@ def test_lora_settings_reach_the_adapter(prepared: Path, tmp_path: Path) -> None
     lora = "{rank: 2, alpha: 6, rslora: true, target_layers: [q_proj, v_proj]}"
     context = make_context("sft", prepared, tmp_path, f"sft.lora={lora}", "sft.max_steps=2")
     sft.work(context)
-    adapter = load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS)
+    adapter = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
     assert {name.split(".")[-3] for name in adapter} == {"q_proj", "v_proj"}
     assert all(2 in tensor.shape for tensor in adapter.values())
     from peft import LoraConfig
@@ -144,7 +145,7 @@ def test_micro_batches_of_another_size_learn_the_same(prepared: Path, tmp_path: 
         folder.mkdir()
         context = make_context("sft", prepared, folder, f"sft.micro_batch_rows={rows}")
         sft.work(context)
-        adapters.append(load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS))
+        adapters.append(load_file(context.output / "adapter" / ADAPTER_WEIGHTS))
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(tensor, adapters[1][name], atol=2e-4, rtol=0)
 
@@ -315,7 +316,7 @@ def validation_loss(context: Context) -> float:
 
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
-    model = backends.attach_adapter(backends.choose_backend().load(base), context.output / "adapter")
+    model = adapters.attach_adapter(backends.choose_backend().load(base), context.output / "adapter")
     rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", "validation"))
     scores = score(model, tokenizer.pad_token_id, rows, 4)
     return -sum(found.logprob for found in scores) / sum(found.tokens for found in scores)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llamarefine_jobs.contract.errors import IntegrityError
-from llamarefine_jobs.models.backends import ADAPTER_WEIGHTS
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.training.best_adapter import check_best, read_best
 
 WHERE = "s3://bucket/checkpoints/sft/0"

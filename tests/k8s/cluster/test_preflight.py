@@ -71,8 +71,8 @@ def test_columns_are_found_in_the_head_of_every_kind_of_table(tmp_path: Path) ->
 
 def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
     assert "has no column `answer`, only `question`" in rows(tmp_path, "a.jsonl", b'{"question": "x"}\n')
-    assert "begins with no row of jsonl" in rows(tmp_path, "b.jsonl", b"[1, 2")
-    assert "begins with no row of csv" in rows(tmp_path, "c.csv", b"")
+    assert "does not begin with a jsonl row" in rows(tmp_path, "b.jsonl", b"[1, 2")
+    assert "does not begin with a csv row" in rows(tmp_path, "c.csv", b"")
     assert "ends in none of .csv" in rows(tmp_path, "d.docx", b"PK")
 
 
