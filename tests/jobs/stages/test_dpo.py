@@ -15,8 +15,11 @@ from llamarefine_jobs import dpo, sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import IntegrityError, ProofError
 from llamarefine_jobs.contract.prompt import answer, question
+from llamarefine_jobs.contract.recipe import Evaluate
 from llamarefine_jobs.models import backends
 from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.scoring import Answer, score
+from llamarefine_jobs.report.metrics import ComparedRows, ModelResults, compare
 from llamarefine_jobs.training import step_zero
 from tests.jobs import tiny
 from tests.jobs.stages.test_sft import assert_longest_first, make_context, record_widths
@@ -62,15 +65,45 @@ def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -
     dpo.work(context)
     margins = [row["eval_reward_margin"] for row in context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > margins[0] > 0
-    held_out = context.metrics["validation"]
-    assert held_out["pairs"] == 10
-    assert held_out["accuracy"]["value"] == 1
-    assert held_out["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
-    assert 0 < held_out["margin"]["low"] < held_out["margin"]["value"] < held_out["margin"]["high"]
+    assert context.metrics["validation"]["pairs"] == 10
+    assert context.metrics["validation"]["accuracy"] == 1
+    assert context.metrics["validation"]["margin"] == pytest.approx(margins[-1], rel=0.05)
     adapter = load_file(context.output / "adapter" / backends.ADAPTER_WEIGHTS)
     given = load_file(context.inputs["sft"] / "adapter" / backends.ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
     assert all(not torch.equal(adapter[name], given[name]) for name in adapter), "it is the SFT adapter trained further"
+
+
+def test_the_manifest_has_the_same_preference_figures_as_the_report(context: Context) -> None:
+    """Both come from one function: the report's metrics over the validation pairs give the figures of the manifest."""
+    dpo.work(context)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    pairs = encode_pairs(tokenizer, rows_of(context, "validation"))
+    sft_model = backends.choose_backend().load(sft_policy(context))
+    reference = results_of(sft_model, tokenizer, pairs)
+    policy = results_of(backends.attach_adapter(sft_model, context.output / "adapter"), tokenizer, pairs)
+    groups = [str(place) for place in range(len(pairs))]
+    rows = ComparedRows({"answers": groups, "pairs": groups, "generated": groups}, [""] * len(pairs))
+    models = {"base": reference, "sft": reference, "merged": policy}
+    lines = {
+        line["name"]: line["values"]["merged"]["value"]
+        for line in compare(models, rows, Evaluate(bootstrap_resamples=10), beta=context.recipe.dpo.beta, seed=0)
+    }
+    assert context.metrics["validation"]["accuracy"] == lines["preference_accuracy"]
+    assert context.metrics["validation"]["margin"] == pytest.approx(lines["preference_margin"], abs=1e-6)
+
+
+def test_changing_the_reports_confidence_changes_no_byte_of_dpo(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    made = []
+    for settings in ((), ("evaluate.confidence=0.8", "evaluate.bootstrap_resamples=10")):
+        folder = tmp_path / str(len(settings))
+        folder.mkdir()
+        context = make_dpo(prepared, trained, folder, "dpo.max_steps=2", *settings)
+        dpo.work(context)
+        adapter = (context.output / "adapter" / backends.ADAPTER_WEIGHTS).read_bytes()
+        timed = ("train_seconds", "tokens_per_s")
+        made.append((adapter, {name: value for name, value in context.metrics.items() if name not in timed}))
+    assert made[0] == made[1]
 
 
 def test_a_step_takes_its_pairs_from_the_longest_to_the_shortest(
@@ -108,11 +141,11 @@ def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Pat
 def test_a_policy_that_forgot_sft_is_refused_though_its_reference_is_right(context: Context) -> None:
     """What the first user's attempt did the other way round: policy and reference are different models."""
     base = backends.choose_backend().load(context.inputs["prepare"] / "base")
-    trainer, witness = trainer_on(context, base)
+    trainer, expected = trainer_on(context, base)
     trainer.ref_model = backends.choose_backend().load(sft_policy(context))
-    loss, margin = step_zero._trainer_loss(trainer, len(witness.pairs))
+    loss, margin = step_zero._trainer_loss(trainer, len(expected.pairs))
     with pytest.raises(ProofError, match="the policy does not start from the SFT policy"):
-        step_zero.judge(loss, margin, witness.sft, witness, 1e-4)
+        step_zero.check_figures(loss, margin, expected.sft, expected, 1e-4)
 
 
 def test_an_sft_adapter_that_learned_nothing_is_refused(context: Context, tmp_path: Path) -> None:
@@ -210,10 +243,16 @@ def test_a_reference_computed_beforehand_trains_the_same(prepared: Path, trained
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def results_of(model: Any, tokenizer: Any, pairs: list[Any]) -> ModelResults:
+    """What evaluate would pass to the report for these pairs; no answers are scored or generated."""
+    chosen, rejected = (score(model, tokenizer.pad_token_id, [pair[side] for pair in pairs], 4) for side in (0, 1))
+    return ModelResults(chosen, chosen, rejected, [Answer("", 1, True)] * len(pairs))
+
+
 def prove_with(context: Context, model: Any) -> dict[str, float]:
     """The step-0 proof of a trainer on `model` as the frozen policy."""
-    trainer, witness = trainer_on(context, model)
-    return step_zero.prove(trainer, witness, context)
+    trainer, expected = trainer_on(context, model)
+    return step_zero.prove(trainer, expected, context)
 
 
 def random_pairs(count: int) -> list[dict[str, Any]]:
@@ -242,16 +281,16 @@ def trainer_on(
     tokenizer = load_tokenizer(base)
     rows = rows or rows_of(context, "train")
     pairs = encode_pairs(tokenizer, rows)
-    witness = step_zero.score_reference_separately(
+    expected = step_zero.score_reference_separately(
         backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4
     )
     model = backend.add_adapter(
         loop.set_token_ids(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
     )
-    held_out = dpo.HeldOut(pairs, tokenizer.pad_token_id, context)
-    watch = loop.Watch(context.recipe.dpo, context, 10, held_out.measure)
-    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, watch)
-    return trainer, witness
+    validation = dpo.PairValidation(pairs, tokenizer.pad_token_id, context)
+    callback = loop.TrainingCallback(context.recipe.dpo, context, 10, validation.validate)
+    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, callback)
+    return trainer, expected
 
 
 def sft_policy(context: Context) -> Path:

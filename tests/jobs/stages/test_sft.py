@@ -221,7 +221,7 @@ def test_weights_that_are_no_numbers_are_not_kept_whatever_the_validation_says(
 ) -> None:
     """A backend whose validation leaves the adapter out gives a good loss for any."""
     after_step_5(poison, monkeypatch)
-    monkeypatch.setattr(sft, "measure", lambda *_: {"eval_loss": 1.0})
+    monkeypatch.setattr(sft, "validate", lambda *_: {"eval_loss": 1.0})
     context = make_context("sft", prepared, tmp_path, "sft.evaluate_every_steps=5")
     with pytest.raises(DivergedError, match="no finite weights at step 5 of 16"):
         sft.work(context)
@@ -256,14 +256,14 @@ def after_step_5(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch)
     """Have `change` done to the model that trains."""
     from llamarefine_jobs.training import loop
 
-    original = loop.Watch.on_step_end
+    original = loop.TrainingCallback.on_step_end
 
-    def changed(watch: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def changed(callback: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if state.global_step == 5:
             change(model)
-        original(watch, args, state, control, model=model, **more)
+        original(callback, args, state, control, model=model, **more)
 
-    monkeypatch.setattr(loop.Watch, "on_step_end", changed)
+    monkeypatch.setattr(loop.TrainingCallback, "on_step_end", changed)
 
 
 def poison(model: Any) -> None:
@@ -284,8 +284,10 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
         seed=1,
         gradient_checkpointing=False,
     )
-    watch = loop.Watch(section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, rows, context))
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows
+    callback = loop.TrainingCallback(
+        section, context, 10, lambda model: sft.validate(model, tokenizer.pad_token_id, rows, context)
+    )
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, callback), rows
 
 
 def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
