@@ -1,13 +1,13 @@
-"""Direct preference optimisation: a second LoRA adapter, with the SFT policy as the reference.
+"""Direct preference optimisation: train a second LoRA adapter, with the SFT policy as the reference.
 
     python -m llamarefine_jobs.dpo --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads prepare's base/ and preferences/ and sft's adapter/, writes adapter/ (PEFT's format). The SFT
-adapter is merged into the base in fp32, a fresh adapter goes on top; with that adapter switched off
-the model *is* the reference. Before the first step step_zero.py proves it, or nothing is trained.
+Reads base/ and preferences/ of prepare and adapter/ of sft, writes adapter/ (PEFT's format). The SFT adapter is
+merged into the base in fp32 and a fresh adapter is added; with that adapter disabled the model *is* the
+reference. training/step_zero.py proves this before the first step; if the proof fails, nothing is trained.
 """
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,16 @@ from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
-from llamarefine_jobs.models.scoring import Score, score
-from llamarefine_jobs.report.intervals import Bootstrap, Interval
+from llamarefine_jobs.models.scoring import score
+from llamarefine_jobs.report.intervals import Floats
+from llamarefine_jobs.report.preference import likelihood_margins, preference
 
-_COMPARED_ROWS = 128  # of the trainer's rows, compared token by token with ours
+_COMPARED_ROWS = 128  # how many of the trainer's rows are compared with ours, token by token
 
 
 def work(context: Context) -> None:
     """Train the DPO adapter."""
-    # Backend: before anything imports trl, transformers or peft.
+    # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(backends.describe(backend))
@@ -46,12 +47,12 @@ def work(context: Context) -> None:
     tokens = sum(len(chosen) + len(rejected) for chosen, rejected in pairs)
     context.note(f"{len(train_rows)} pairs to train on, {tokens} tokens; {len(validation_rows)} to validate")
 
-    # What the reference must say, computed apart from the model that is trained.
-    witness = step_zero.score_reference_separately(
+    # The expected scores of the reference, computed separately from the model that is trained.
+    reference = step_zero.score_reference_separately(
         backend, base, adapter, pairs, tokenizer.pad_token_id, section.micro_batch_rows
     )
 
-    # Model: base + SFT adapter in one, frozen; a fresh adapter on top.
+    # Model: base with the SFT adapter merged into it, frozen; a fresh adapter on top.
     policy = (context.world.shared or context.work) / "sft_policy"
     if context.world.is_first_on_node:
         adapters.merge_in_memory(base, adapter, policy, bf16=backend.bf16)
@@ -63,17 +64,19 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    held_out = HeldOut(encode_pairs(tokenizer, validation_rows), tokenizer.pad_token_id, context)
-    watch = loop.Watch(section, context, tokens / len(train_rows), held_out.measure)
-    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
+    validation = PairValidation(encode_pairs(tokenizer, validation_rows), tokenizer.pad_token_id, context)
+    callback = loop.TrainingCallback(section, context, tokens / len(train_rows), validation.validate)
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, callback)
     check_rows(trainer, pairs)
     loop.use_whole_batches(trainer, section, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
-    context.metrics["step_zero"] = step_zero.prove(trainer, witness, context)
-    loop.train(trainer, watch, context)
+    context.metrics["step_zero"] = step_zero.prove(trainer, reference, context)
+    loop.train(trainer, callback, context)
 
-    # What it learned, on pairs it was not trained on.
-    if context.world.is_first:
-        context.metrics["validation"] = measure(trainer.model, tokenizer, validation_rows, context)
+    # The published adapter's figures on pairs that it was not trained on.
+    context.metrics["validation"] = best = best_validation(context.metrics) | {"pairs": len(validation_rows)}
+    context.note(
+        f"on {best['pairs']} validation pairs: accuracy {best['accuracy']:.3f}, reward margin {best['margin']:.3f}"
+    )
 
 
 def build_trainer(
@@ -83,9 +86,9 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[dict[str, Any]],
-    watch: Any,
+    callback: Any,
 ) -> Any:
-    """TRL's DPOTrainer whose reference is `model` with its adapter switched off."""
+    """Return TRL's DPOTrainer, whose reference is `model` with its adapter disabled."""
     from trl import DPOConfig, DPOTrainer
 
     from llamarefine_jobs.training import loop
@@ -93,9 +96,9 @@ def build_trainer(
     settings = DPOConfig(
         **loop.arguments(section, context, backend),
         beta=section.beta,
-        max_length=None,  # prepare saw to it; a row cut here would be cut silently
-        # Saves the reference's forward pass from the second epoch on. Of several processes only the first would find
-        # the file that TRL keeps them in.
+        max_length=None,  # prepare enforced the length; TRL would cut a row without a message
+        # From the second epoch on this saves the reference's forward pass. TRL keeps the scores in a file that only
+        # the first of several processes finds.
         precompute_ref_log_probs=section.epochs > 1 and context.world.size == 1,
     )
     trainer = DPOTrainer(
@@ -104,10 +107,10 @@ def build_trainer(
         args=settings,
         train_dataset=_as_messages(train_rows),
         processing_class=tokenizer,
-        callbacks=[watch],
+        callbacks=[callback],
     )
-    # TRL copies the adapter of a PeftModel as the reference. The copy would end up in every
-    # checkpoint, and a training that goes on from there would take it for the policy.
+    # TRL adds a copy of the adapter as the reference. The copy would be saved in every checkpoint, and a training
+    # that continues from one would use it as the policy.
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
     adapters.hold_in_fp32(trainer.model)
@@ -115,7 +118,7 @@ def build_trainer(
 
 
 def check_rows(trainer: Any, pairs: list[tuple[Encoded, Encoded]]) -> None:
-    """Refuse to train unless the trainer is fed our tokens and counts exactly the answers', EOS included."""
+    """Raise ProofError unless the trainer has our tokens and its loss covers exactly the answers, EOS included."""
     if len(trainer.train_dataset) != len(pairs):
         raise ProofError(f"the trainer holds {len(trainer.train_dataset)} pairs, expected {len(pairs)}")
     step = max(1, len(pairs) // _COMPARED_ROWS)
@@ -127,77 +130,55 @@ def check_rows(trainer: Any, pairs: list[tuple[Encoded, Encoded]]) -> None:
             if ids != expected.prompt_ids + expected.answer_ids or counted != expected.answer_ids:
                 raise ProofError(
                     f"pair {index}: the trainer's tokens are not those of the chat template; the installed trl "
-                    "renders or cuts rows in its own way"
+                    "renders or cuts the rows itself"
                 )
 
 
-class HeldOut:
-    """The pairs that pick the adapter. Each process scores its part of them; the reference is scored once."""
+class PairValidation:
+    """Validates a policy on the validation pairs. Each process scores its share; the reference is scored only once."""
 
     def __init__(self, pairs: list[tuple[Encoded, Encoded]], pad_id: int, context: Context) -> None:
-        self._answers = [answer for pair in context.world.shard(pairs) for answer in pair]
+        self._pairs = context.world.shard(pairs)
         self._pad_id = pad_id
         self._context = context
-        self._reference: list[Score] = []
+        self._reference_margins: Floats | None = None
 
-    def measure(self, model: Any) -> dict[str, float]:
-        """The DPO loss, reward accuracy (a tie counts one half) and margin: means over all pairs.
+    def validate(self, model: Any) -> dict[str, float]:
+        """Return the DPO loss, the reward accuracy and the reward margin: means over the pairs of all processes.
 
-        PreemptedError as soon as SIGTERM comes.
+        PreemptedError on SIGTERM.
         """
 
-        def own_part() -> list[float]:
-            if not self._reference:
+        def sums_of_own_pairs() -> list[float]:
+            if self._reference_margins is None:
                 with model.disable_adapter():
-                    self._reference = self._scores(model)
-            margins = reward_margins(self._scores(model), self._reference, self._context.recipe.dpo.beta)
-            return [np.logaddexp(0, -margins).sum(), _wins(margins).sum(), margins.sum(), len(margins)]
+                    self._reference_margins = self._margins(model)
+            found = preference(self._margins(model), self._reference_margins, self._context.recipe.dpo.beta)
+            loss = np.logaddexp(0, -found.reward_margin)
+            return [loss.sum(), found.credit.sum(), found.reward_margin.sum(), len(self._pairs)]
 
-        loss, wins, margin, pairs = self._context.world.sum_over_processes(own_part)
+        loss, credit, margin, pairs = self._context.world.sum_over_processes(sums_of_own_pairs)
         return {
             "eval_loss": loss / pairs,
-            "eval_reward_accuracy": wins / pairs,
+            "eval_reward_accuracy": credit / pairs,
             "eval_reward_margin": margin / pairs,
         }
 
-    def _scores(self, model: Any) -> list[Score]:
+    def _margins(self, model: Any) -> Floats:
+        answers = [answer for pair in self._pairs for answer in pair]
         batch_rows = self._context.recipe.dpo.micro_batch_rows
-        return score(model, self._pad_id, self._answers, batch_rows, lambda done, of: self._context.check_stop())
+        scores = score(model, self._pad_id, answers, batch_rows, lambda done, of: self._context.check_stop())
+        return likelihood_margins(scores[0::2], scores[1::2])
 
 
-def reward_margins(policy: list[Score], reference: list[Score], beta: float) -> Any:
-    """How much more each pair's chosen answer is rewarded than the rejected one; the two take turns in the lists."""
-    rewards = beta * (np.array([one.logprob for one in policy]) - np.array([one.logprob for one in reference]))
-    return rewards[0::2] - rewards[1::2]
+def best_validation(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reward accuracy and margin of the published adapter, as its validation found them.
 
-
-def _wins(margins: Any) -> Any:
-    return (np.sign(margins) + 1) / 2
-
-
-def measure(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
-    """The kept adapter's reward accuracy (a tie counts one half) and margin on held-out pairs, with intervals."""
-    section, confidence = context.recipe.dpo, context.recipe.evaluate.confidence
-    answers = [encoded for pair in encode_pairs(tokenizer, rows) for encoded in pair]
-    policy = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
-    with model.disable_adapter():
-        reference = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
-    margins = reward_margins(policy, reference, section.beta)
-    bootstrap = Bootstrap(
-        [row["group"] for row in rows], resamples=context.recipe.evaluate.bootstrap_resamples, seed=context.recipe.seed
-    )
-    each = np.ones(len(rows))
-    accuracy = bootstrap.ratio(_wins(margins), each, (0, 1)).interval(confidence)
-    margin = bootstrap.ratio(margins, each).interval(confidence)
-    context.note(f"on {len(rows)} held-out pairs: accuracy {_shown(accuracy)}, margin {_shown(margin)}")
-    return {"pairs": len(rows), "accuracy": asdict(accuracy), "margin": asdict(margin), "confidence": confidence}
-
-
-def _shown(interval: Interval) -> str:
-    bounds = (
-        f" ({interval.low:.3f} to {interval.high:.3f})" if interval.low is not None else " (too few for an interval)"
-    )
-    return f"{interval.value:.3f}{bounds}"
+    Both are point values: an interval would depend on `evaluate.confidence`, which is not in the key of a DPO artifact.
+    The report gives intervals, on the test split.
+    """
+    (best,) = (row for row in metrics["history"] if row["step"] == metrics["best_step"] and "eval_loss" in row)
+    return {"accuracy": best["eval_reward_accuracy"], "margin": best["eval_reward_margin"]}
 
 
 def _as_messages(rows: list[dict[str, Any]]) -> Any:

@@ -167,7 +167,11 @@ def check_template(manifest: Manifest) -> None:
 
 def fetch_inputs(stage: Stage, parents: dict[str, Manifest], store: Store, into: Path) -> dict[str, Path]:
     """Download and verify the parts of each of `parents` that the stage reads; return a folder per parent."""
-    return {name: store.fetch(parent, into / name, *stage.reads[name]) for name, parent in parents.items()}
+    return {
+        name: store.fetch(parent, into / name, *stage.reads[name])
+        for name, parent in parents.items()
+        if name not in stage.key_only
+    }
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: a LoRA adapter on the base that learns the answers of the questions.
+"""Supervised fine-tuning: train a LoRA adapter on the base to give the answers of the questions.
 
     python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads prepare's base/ and questions/, writes adapter/ (PEFT's format, safetensors). The loss counts
-the answer's tokens and its EOS, never the prompt's. The adapter kept is the one of the lowest
+Reads base/ and questions/ of prepare, writes adapter/ (PEFT's format, safetensors). The loss covers the
+tokens of the answer and its EOS, never the prompt's tokens. The artifact is the adapter of the lowest
 validation loss.
 """
 
@@ -17,12 +17,12 @@ from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_questions, load_tokenizer, read_rows
 from llamarefine_jobs.models.scoring import score
 
-NO_LOSS = -100  # the label that cross entropy leaves out
+NO_LOSS = -100  # the label that cross entropy ignores
 
 
 def work(context: Context) -> None:
     """Train the SFT adapter."""
-    # Backend: before anything imports trl, transformers or peft.
+    # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(backends.describe(backend))
@@ -31,7 +31,7 @@ def work(context: Context) -> None:
     recipe, section = context.recipe, context.recipe.sft
     base, questions = context.inputs["prepare"] / "base", context.inputs["prepare"] / "questions"
 
-    # Data: tokenised here, so what carries a loss is decided in one place for both backends.
+    # Data: tokenised here, so that one place decides for both backends which tokens carry a loss.
     tokenizer = load_tokenizer(base)
     train_rows = encode_questions(tokenizer, read_rows(questions, "train"))
     validation_rows = encode_questions(tokenizer, read_rows(questions, "validation"))
@@ -46,18 +46,20 @@ def work(context: Context) -> None:
     )
 
     # Training.
-    def validate(model: Any) -> dict[str, float]:
-        return measure(model, tokenizer.pad_token_id, validation_rows, context)
-
-    watch = loop.Watch(section, context, tokens / len(train_rows), validate)
-    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, watch)
+    callback = loop.TrainingCallback(
+        section,
+        context,
+        tokens / len(train_rows),
+        lambda model: validate(model, tokenizer.pad_token_id, validation_rows, context),
+    )
+    trainer = build_trainer(context, section, backend, model, tokenizer, train_rows, callback)
     check_labels(trainer, train_rows)
     loop.use_whole_batches(trainer, section, [len(row) for row in train_rows])
-    loop.train(trainer, watch, context)
+    loop.train(trainer, callback, context)
 
 
 def labelled(rows: list[Encoded]) -> dict[str, list[list[int]]]:
-    """Columns for the trainer, one list of T tokens a row: the prompt's labels are NO_LOSS."""
+    """Return the trainer's columns, one list of T tokens for each row: the labels of the prompt are NO_LOSS."""
     return {
         "input_ids": [row.prompt_ids + row.answer_ids for row in rows],
         "labels": [[NO_LOSS] * len(row.prompt_ids) + row.answer_ids for row in rows],
@@ -71,9 +73,9 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[Encoded],
-    watch: Any,
+    callback: Any,
 ) -> Any:
-    """TRL's SFTTrainer over rows that are tokenised and labelled already."""
+    """Return TRL's SFTTrainer for rows that are tokenised and labelled already."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -81,7 +83,7 @@ def build_trainer(
 
     settings = SFTConfig(
         **loop.arguments(section, context, backend),
-        max_length=None,  # prepare saw to it; a row cut here would be cut silently
+        max_length=None,  # prepare enforced the length; TRL would cut a row without a message
         packing=False,
         padding_free=section.packing == "auto" and backend.flattens,
         loss_type="nll",
@@ -91,29 +93,29 @@ def build_trainer(
         args=settings,
         train_dataset=Dataset.from_dict(labelled(train_rows)),
         processing_class=tokenizer,
-        callbacks=[watch],
+        callbacks=[callback],
     )
     adapters.hold_in_fp32(trainer.model)
     return trainer
 
 
-def measure(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
-    """The loss on held-out rows, the mean over their answers' tokens in nats; each process scores its part of them.
+def validate(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
+    """Return the validation loss: the mean over the tokens of all answers, in nats. Each process scores its share.
 
-    PreemptedError as soon as SIGTERM comes.
+    PreemptedError on SIGTERM.
     """
 
-    def own_part() -> list[float]:
+    def sums_of_own_rows() -> list[float]:
         own, batch_rows = context.world.shard(rows), context.recipe.sft.micro_batch_rows
         scores = score(model, pad_id, own, batch_rows, lambda done, of: context.check_stop())
         return [-sum(one.logprob for one in scores), sum(one.tokens for one in scores)]
 
-    nats, tokens = context.world.sum_over_processes(own_part)
+    nats, tokens = context.world.sum_over_processes(sums_of_own_rows)
     return {"eval_loss": nats / tokens}
 
 
 def check_labels(trainer: Any, rows: list[Encoded]) -> None:
-    """Refuse to train unless the trainer holds every answer token, EOS included, and no prompt token, as labels."""
+    """Raise ProofError unless the trainer's labels are every answer token, EOS included, and no prompt token."""
     expected = sum(len(row.answer_ids) for row in rows)
     found = sum(label != NO_LOSS for labels in trainer.train_dataset["labels"] for label in labels)
     if found != expected or len(trainer.train_dataset) != len(rows):

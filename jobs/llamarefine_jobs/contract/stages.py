@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: which parts of its parents it reads, what it writes, whether it needs a GPU.
+    """One stage: which parts of its parents it reads, what it writes, where it runs.
 
-    `reads` maps a parent to the parts of its artifact that determine this stage's result: exactly
-    these parts are fetched, and exactly their content enters this stage's key. A part is a folder
-    (``"base/"``) or a file.
+    `reads` maps a parent to the parts of its artifact that decide this stage's result: exactly their bytes enter this
+    stage's key, and they are fetched. A part is a folder (``"base/"``) or a file.
+
+    The parts of a parent in `key_only` enter the key but are not fetched: the stage reads only the parent's manifest,
+    and the key must change with what that manifest describes.
     """
 
     name: str
@@ -18,6 +20,7 @@ class Stage:
     writes: tuple[str, ...]
     needs_gpu: bool
     in_sequence: bool = True
+    key_only: tuple[str, ...] = ()
     has_checkpoints: bool = field(default=False)
 
     @property
@@ -63,6 +66,9 @@ _TABLE = (
         },
         writes=("report.html", "report.md", "report.json"),
         needs_gpu=True,
+        # The report shows the curves and the proof of DPO, and the merged model does not determine them: rounded to
+        # 16 bits, two adapters may give the same model.
+        key_only=("dpo",),
     ),
     Stage(
         name="infer",

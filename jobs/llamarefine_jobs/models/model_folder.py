@@ -82,7 +82,8 @@ def card(context: Context, parameters: int, tokenizer: Any) -> str:
     origin = f"{base.source} at {base.revision or 'its main branch'}" if hub else Path(base.source).name
     front: dict[str, Any] = {"base_model": base.source} if hub else {}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llama", "sft", "dpo"]}
-    settings = {stage: recipe.key_payload(stage)[stage] for stage in ("sft", "dpo", "merge")}
+    settings = {stage: context.parents[stage].recipe[stage] for stage in ("sft", "dpo")}
+    settings["merge"] = recipe.key_payload("merge")["merge"]
     keys = "\n".join(f"| {name} | `{parent.key}` |" for name, parent in context.parents.items())
     prompt = tokenizer.apply_chat_template(question("QUESTION"), tokenize=False, add_generation_prompt=True)
     return _CARD.format(

@@ -1,4 +1,4 @@
-"""The report as data: what was found, in which words, from which artifacts; page.py draws it."""
+"""The report as JSON values: metrics, verdict, caveats, lineage. page.py renders them as pages."""
 
 import json
 import math
@@ -16,13 +16,16 @@ from llamarefine_jobs.report import page
 from llamarefine_jobs.report.metrics import CHANGES, MODELS
 
 _FEW_GROUPS = 30
-_LENGTH_TELLS = 0.6  # share of pairs that length alone decides, from which it is worth a word
-_TYPE_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}  # of the significand
+_LENGTH_CAVEAT_SHARE = 0.6  # the caveat appears if always choosing by length is right in this share of the pairs
+_SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the caveats need to know of the evaluation."""
+    """Facts of the evaluation that the caveats are derived from.
+
+    `questions_there` and `pairs_there` count the whole test split; `types` maps a model to the type of its weights.
+    """
 
     questions_there: int
     pairs_there: int
@@ -33,7 +36,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the evaluation found: lists as report.json holds them."""
+    """The results of the evaluation; the lists have the form that they have in report.json."""
 
     metrics: list[dict[str, Any]]
     gates: list[dict[str, Any]]
@@ -43,7 +46,7 @@ class Findings:
 
 
 def build(context: Context, findings: Findings) -> dict[str, Any]:
-    """The whole report as plain JSON values."""
+    """Return the whole report as plain JSON values."""
     recipe, parents = context.recipe, context.parents
     return {
         "format": 1,
@@ -79,34 +82,34 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     text = json.dumps(report, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     for name, render in (("report.md", page.markdown), ("report.html", page.html)):
-        # A lone surrogate is in no file that prepare wrote, but the page must not depend on it.
+        # prepare writes no lone surrogates, but a page must also be written if there is one.
         (folder / name).write_bytes(render(report).encode("utf-8", "replace"))
 
 
 def judge(metrics: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, str]:
-    """The verdict in one sentence, and what to think of it."""
+    """Return the verdict in one sentence, and a detail that says whether the changes exceed noise."""
     by_name = {metric["name"]: metric for metric in metrics}
     loss, accuracy = by_name["loss"], by_name["preference_accuracy"]
     sft, dpo = _change(loss, "base", "sft"), _change(accuracy, "sft", "merged")
     clear = [change["verdict"] != "no clear change" for change in (sft, dpo)]
-    joint = "and" if sft["verdict"] == dpo["verdict"] else "but"
+    conjunction = "and" if sft["verdict"] == dpo["verdict"] else "but"
     sentence = (
         f"SFT {_effect(loss, sft, 'the held-out loss', ' nats per token')}, "
-        f"{joint} DPO {_effect(accuracy, dpo, 'preference accuracy')}."
+        f"{conjunction} DPO {_effect(accuracy, dpo, 'preference accuracy')}."
     )
     level = f"at {confidence * 100:g}% confidence"
     if all(clear):
-        detail = f"Both changes are larger than the choice of test rows explains, {level}."
+        detail = f"Both changes are larger than chance in the choice of test rows explains, {level}."
     elif any(clear):
-        detail = f"The {'second' if clear[0] else 'first'} is no better than noise {level}."
+        detail = f"The {'second' if clear[0] else 'first'} change is not distinguishable from noise {level}."
     else:
-        detail = f"Neither is better than noise {level}: this run shows no improvement."
+        detail = f"Neither change is distinguishable from noise {level}: this run shows no improvement."
     cost = _change(loss, "sft", "merged")
     if cost["verdict"] != "no clear change":
-        word = "cost" if cost["verdict"] == "worse" else "gained"
-        detail += f" DPO also {word} {abs(cost['value']):.3f} nats per token of held-out loss."
+        raised = "raised" if cost["verdict"] == "worse" else "lowered"
+        detail += f" DPO also {raised} the held-out loss by {abs(cost['value']):.3f} nats per token."
     if _change(loss, "base", "merged")["verdict"] == "worse":
-        detail += " The merged model predicts the reference answers worse than the base does."
+        detail += " The merged model predicts the reference answers worse than the base model does."
     return {"sentence": sentence, "detail": detail}
 
 
@@ -120,35 +123,39 @@ def _effect(metric: Mapping[str, Any], change: Mapping[str, Any], what: str, uni
 
 
 def find_caveats(context: Context, findings: Findings) -> list[str]:
-    """What a reader must know before believing the numbers; each holds for this very run."""
+    """Return the sentences that a reader must know to interpret the numbers of this run."""
     recipe, facts = context.recipe, findings.facts
     by_name = {metric["name"]: metric for metric in findings.metrics}
-    asked = by_name["token_f1"]["n"]
+    generated = by_name["token_f1"]["n"]
     caveats: list[str | None] = [_sentence(warning) for warning in findings.data_card.get("warnings", [])]
-    caveats += [_of_small_samples(findings.metrics, recipe.evaluate.confidence), _of_length(facts)]
-    taken_of = {"questions": (by_name["loss"]["n"], facts.questions_there)}
-    taken_of["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_there
-    for what, (taken, there) in taken_of.items():
+    caveats += [_few_groups_caveat(findings.metrics, recipe.evaluate.confidence), _length_caveat(facts)]
+    counts = {"questions": (by_name["loss"]["n"], facts.questions_there)}
+    counts["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_there
+    for what, (taken, there) in counts.items():
         if taken < there:
             caveats.append(f"Measured on {taken} of {there} test {what} (evaluate.max_rows), taken at even distances.")
-    cut = {model: round(asked * (1 - by_name["stop_rate"]["values"][model]["value"])) for model in MODELS}
+    cut = {model: round(generated * (1 - by_name["stop_rate"]["values"][model]["value"])) for model in MODELS}
     if any(cut.values()):
-        counts = ", ".join(f"{count} by {model}" for model, count in cut.items() if count)
+        by_model = ", ".join(f"{count} by {model}" for model, count in cut.items() if count)
         caveats.append(
-            f"Of {asked} answers each, some were cut at {recipe.evaluate.max_new_tokens} tokens ({counts}); "
-            "token F1, chrF and length are those of what was there."
+            f"Of the {generated} answers of each model, some were cut at {recipe.evaluate.max_new_tokens} tokens "
+            f"({by_model}); their token F1, chrF and length are computed from the part before the cut."
         )
-    merged, published = facts.types["merged"], recipe.merge.dtype
-    if _TYPE_BITS.get(merged, 24) < _TYPE_BITS[published]:
-        caveats.append(f"The merged model is published in {published} and was measured in {merged}, which is coarser.")
+    merged, published = facts.types["merged"], context.parents["merge"].recipe["merge"]["dtype"]
+    if _SIGNIFICAND_BITS.get(merged, 24) < _SIGNIFICAND_BITS[published]:
+        caveats.append(
+            f"The merged model is published in {published} and was measured in {merged}, which is less precise."
+        )
     if _change(by_name["preference_accuracy"], "sft", "merged")["verdict"] == "no clear change":
-        caveats.append("DPO's effect on preferences is no better than noise here.")
+        caveats.append("The effect of DPO on preference accuracy is not distinguishable from noise here.")
     changes = len(findings.metrics) * len(CHANGES)
     by_chance = changes * (1 - recipe.evaluate.confidence)
-    caveats.append(f"{changes} changes were tested: with none real, about {by_chance:.1f} would look clear by chance.")
     caveats.append(
-        "The intervals cover the choice of test rows, by groups of the same question. They do not cover the choice of "
-        "the seed: this is one training."
+        f"{changes} changes were tested: if none were real, about {by_chance:.1f} would look clear by chance."
+    )
+    caveats.append(
+        "The intervals cover chance in the choice of test rows, by groups of the same question. They do not cover "
+        "chance in the training, such as the seed: each model was trained once."
     )
     return [caveat for caveat in caveats if caveat]
 
@@ -157,32 +164,34 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
-def _of_small_samples(metrics: Sequence[Mapping[str, Any]], confidence: float) -> str | None:
+def _few_groups_caveat(metrics: Sequence[Mapping[str, Any]], confidence: float) -> str | None:
     few = {metric["groups"]: metric["title"] for metric in metrics if metric["groups"] < _FEW_GROUPS}
     if not few:
         return None
-    least = min(few)
+    fewest = min(few)
     if any(value["low"] is None for metric in metrics for value in metric["values"].values()):
         enough = math.ceil(1 - math.log2(1 - confidence))
         return (
-            f"Some numbers rest on {least} group{'s' * (least > 1)} of test rows. Under {enough} no interval at "
-            f"{confidence * 100:g}% means anything, so none is given and no change is called clear."
+            f"Some numbers rest on {fewest} group{'s' * (fewest > 1)} of test rows. With fewer than {enough} groups an "
+            f"interval at {confidence * 100:g}% has no meaning, so the report gives none and calls no change clear."
         )
-    return f"Some numbers rest on only {least} groups of test rows; intervals from so few are too narrow, if anything."
+    return (
+        f"Some numbers rest on only {fewest} groups of test rows; intervals from so few groups tend to be too narrow."
+    )
 
 
-def _of_length(facts: Facts) -> str | None:
+def _length_caveat(facts: Facts) -> str | None:
     pairs = list(zip(facts.chosen_tokens, facts.rejected_tokens, strict=True))
     longer = sum(chosen > rejected for chosen, rejected in pairs) / len(pairs)
     shorter = sum(chosen < rejected for chosen, rejected in pairs) / len(pairs)
-    if max(longer, shorter) < _LENGTH_TELLS:
+    if max(longer, shorter) < _LENGTH_CAVEAT_SHARE:
         return None
     chosen, rejected = sum(facts.chosen_tokens) / len(pairs), sum(facts.rejected_tokens) / len(pairs)
     which = "longer" if longer > shorter else "shorter"
     return (
-        f"Chosen answers have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}: always taking the {which} "
-        f"one would be right in {max(longer, shorter):.0%} of the test pairs. "
-        "Some of the preference accuracy may be length alone."
+        f"Chosen answers have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}: always choosing the "
+        f"{which} answer would be right in {max(longer, shorter):.0%} of the test pairs. "
+        "Part of the preference accuracy may come from length alone."
     )
 
 
@@ -234,7 +243,7 @@ def _lineage_line(manifest: Manifest) -> dict[str, Any]:
 
 
 def _own_lineage_line(context: Context) -> dict[str, Any]:
-    """The report's own line; its manifest is written after it."""
+    """Return the lineage line of the report itself; its manifest is written later."""
     return {
         "stage": context.stage.name,
         "key": context.key,

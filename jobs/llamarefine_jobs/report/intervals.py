@@ -1,11 +1,11 @@
-"""How sure a measured number is: confidence intervals by a bootstrap over groups.
+"""Confidence intervals of the metrics, by a bootstrap over groups of rows.
 
-Rows of one group (one question, one conversation) are not independent, so whole groups are drawn.
-A metric is a ratio of two sums over rows: nats per token, credit per pair. One drawing serves every
-metric and every model over the same rows, so the difference of two estimates is a paired one.
+Rows of one group (one question, one conversation) are not independent, so the bootstrap resamples whole groups.
+A metric is a ratio of two sums over rows: nats per token, credit per pair. All metrics and all models over the same
+rows use the same resamples, so the difference of two estimates is a paired difference.
 
 Axes: G groups, R resamples. Intervals are BCa, bias-corrected and accelerated (Efron 1987,
-https://doi.org/10.2307/2289144); a test compares them with scipy's.
+https://doi.org/10.2307/2289144); a test compares them with those of scipy.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Span = tuple[float, float]  # the least and the greatest value that a metric can take
+Span = tuple[float, float]  # the smallest and the largest possible value of a metric
 
 _NORMAL = NormalDist()
-_ROUNDING = 1e-12  # of sums in fp64
+_ROUNDING = 1e-12  # relative rounding error of sums in fp64
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its confidence interval; `low` and `high` are None where too few groups allow none."""
+    """A value and its confidence interval; `low` and `high` are None if there are too few groups for an interval."""
 
     value: float
     low: float | None
@@ -32,7 +32,7 @@ class Interval:
 
     @property
     def side(self) -> int:
-        """1 where the whole interval lies above 0, -1 where below, 0 where it holds 0 or there is none."""
+        """1 if the whole interval is above 0, -1 if it is below 0, 0 if it contains 0 or if there is no interval."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > 0) - (self.high < 0)
@@ -40,10 +40,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with what it would be on other samples.
+    """A metric's value with its values on other samples.
 
-    `resampled` (R) is the value of each resample, `without` (G) the value without each group. `span`
-    is None for a value without bounds.
+    `resampled` (R) holds the value of each resample, `without` (G) the value without each group. `span`
+    is None for a metric without bounds.
     """
 
     value: float
@@ -62,15 +62,15 @@ class Estimate:
             span,
         )
 
-    def map(self, rising: Callable[[Floats], Floats]) -> "Estimate":
-        """This estimate on another scale, by a rising function."""
-        return Estimate(float(rising(np.array(self.value))), rising(self.resampled), rising(self.without))
+    def map(self, increasing: Callable[[Floats], Floats]) -> "Estimate":
+        """Return this estimate on another scale, given by an increasing function."""
+        return Estimate(float(increasing(np.array(self.value))), increasing(self.resampled), increasing(self.without))
 
     def interval(self, confidence: float) -> Interval:
-        """The interval that holds the true value with `confidence`."""
+        """Return the confidence interval at the level `confidence`, without bounds if there are too few groups."""
         groups, tail = len(self.without), (1 - confidence) / 2
         if self.span and self.span[0] == self.span[1]:
-            return Interval(self.value, self.value, self.value)  # so by definition
+            return Interval(self.value, self.value, self.value)  # the value holds by definition
         if not enough_groups(groups, confidence):
             return Interval(self.value, None, None)
         if np.ptp(self.resampled) <= _ROUNDING * max(1.0, abs(self.value)):
@@ -79,10 +79,10 @@ class Estimate:
         return Interval(self.value, float(low), float(high))
 
     def _uniform_interval(self, share: float) -> Interval:
-        """The interval where every group says the same, which resampling takes for certainty.
+        """Return the interval if every group has the same value: resampling would give an interval of width 0.
 
-        A `share` of all groups that behaves like these is the least that such a sample leaves
-        possible (Clopper-Pearson without a failure); the others may be as different as the span.
+        Such a sample is compatible with a population in which only `share` of the groups behave like these
+        (Clopper-Pearson without a failure); the other groups may have any value in the span.
         """
         if self.span is None:
             return Interval(self.value, self.value, self.value)
@@ -101,31 +101,33 @@ class Estimate:
 
 
 class Bootstrap:
-    """One drawing of groups, for all that is measured over the same rows."""
+    """Resamples of the groups, used for all metrics and models over the same rows."""
 
     def __init__(self, groups: Sequence[str], *, resamples: int, seed: int) -> None:
         names, self._group_of_row = np.unique(np.array(groups), return_inverse=True)
         self.groups = len(names)
-        drawing = np.random.default_rng(seed).multinomial(self.groups, np.full(self.groups, 1 / self.groups), resamples)
-        self._drawn_RG = drawing.astype(np.float64)
+        resampled_counts = np.random.default_rng(seed).multinomial(
+            self.groups, np.full(self.groups, 1 / self.groups), resamples
+        )
+        self._counts_RG = resampled_counts.astype(np.float64)
 
     def ratio(self, numerators: Floats, denominators: Floats, span: Span | None = None) -> Estimate:
-        """The estimate of sum(numerators) / sum(denominators), both given by row."""
+        """Return the estimate of sum(numerators) / sum(denominators); both have one value for each row."""
         sums_G2 = np.stack([self._by_group(numerators), self._by_group(denominators)], axis=1)
-        total_2, drawn_R2 = sums_G2.sum(axis=0), self._drawn_RG @ sums_G2
+        total_2, resampled_R2 = sums_G2.sum(axis=0), self._counts_RG @ sums_G2
         without_G2 = total_2 - sums_G2 if self.groups > 1 else sums_G2
-        return Estimate(_quotient(total_2), _quotients(drawn_R2), _quotients(without_G2), span)
+        return Estimate(_quotient(total_2), _quotients(resampled_R2), _quotients(without_G2), span)
 
     def known(self, value: float) -> Estimate:
-        """The estimate of what holds by definition, whatever the rows."""
-        return Estimate(value, np.full(len(self._drawn_RG), value), np.full(self.groups, value), (value, value))
+        """Return the estimate of a value that holds by definition, for any rows."""
+        return Estimate(value, np.full(len(self._counts_RG), value), np.full(self.groups, value), (value, value))
 
     def _by_group(self, values: Floats) -> Floats:
         return np.bincount(self._group_of_row, weights=values, minlength=self.groups).astype(np.float64)
 
 
 def enough_groups(groups: int, confidence: float) -> bool:
-    """Whether `groups` can show anything: did all of them go one way by chance, would that be rare enough?"""
+    """Return whether an interval has a meaning: all groups agree by chance with probability at most 1 - confidence."""
     return bool(2.0 ** (1 - groups) <= 1 - confidence)
 
 

@@ -1,7 +1,7 @@
-"""What is measured of a model, and how two models compare.
+"""The metrics of the report: their values for each model, and the changes between two models.
 
-Three sets of held-out rows: answers (what the model makes of the references), pairs (of the chosen
-and the rejected answers) and generated (what it answers itself).
+There are three sets of test rows: answers (log-probabilities of the reference answers), pairs (log-probabilities of
+the chosen and the rejected answers) and generated (answers that the model generates).
 """
 
 import re
@@ -16,19 +16,18 @@ import numpy as np
 from llamarefine_jobs.contract.recipe import Evaluate, Gate
 from llamarefine_jobs.models.scoring import Answer, Score
 from llamarefine_jobs.report.intervals import Bootstrap, Estimate, Floats, Interval, Span
+from llamarefine_jobs.report.preference import accuracy_credit, likelihood_margins, preference
 
 MODELS = ("base", "sft", "merged")
 CHANGES = (("base", "sft"), ("sft", "merged"), ("base", "merged"))
-# What is closer differs by the arithmetic alone: two sums of log-probabilities, two means.
-TIE_NATS = 1e-3
-_TIE = 1e-5
+_ROUNDING = 1e-5  # two means of fp32 log-probabilities that differ by less differ by rounding
 
 Set = Literal["answers", "pairs", "generated"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the comparison. `better` is None where neither more nor less is."""
+    """One line of the comparison. `better` is None if neither a lower nor a higher value is better."""
 
     name: str
     title: str
@@ -45,38 +44,40 @@ METRICS = (
     Metric("perplexity", "Held-out perplexity", "answers", "lower", 2, "The exponential of the loss."),
     Metric("preference_accuracy", "Preference accuracy", "pairs", "higher", 3,
            "Share of test pairs whose chosen answer has the higher reward, beta · (log p − log p under SFT); a tie "
-           "counts one half. Base is measured against the same reference; SFT is its own: .5 by definition.", (0, 1)),
+           "counts one half. Base and merged are compared with base + SFT, which is its own reference: 0.5 by "
+           "definition.", (0, 1)),
     Metric("preference_margin", "Preference margin (reward)", "pairs", "higher", 3,
-           "Mean reward of the chosen answer minus that of the rejected one. SFT is its own reference: 0 by "
-           "definition."),
+           "Mean reward of the chosen answer minus the reward of the rejected answer. Base + SFT is its own "
+           "reference: 0 by definition."),
     Metric("likelihood_accuracy", "Likelihood accuracy", "pairs", "higher", 3,
-           "Share of test pairs whose chosen answer is the likelier one, log p summed over its tokens, without a "
-           "reference. A longer answer is at a disadvantage.", (0, 1)),
+           "Share of test pairs whose chosen answer has the higher log p, summed over its tokens; this needs no "
+           "reference model. A longer answer is at a disadvantage.", (0, 1)),
     Metric("likelihood_margin", "Likelihood margin (nats)", "pairs", "higher", 2,
-           "Mean log p of the chosen answer minus that of the rejected one."),
+           "Mean log p of the chosen answer minus log p of the rejected answer."),
     Metric("token_f1", "Token F1 of generated answers", "generated", "higher", 3,
-           "Overlap with the reference in words and punctuation marks, as SQuAD counts it but with case, articles and "
-           "punctuation kept: they matter in API names. Overlap is not correctness.", (0, 1)),
+           "Overlap with the reference answer in words and punctuation marks, counted as SQuAD does, but case, "
+           "articles and punctuation count too, because they matter in API names. Overlap is not correctness.", (0, 1)),
     Metric("chrf", "chrF of generated answers (0–100)", "generated", "higher", 1,
-           "Overlap in character 6-grams (sacrebleu's chrF2), mean of the answers.", (0, 100)),
+           "Overlap with the reference answer in runs of up to 6 characters (sacrebleu's chrF2), mean over answers.",
+           (0, 100)),
     Metric("stop_rate", "Stop rate", "generated", "higher", 3,
-           "Share of generated answers that ended by themselves before the limit of new tokens.", (0, 1)),
+           "Share of generated answers that ended with EOS before the limit of new tokens.", (0, 1)),
     Metric("answer_tokens", "Length of generated answers (tokens)", "generated", None, 1,
            "Neither longer nor shorter is better by itself."),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The groups of the rows that are measured, by set, and the references of the generated answers."""
+class ComparedRows:
+    """The groups of the test rows, by set, and the reference answers of the generated ones."""
 
     groups: Mapping[Set, Sequence[str]]
     references: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one model made of the held-out rows, in their order."""
+class ModelResults:
+    """The results of one model on the test rows, in the order of the rows."""
 
     answers: Sequence[Score]
     chosen: Sequence[Score]
@@ -85,30 +86,30 @@ class Measured:
 
     @cached_property
     def likelihood_margins(self) -> Floats:
-        """By pair: log p(chosen) - log p(rejected)."""
-        return _logprobs(self.chosen) - _logprobs(self.rejected)
+        """log p(chosen) - log p(rejected) of each pair."""
+        return likelihood_margins(self.chosen, self.rejected)
 
 
 def compare(
-    measured: Mapping[str, Measured], held_out: HeldOut, settings: Evaluate, *, beta: float, seed: int
+    results: Mapping[str, ModelResults], rows: ComparedRows, settings: Evaluate, *, beta: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Every metric of every model with its interval, and every change with its verdict, as report.json holds them."""
+    """Return every metric with each model's value and interval, and each change with its verdict, as in report.json."""
     bootstraps = {
         name: Bootstrap(groups, resamples=settings.bootstrap_resamples, seed=seed)
-        for name, groups in held_out.groups.items()
+        for name, groups in rows.groups.items()
     }
-    estimates = {name: _estimates(rows, measured["sft"], held_out, bootstraps, beta) for name, rows in measured.items()}
+    estimates = {name: _estimates(model, results["sft"], rows, bootstraps, beta) for name, model in results.items()}
     for metric, value in (("preference_accuracy", 0.5), ("preference_margin", 0.0)):
         estimates["sft"][metric] = bootstraps["pairs"].known(value)
     return [
         _line(metric, {model: estimates[model][metric.name] for model in MODELS}, settings.confidence)
-        | {"n": len(held_out.groups[metric.over]), "groups": bootstraps[metric.over].groups}
+        | {"n": len(rows.groups[metric.over]), "groups": bootstraps[metric.over].groups}
         for metric in METRICS
     ]
 
 
 def check_gates(gates: Sequence[Gate], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each bound of each gate against the measured value."""
+    """Compare each bound of each gate with the measured value; one entry for each bound."""
     values = {metric["name"]: metric["values"] for metric in metrics}
     checked = []
     for gate in gates:
@@ -124,7 +125,7 @@ def check_gates(gates: Sequence[Gate], metrics: Sequence[Mapping[str, Any]]) -> 
 
 
 def token_f1(text: str, reference: str) -> float:
-    """F1 of the words and punctuation marks that `text` and `reference` share, case kept; 1 where both are empty."""
+    """Return the F1 of the words and punctuation marks in `text` and `reference`, case kept; 1 if both are empty."""
     found, expected = _tokens(text), _tokens(reference)
     if not found or not expected:
         return float(found == expected)
@@ -137,26 +138,27 @@ def _tokens(text: str) -> Counter[str]:
 
 
 def _estimates(
-    rows: Measured, sft: Measured, held_out: HeldOut, bootstraps: Mapping[Set, Bootstrap], beta: float
+    model: ModelResults, sft: ModelResults, rows: ComparedRows, bootstraps: Mapping[Set, Bootstrap], beta: float
 ) -> dict[str, Estimate]:
-    """One model's estimate of each metric."""
+    """Return the estimate of each metric for one model."""
     from sacrebleu.metrics.chrf import CHRF
 
     chrf = CHRF()
-    gains = rows.likelihood_margins - sft.likelihood_margins
-    texts = [(answer.text, reference) for answer, reference in zip(rows.generated, held_out.references, strict=True)]
-    nats, tokens = -_logprobs(rows.answers), np.array([float(score.tokens) for score in rows.answers])
+    preferred = preference(model.likelihood_margins, sft.likelihood_margins, beta)
+    texts = [(answer.text, reference) for answer, reference in zip(model.generated, rows.references, strict=True)]
+    nats = np.array([-score.logprob for score in model.answers])
+    tokens = np.array([float(score.tokens) for score in model.answers])
     numerators = {
         "loss": nats,
         "perplexity": nats,
-        "preference_accuracy": _credit(gains),
-        "preference_margin": beta * gains,
-        "likelihood_accuracy": _credit(rows.likelihood_margins),
-        "likelihood_margin": rows.likelihood_margins,
+        "preference_accuracy": preferred.credit,
+        "preference_margin": preferred.reward_margin,
+        "likelihood_accuracy": accuracy_credit(model.likelihood_margins),
+        "likelihood_margin": model.likelihood_margins,
         "token_f1": np.array([token_f1(text, reference) for text, reference in texts]),
         "chrf": np.array([chrf.sentence_score(text, [reference]).score for text, reference in texts]),
-        "stop_rate": np.array([float(answer.stopped) for answer in rows.generated]),
-        "answer_tokens": np.array([float(answer.tokens) for answer in rows.generated]),
+        "stop_rate": np.array([float(answer.stopped) for answer in model.generated]),
+        "answer_tokens": np.array([float(answer.tokens) for answer in model.generated]),
     }
     estimates = {}
     for metric in METRICS:
@@ -185,17 +187,8 @@ def _line(metric: Metric, estimates: Mapping[str, Estimate], confidence: float) 
 
 
 def _verdict(metric: Metric, change: Interval) -> str:
-    if not change.side or abs(change.value) < _TIE:
+    if not change.side or abs(change.value) < _ROUNDING:
         return "no clear change"
     if metric.better is None:
         return "longer" if change.side > 0 else "shorter"
     return "better" if (change.side > 0) == (metric.better == "higher") else "worse"
-
-
-def _credit(margins: Floats) -> Floats:
-    """By pair: 1 for a positive margin in nats, one half for a tie, 0 for a negative one."""
-    return (np.sign(np.where(np.abs(margins) < TIE_NATS, 0, margins)) + 1) / 2
-
-
-def _logprobs(scores: Sequence[Score]) -> Floats:
-    return np.array([score.logprob for score in scores])

@@ -1,6 +1,6 @@
-"""The report as pages: one self-contained HTML file, and the same in Markdown.
+"""The report as pages: one self-contained HTML file, and the same content in Markdown.
 
-Every text that comes from data is escaped: jinja2 does it in HTML, `fenced` and `inline` in Markdown.
+Every text that comes from data is escaped: by jinja2 in HTML, by `fenced` and `inline` in Markdown.
 """
 
 import math
@@ -16,19 +16,19 @@ import yaml
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.report.plots import Chart, draw_chart, draw_strip
 
-_LONG_TEXT = 6000  # characters of an answer that the page shows; report.json holds all
-_LONG_FIGURE = 44  # characters that fit beside their name
+_LONG_TEXT = 6000  # the page shows so many characters of an answer; report.json has the whole answer
+_LONG_FIGURE = 44  # so many characters fit in the cell beside the name
 _MOST_DIGITS = 5
-_LEAST_UNITS = 3  # of the last decimal that an interval is wide
+_LEAST_UNITS = 3  # an interval is at least so many units of the last shown decimal wide
 
 
 def html(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page that asks for nothing from elsewhere."""
+    """Return the report as one HTML page that loads nothing from elsewhere."""
     return _render("report.html.j2", report)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     return _render("report.md.j2", report)
 
 
@@ -55,7 +55,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": number,
-        "measured": measured,
+        "estimate": estimate,
         "duration": duration,
         "size": size,
         "day": day,
@@ -73,7 +73,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _charts(report: Mapping[str, Any]) -> list[tuple[str, str, Chart]]:
-    """(title, stage, chart) of each curve that the trainings left."""
+    """Return (title, stage, chart) for each training curve in the manifests."""
     wanted = (
         ("SFT: loss", "sft", {"training": "loss", "validation": "eval_loss"}, None),
         ("DPO: loss", "dpo", {"training": "loss", "validation": "eval_loss"}, math.log(2)),
@@ -96,27 +96,27 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-# How numbers and texts are written
+# Format numbers and texts
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with a true minus sign and thousands apart; a dash for None."""
+    """Format `value` with a true minus sign and a space between thousands; a dash for None."""
     if value is None:
         return "–"
     text = f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}").replace(",", "\N{NARROW NO-BREAK SPACE}")
     return text.lstrip("\N{MINUS SIGN}") if not re.search("[1-9]", text) else text
 
 
-class Written(NamedTuple):
-    """A value and its interval as the page says them; `interval` is empty where there is none or it is a point."""
+class FormattedEstimate(NamedTuple):
+    """A value and its interval as text; `interval` is empty if there is none or if it is a point."""
 
     value: str
     interval: str
 
 
-def measured(found: Mapping[str, Any], digits: int, signed: bool = False) -> Written:
-    """A value and its interval, in `digits` decimals or as many as the interval's width needs."""
-    value, low, high = found["value"], found["low"], found["high"]
+def estimate(values: Mapping[str, Any], digits: int, signed: bool = False) -> FormattedEstimate:
+    """Format a value and its interval with `digits` decimals, or with more if the interval is narrow."""
+    value, low, high = values["value"], values["low"], values["high"]
     bounded = low is not None and high is not None and high - low >= 10**-_MOST_DIGITS
     if bounded:
         needed = math.ceil(math.log10(_LEAST_UNITS / (high - low)))
@@ -124,11 +124,11 @@ def measured(found: Mapping[str, Any], digits: int, signed: bool = False) -> Wri
     text = number(value, digits)
     if signed and value > 0 and re.search("[1-9]", text):
         text = f"+{text}"
-    return Written(text, f"{number(low, digits)} to {number(high, digits)}" if bounded else "")
+    return FormattedEstimate(text, f"{number(low, digits)} to {number(high, digits)}" if bounded else "")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds in hours, minutes and seconds."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -138,7 +138,7 @@ def duration(seconds: float) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """Bytes in the largest unit that leaves a whole number."""
+    """Format bytes in the largest unit in which the number is at least 1."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024 or unit == "GiB":
             break
@@ -147,24 +147,24 @@ def size(size_bytes: float) -> str:
 
 
 def day(moment: str) -> str:
-    """An ISO moment as a date and a time of day."""
+    """Format an ISO timestamp as a date and a time of day."""
     return datetime.fromisoformat(moment).strftime("%-d %B %Y, %H:%M UTC")
 
 
 def shorten(text: str) -> str:
-    """`text`, cut where nobody reads on."""
+    """Cut a long text and say how much is left out."""
     if len(text) <= _LONG_TEXT:
         return text
     return f"{text[:_LONG_TEXT]}\n… {len(text) - _LONG_TEXT:,} more characters in report.json"
 
 
 def words(name: Any) -> str:
-    """A key of the data card or of a proof, as words."""
+    """Format a key of the data card or of a proof as words."""
     return str(name).replace("_", " ")
 
 
 def figure(value: Any) -> str:
-    """A value of the data card or of a proof: counts with thousands apart, small numbers short."""
+    """Format a value of the data card or of a proof; floats with four significant digits."""
     match value:
         case None:
             return "–"
@@ -185,7 +185,7 @@ def figure(value: Any) -> str:
 
 
 class Kinds(NamedTuple):
-    """The entries of a part of the data card or of a proof, by how they are shown."""
+    """The entries of a part of the data card or of a proof, sorted by how the page shows them."""
 
     figures: dict[str, Any]
     texts: dict[str, str]
@@ -194,7 +194,7 @@ class Kinds(NamedTuple):
 
 
 def by_kind(values: Mapping[str, Any]) -> Kinds:
-    """Sort entries into figures and short texts, long texts, lists, and parts of their own; the empty ones go."""
+    """Sort entries into figures and short texts, long texts, lists, and nested parts; leave out empty lists."""
     kinds = Kinds({}, {}, {}, {})
     for name, value in values.items():
         match value:
@@ -211,13 +211,13 @@ def by_kind(values: Mapping[str, Any]) -> Kinds:
 
 
 def fenced(text: str) -> str:
-    """`text` as a Markdown code block whose fence no backticks in it can close."""
+    """Return `text` as a Markdown code block with a fence that is longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def inline(text: Any) -> str:
-    """`text` within a line or a table cell of Markdown, none of it markup."""
+    """Escape `text` for a line or a table cell of Markdown."""
     flat = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", flat)

@@ -1,4 +1,4 @@
-"""The geometry of the report's charts. The template draws them as SVG; nothing here knows colours or words."""
+"""The geometry of the report's charts. The template draws them as SVG and adds colours and words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One series: the path of its line and its points, in the chart's pixels."""
+    """One series: its SVG path and its points, in pixels of the chart."""
 
     name: str
     path: str
@@ -19,7 +19,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common scale; ticks are (position, label)."""
+    """Lines on common axes; each tick is (position in pixels, label)."""
 
     width: int
     height: int
@@ -28,12 +28,12 @@ class Chart:
     lines: tuple[Line, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
-    guide: float | None  # the height of a line to compare with
+    guide: float | None  # y of a horizontal line to compare the lines with
 
 
 @dataclass(frozen=True)
 class Whisker:
-    """One model's value and interval on a strip; `low` and `high` are None where there is no interval."""
+    """One model's value and interval on a strip, in pixels; `low` and `high` are None if there is no interval."""
 
     model: str
     y: float
@@ -45,7 +45,7 @@ class Whisker:
 def draw_chart(
     series: Mapping[str, Sequence[Point]], *, guide: float | None = None, width: int = 320, height: int = 200
 ) -> Chart | None:
-    """The series that have points, over scales that hold them all; None where none has any."""
+    """Return a chart of the series that have points, on axes that contain all of them; None if no series has points."""
     drawn = {name: points for name, points in series.items() if points}
     if not drawn:
         return None
@@ -78,7 +78,7 @@ def draw_chart(
 
 
 def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int, row_height: int = 15) -> list[Whisker]:
-    """The models' values and intervals, one below the other on one scale."""
+    """Return the models' values and intervals, one below the other on one scale."""
     ends = [value[end] for value in values.values() for end in ("value", "low", "high") if value[end] is not None]
     low, extent, margin = min(ends), (max(ends) - min(ends)) or 1.0, 6
 
@@ -93,7 +93,7 @@ def draw_strip(values: Mapping[str, Mapping[str, Any]], *, width: int, row_heigh
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that enclose `low` to `high`, steps of 1, 2 or 5 times a power of ten."""
+    """Return about `count` round numbers that enclose `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     extent = (high - low) or abs(high) or 1.0
     rough = extent / count
     power = 10.0 ** math.floor(math.log10(rough))

@@ -1,4 +1,4 @@
-"""What SFT and DPO share while they train: the loop, checkpoints, the order of rows, the check before the first step.
+"""The training loop of SFT and DPO: checkpoints, best adapter, row order, and DPO's check before its first step.
 
-A stage module builds its trainer; this package runs it. Imported only by the stages that train.
+A stage module builds its trainer; this package runs it. Only the stages that train import this package.
 """

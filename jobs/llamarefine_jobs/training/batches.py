@@ -1,4 +1,4 @@
-"""The order in which rows are trained on, the same for any number of processes and any micro batch."""
+"""The order of the training rows, the same for any number of processes and any micro-batch size."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,14 +7,14 @@ from torch.utils.data import Sampler
 
 
 class WholeBatches(Sampler[int]):  # torch is untyped here
-    """Every row once an epoch, in a new order each time; the last batch is filled with the epoch's first rows.
+    """Yields every row once an epoch, in a new order each epoch; the epoch's first rows fill up the last batch.
 
-    So each optimizer step has exactly `batch_rows` rows, and they are the same rows however many processes
-    share them: accelerate deals micro batches out in turn. Left to itself it fills up differently for each number of
-    processes, and a step over fewer rows is a mean of unequal micro batches.
+    So each optimizer step has exactly `batch_rows` rows, and they are the same rows for any number of processes:
+    accelerate deals the micro-batches out in turn. Without this sampler, accelerate fills up differently for each
+    number of processes, and a step over fewer rows is a mean of unequal micro-batches.
 
-    With `lengths`, tokens by row, each step takes its rows from the longest to the shortest: its micro batches are then
-    padded to what their own rows need, and what a step learns is the same.
+    With `lengths` (tokens of each row), each step orders its rows from the longest to the shortest: a micro-batch is
+    then padded only to the length of its own rows, and the step computes the same gradient.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class WholeBatches(Sampler[int]):  # torch is untyped here
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch())
         order = torch.randperm(self._rows, generator=generator).tolist()
-        whole = [order[place % self._rows] for place in range(self._length)]
+        filled = [order[place % self._rows] for place in range(self._length)]
         for start in range(0, self._length, self._batch_rows):
-            step = whole[start : start + self._batch_rows]
+            step = filled[start : start + self._batch_rows]
             yield from sorted(step, key=self._lengths.__getitem__, reverse=True) if self._lengths else step

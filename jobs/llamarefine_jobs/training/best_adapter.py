@@ -1,19 +1,80 @@
-"""The best adapter so far, as a checkpoint brings it along: checked before it is taken for what a training made."""
+"""The adapter of the lowest validation loss so far, which becomes the artifact of the training.
+
+It is part of each checkpoint, so a training that was killed and continues ends with the same best adapter.
+"""
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.errors import IntegrityError
+from llamarefine_jobs.models import adapters
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
+from llamarefine_jobs.process.world import World
+
+_FOLDER = "best"
+_RECORD = "best.json"
+
+
+class BestAdapter:
+    """The best adapter of one training, with its validation loss and step; infinity and 0 before the first validation.
+
+    `checkpoints_address` is the address of the training's checkpoints, for error messages.
+    """
+
+    def __init__(self, work_folder: Path, checkpoints_address: str) -> None:
+        self._folder = work_folder / _FOLDER
+        self._address = checkpoints_address
+        self.loss = math.inf
+        self.step = 0
+
+    def restore(self, checkpoint: Path, world: World) -> None:
+        """Move the best adapter out of `checkpoint`, where the trainer would load it as a second adapter.
+
+        IntegrityError if its record is damaged. Every process must call this.
+        """
+        in_checkpoint = (checkpoint / _FOLDER).exists()
+        if in_checkpoint:
+            self.loss, self.step = read_best(checkpoint / _FOLDER, self._address)
+        world.barrier()
+        if in_checkpoint and world.is_first_on_node:
+            shutil.move(checkpoint / _FOLDER, self._folder)
+        world.barrier()
+
+    def check(self, model: Any) -> None:
+        """Raise IntegrityError unless the restored adapter fits the adapter of `model`."""
+        check_best(self._folder, adapters.adapter_state(model), self._address)
+
+    def replace(self, model: Any, loss: float, step: int, *, write: bool) -> None:
+        """Make the adapter of `model` the best one. One process writes the files: the one with `write` set."""
+        self.loss, self.step = loss, step
+        if write:
+            from safetensors.torch import save_file
+
+            self._folder.mkdir(exist_ok=True)
+            save_file(adapters.adapter_state(model), self._folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (self._folder / _RECORD).write_text(json.dumps({"loss": loss, "step": step}))
+
+    def copy_to_checkpoint(self, checkpoint: Path) -> None:
+        """Copy the best adapter, if there is one, into the folder of a checkpoint."""
+        if self._folder.exists():
+            shutil.copytree(self._folder, checkpoint / _FOLDER)
+
+    def weights(self) -> dict[str, Any]:
+        """Return the tensors of the best adapter by name."""
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Any] = load_file(self._folder / ADAPTER_WEIGHTS)
+        return tensors
 
 
 def read_best(folder: Path, where: str) -> tuple[float, int]:
-    """Validation loss and step of the best adapter; IntegrityError, naming `where`, if they are none."""
+    """Return the validation loss and the step of the best adapter; IntegrityError, naming `where`, if damaged."""
     try:
-        best = json.loads((folder / "best.json").read_bytes())
+        best = json.loads((folder / _RECORD).read_bytes())
         loss, step = best["loss"], best["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(where, f"its best.json cannot be read ({type(error).__name__})") from None
@@ -25,7 +86,7 @@ def read_best(folder: Path, where: str) -> tuple[float, int]:
 
 
 def check_best(folder: Path, adapter: Mapping[str, Any], where: str) -> None:
-    """Refuse a best adapter that is missing, is of another shape than `adapter`, or holds what is no number."""
+    """Raise IntegrityError if the best adapter is missing, has other shapes than `adapter`, or is not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -34,11 +95,11 @@ def check_best(folder: Path, adapter: Mapping[str, Any], where: str) -> None:
     except (OSError, SafetensorError):
         raise damaged(where, "it was validated, but the best adapter is missing or cannot be read") from None
     if {name: tensor.shape for name, tensor in best.items()} != {name: t.shape for name, t in adapter.items()}:
-        raise damaged(where, "its best adapter is of another shape than the one that is trained")
+        raise damaged(where, "the shapes of its best adapter differ from those of the adapter in training")
     if not all(bool(tensor.isfinite().all()) for tensor in best.values()):
-        raise damaged(where, "its best adapter holds weights that are no numbers")
+        raise damaged(where, "its best adapter contains NaN or infinity")
 
 
 def damaged(where: str, what: str) -> IntegrityError:
-    """The error that says what is wrong with a checkpoint under `where`."""
+    """Return the error for a damaged checkpoint at `where`."""
     return IntegrityError(f"the checkpoint under {where} is damaged: {what}; remove it, and the training begins again")

@@ -1,11 +1,11 @@
-"""Checkpoints on their way to the store while the training goes on.
+"""Upload checkpoints to the store while the training continues.
 
-What it promises (tests/jobs/training/test_checkpoints.py):
+Guarantees (tests/jobs/training/test_checkpoints.py):
 
-- one upload at a time; a newer checkpoint takes the place of one that waits, so at most two lie on the disk;
-- a folder that was handed over is not touched until its upload is over, then it is removed;
-- an upload that fails is noted and the training goes on: the next checkpoint is a new try, and the store
-  drops older ones only when a newer one is complete.
+- One upload runs at a time. A newer checkpoint replaces one that waits, so at most two are on the disk.
+- The folder of a checkpoint is not touched before its upload has ended; then it is removed.
+- A failed upload is logged and the training continues: the next checkpoint is a new attempt, and the store
+  removes older checkpoints only when a newer one is complete.
 """
 
 import shutil
@@ -21,51 +21,51 @@ from llamarefine_jobs.store import Store
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training's state after `step` optimizer steps, and the manifest it gets."""
+    """The state of a training after `step` optimizer steps, in a folder, and the draft of its manifest."""
 
     step: int
     folder: Path
     draft: Manifest
 
 
-class Checkpoints:
-    """Uploads a training's checkpoints beside it. To be used by one thread."""
+class CheckpointUploader:
+    """Uploads the checkpoints of one training in a background thread. Its methods must be called from one thread."""
 
     def __init__(self, store: Store, note: Callable[[str], None]) -> None:
         self._store, self._note = store, note
         self._lock = threading.Lock()
         self._waiting: Checkpoint | None = None
         self._thread: threading.Thread | None = None
-        self._mistake: Exception | None = None
-        self.newest_step: int | None = None  # of the complete ones in the store
+        self._unexpected_error: Exception | None = None
+        self.newest_step: int | None = None  # of the complete checkpoints in the store
 
-    def offer(self, checkpoint: Checkpoint) -> None:
-        """Upload `checkpoint` as soon as the upload under way is over; returns at once."""
+    def upload_in_background(self, checkpoint: Checkpoint) -> None:
+        """Upload `checkpoint` after the upload that is running, if any; return at once."""
         with self._lock:
             replaced, self._waiting = self._waiting, checkpoint
             if self._thread is None:
                 self._thread = threading.Thread(target=self._upload_all, name="checkpoints", daemon=True)
                 self._thread.start()
         _remove(replaced)
-        self._raise_mistake()
+        self._raise_unexpected_error()
 
-    def publish(self, checkpoint: Checkpoint) -> None:
-        """Have `checkpoint`, the newest, in the store when this returns; the error that kept it from there."""
-        self.abandon()
+    def upload_now(self, checkpoint: Checkpoint) -> None:
+        """Upload `checkpoint`, the newest, and return when it is in the store; raise the error of a failed upload."""
+        self.discard_waiting()
         self._upload(checkpoint)
 
-    def settle(self) -> None:
-        """Wait until every checkpoint that was offered is in the store, or was noted as lost."""
+    def wait(self) -> None:
+        """Return when every checkpoint is in the store, or its failed upload is logged."""
         if thread := self._thread:
             thread.join()
-        self._raise_mistake()
+        self._raise_unexpected_error()
 
-    def abandon(self) -> None:
-        """Drop the checkpoint that waits, and wait for the upload under way: cut off, it would leave litter."""
+    def discard_waiting(self) -> None:
+        """Discard the checkpoint that waits, and wait for the running upload: interrupted, it would leave litter."""
         with self._lock:
-            dropped, self._waiting = self._waiting, None
-        _remove(dropped)
-        self.settle()
+            discarded, self._waiting = self._waiting, None
+        _remove(discarded)
+        self.wait()
 
     def _upload_all(self) -> None:
         while checkpoint := self._next():
@@ -73,8 +73,8 @@ class Checkpoints:
                 self._upload(checkpoint)
             except LlamaRefineError as error:
                 self._note(f"the checkpoint at step {checkpoint.step} is not in the store, training goes on: {error}")
-            except Exception as error:  # our own mistake: the thread that trains shall say so
-                self._mistake = error
+            except Exception as error:  # a bug of ours: raised again in the thread that trains
+                self._unexpected_error = error
 
     def _next(self) -> Checkpoint | None:
         with self._lock:
@@ -90,10 +90,10 @@ class Checkpoints:
         finally:
             _remove(checkpoint)
 
-    def _raise_mistake(self) -> None:
-        mistake, self._mistake = self._mistake, None
-        if mistake:
-            raise mistake
+    def _raise_unexpected_error(self) -> None:
+        error, self._unexpected_error = self._unexpected_error, None
+        if error:
+            raise error
 
 
 def _remove(checkpoint: Checkpoint | None) -> None:

@@ -1,8 +1,8 @@
-"""The proof before the first DPO step that the reference is the SFT policy, and nothing else.
+"""Prove before the first DPO step that the reference is the SFT policy.
 
-A loss of ln 2 says only that policy and reference agree; a fresh adapter on the *bare base* gives it
-too. So the reference's log-probabilities are compared with those of base + SFT adapter, computed
-apart (the adapter beside the weights, not merged into them), and must differ from the bare base's.
+A loss of ln 2 shows only that policy and reference agree; a fresh adapter on the *bare base* has that loss too.
+Therefore the reference's log-probabilities are compared with those of base + SFT adapter, which are computed separately
+(with the adapter beside the weights, not merged into them), and must differ from those of the bare base.
 """
 
 import math
@@ -18,16 +18,16 @@ from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.scoring import score
 
 LN_2 = math.log(2)
-_PAIRS = 16
+_COMPARED_PAIRS = 16
 _LOSS_TOLERANCE = 1e-6
 _NOTHING_LEARNED = 1e-5  # nats per token
-# Nats per token by which two ways to compute the same policy may differ: rounding of the merged weights.
+# Nats per token by which two ways of computing the same policy may differ: the merged weights are rounded.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "nf4": 3e-1}
 
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """Mean log-probability per answer token, of each answer of the first pairs, by models computed apart."""
+    """Mean log-probability per answer token, for each answer of the first pairs, of separately loaded models."""
 
     pairs: Sequence[tuple[Encoded, Encoded]]
     pad_id: int
@@ -49,8 +49,8 @@ def score_reference_separately(
     pad_id: int,
     batch_rows: int,
 ) -> ReferenceScores:
-    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter counted twice."""
-    some = pairs[:_PAIRS]
+    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice."""
+    some = pairs[:_COMPARED_PAIRS]
     answers = [answer for pair in some for answer in pair]
     model = backend.load(base)
     bare = _per_token(model, answers, pad_id, batch_rows)
@@ -63,12 +63,12 @@ def score_reference_separately(
     return ReferenceScores(some, pad_id, batch_rows, bare, once, twice)
 
 
-def prove(trainer: Any, witness: ReferenceScores, context: Context) -> dict[str, float]:
-    """Check policy and reference before the first step; the figures, or ProofError that says what is wrong."""
-    loss, margin = _trainer_loss(trainer, len(witness.pairs))
+def prove(trainer: Any, expected: ReferenceScores, context: Context) -> dict[str, float]:
+    """Check policy and reference before the first step; return the figures, or raise ProofError with a likely cause."""
+    loss, margin = _trainer_loss(trainer, len(expected.pairs))
     with trainer.model.disable_adapter():
-        reference = _per_token(trainer.model, witness.answers, witness.pad_id, witness.batch_rows)
-    figures = judge(loss, margin, reference, witness, _tolerance(trainer.model))
+        reference = _per_token(trainer.model, expected.answers, expected.pad_id, expected.batch_rows)
+    figures = check_figures(loss, margin, reference, expected, _tolerance(trainer.model))
     context.note(
         f"step 0: loss {loss:.8f} (ln 2 is {LN_2:.8f}), margin {margin:g}; the reference is the SFT policy within "
         f"{figures['reference_error']:.1e} nats a token and {figures['distance_from_base']:.3g} away from the base"
@@ -76,21 +76,21 @@ def prove(trainer: Any, witness: ReferenceScores, context: Context) -> dict[str,
     return figures
 
 
-def judge(
-    loss: float, margin: float, reference: list[float], witness: ReferenceScores, tolerance: float
+def check_figures(
+    loss: float, margin: float, reference: list[float], expected: ReferenceScores, tolerance: float
 ) -> dict[str, float]:
-    """Decide from the figures alone: `reference` must be `witness.sft`, far from `witness.base`, and loss ln 2."""
-    error = _distance(reference, witness.sft)
-    learned = _distance(witness.sft, witness.base)
+    """Raise ProofError unless `reference` is near `expected.sft`, far from `expected.base`, and the loss is ln 2."""
+    error = _distance(reference, expected.sft)
+    learned = _distance(expected.sft, expected.base)
     if learned <= _NOTHING_LEARNED:
         raise ProofError(
             f"the SFT adapter moves the base's log-probabilities by {learned:.1e} nats a token: it learned nothing, so "
-            "a reference with it cannot be told from one without; train SFT longer or at a higher learning rate"
+            "a reference with it is the same as one without it; train SFT longer or at a higher learning rate"
         )
     if error > tolerance or error > learned / 3:
         raise ProofError(
             f"the reference is not the SFT policy: expected base + SFT within {min(tolerance, learned / 3):.1e} nats "
-            f"a token, found {error:.1e} away; {_suspect(reference, witness)}"
+            f"a token, found {error:.1e} away; {_likely_cause(reference, expected)}"
         )
     if abs(loss - LN_2) > _LOSS_TOLERANCE or abs(margin) > _LOSS_TOLERANCE:
         raise ProofError(
@@ -101,28 +101,28 @@ def judge(
         "loss": loss,
         "margin": margin,
         "reference_error": error,
-        "distance_from_base": _distance(reference, witness.base),
+        "distance_from_base": _distance(reference, expected.base),
     }
 
 
-def _suspect(reference: list[float], witness: ReferenceScores) -> str:
-    """Which of the known wrong references lies nearest, if one lies near at all."""
-    near = _distance(witness.sft, witness.base) / 10
-    if _distance(reference, witness.base) <= near:
+def _likely_cause(reference: list[float], expected: ReferenceScores) -> str:
+    """Return which known mistake explains the reference's scores."""
+    near = _distance(expected.sft, expected.base) / 10
+    if _distance(reference, expected.base) <= near:
         return "it is the bare base: the SFT adapter is missing in it"
-    if _distance(reference, witness.sft_twice) <= near:
+    if _distance(reference, expected.sft_twice) <= near:
         return "the SFT adapter counts twice in it"
     return "neither the bare base nor the SFT adapter counted twice explains it: was SFT trained on another base?"
 
 
 def _trainer_loss(trainer: Any, pairs: int) -> tuple[float, float]:
-    """The trainer's own loss and reward margin over the first pairs, dropout off."""
+    """Return the trainer's own loss and reward margin, each the worst of the first pairs, with dropout off."""
     import torch
 
     model = trainer.model
     was_training, precomputed = model.training, trainer.precompute_ref_logps
     model.eval()
-    trainer.precompute_ref_logps = False  # both sides at once, whatever the training does later
+    trainer.precompute_ref_logps = False  # compute both sides now, also if the training precomputes the reference
     losses = []
     try:
         for index in range(pairs):
@@ -142,7 +142,7 @@ def _per_token(model: Any, answers: list[Encoded], pad_id: int, batch_rows: int)
 
 
 def _distance(one: list[float], other: list[float]) -> float:
-    """Mean absolute difference, in nats a token."""
+    """Return the mean absolute difference, in nats per token."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 

@@ -1,4 +1,4 @@
-"""The report as a page: self-contained, whatever the texts hold and whatever is missing."""
+"""The pages of the report: self-contained and safe for any text, also when optional parts are missing."""
 
 import functools
 import http.server
@@ -17,7 +17,7 @@ import pytest
 from llamarefine_jobs.contract.recipe import Evaluate
 from llamarefine_jobs.models.scoring import Answer, Score
 from llamarefine_jobs.report import comparison, page
-from llamarefine_jobs.report.metrics import MODELS, HeldOut, Measured, compare
+from llamarefine_jobs.report.metrics import MODELS, ComparedRows, ModelResults, compare
 from llamarefine_jobs.report.plots import draw_chart, draw_strip
 from tests.jobs import tiny
 
@@ -32,8 +32,8 @@ HOSTILE = (
 )
 
 
-def measured(shift: float = 0.0, rows: int = 40) -> Measured:
-    return Measured(
+def results(shift: float = 0.0, rows: int = 40) -> ModelResults:
+    return ModelResults(
         [Score(-20.0 + shift - row % 7, 5) for row in range(rows)],
         [Score(-10.0 + shift * 2, 5)] * rows,
         [Score(-10.0, 5)] * rows,
@@ -41,12 +41,12 @@ def measured(shift: float = 0.0, rows: int = 40) -> Measured:
     )
 
 
-def a_report(**changes: Any) -> dict[str, Any]:
-    """A report with real comparisons, everything optional absent."""
+def make_report(**changes: Any) -> dict[str, Any]:
+    """A report with real comparisons and without any optional part."""
     groups = [str(row) for row in range(40)]
-    held_out = HeldOut({"answers": groups, "pairs": groups, "generated": groups}, ["yes, it is"] * 40)
-    three = {"base": measured(), "sft": measured(2), "merged": measured(3)}
-    metrics = compare(three, held_out, Evaluate(bootstrap_resamples=300), beta=0.1, seed=0)
+    compared_rows = ComparedRows({"answers": groups, "pairs": groups, "generated": groups}, ["yes, it is"] * 40)
+    three = {"base": results(), "sft": results(2), "merged": results(3)}
+    metrics = compare(three, compared_rows, Evaluate(bootstrap_resamples=300), beta=0.1, seed=0)
     return {
         "format": 1,
         "name": "tiny",
@@ -73,14 +73,14 @@ def a_report(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def an_example(text: str) -> dict[str, Any]:
+def example_with(text: str) -> dict[str, Any]:
     return {"question": text, "reference": text, "answers": dict.fromkeys(MODELS, text), "stopped": {"base": False}}
 
 
-def a_hostile_report() -> dict[str, Any]:
-    return a_report(
+def hostile_report() -> dict[str, Any]:
+    return make_report(
         name=HOSTILE[0],
-        examples=[an_example(text) for text in HOSTILE],
+        examples=[example_with(text) for text in HOSTILE],
         caveats=list(HOSTILE[:4]),
         data={
             HOSTILE[0]: {HOSTILE[1]: HOSTILE[2]},
@@ -101,7 +101,7 @@ def a_hostile_report() -> dict[str, Any]:
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and the text outside <style>."""
+    """The tags of an HTML page with their attributes, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -116,8 +116,8 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_hostile_text_stays_text() -> None:
-    found = Elements(page.html(a_hostile_report()))
+def test_html_escapes_hostile_text() -> None:
+    found = Elements(page.html(hostile_report()))
     tags = {tag for tag, _ in found.tags}
     assert not tags & {"script", "img", "iframe", "object", "embed", "form", "base", "a"}
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
@@ -125,8 +125,8 @@ def test_hostile_text_stays_text() -> None:
         assert text in found.text
 
 
-def test_the_page_asks_for_nothing_from_elsewhere() -> None:
-    text = page.html(a_hostile_report())
+def test_html_page_loads_nothing_from_elsewhere() -> None:
+    text = page.html(hostile_report())
     found = Elements(text)
     names = {name for _, attributes in found.tags for name in attributes}
     assert not names & {"src", "srcset", "href", "xlink:href", "action", "data", "poster"}
@@ -136,14 +136,14 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     assert 'content="default-src &#39;none&#39;' in text or "content=\"default-src 'none'" in text
 
 
-def test_light_dark_and_print_are_there() -> None:
-    text = page.html(a_report())
+def test_html_page_has_styles_for_dark_mode_print_and_small_screens() -> None:
+    text = page.html(make_report())
     for rule in ("@media (prefers-color-scheme: dark)", "@media print", "@media (max-width:", 'name="viewport"'):
         assert rule in text
 
 
-def test_markdown_text_stays_in_its_place() -> None:
-    text = page.markdown(a_hostile_report())
+def test_markdown_escapes_hostile_text() -> None:
+    text = page.markdown(hostile_report())
     assert "<script>" not in re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", text)
     fences = re.findall(r"(?m)^(`{3,})text$", text)
     assert max(map(len, fences)) == 5  # one more than the longest run inside
@@ -153,34 +153,34 @@ def test_markdown_text_stays_in_its_place() -> None:
 
 
 @pytest.mark.parametrize("render", [page.html, page.markdown])
-def test_a_report_with_everything_optional_absent_renders(render: Any) -> None:
-    text = render(a_report())
+def test_a_report_without_optional_parts_renders(render: Any) -> None:
+    text = render(make_report())
     assert "SFT lowered the held-out loss" in text
     assert "Quality gates" not in text
     assert "Proofs" not in text
     assert "None" not in Elements(text).text
 
 
-def test_the_outcomes_of_the_data_card_stand_above_their_sum() -> None:
+def test_outcomes_of_the_data_card_are_followed_by_their_sum() -> None:
     card = {"questions": {"rows_read": 1234, "outcomes": {"kept: test": 1200, "exact duplicate": 34}, "conflicts": []}}
-    rows = re.findall("<tr.*?><th>(.*?)</th><td>(.*?)</td></tr>", page.html(a_report(data=card)))
-    assert rows[-3:] == [("kept: test", "1\u202f200"), ("exact duplicate", "34"), ("in all, as read", "1\u202f234")]
+    rows = re.findall("<tr.*?><th>(.*?)</th><td>(.*?)</td></tr>", page.html(make_report(data=card)))
+    assert rows[-3:] == [("kept: test", "1\u202f200"), ("exact duplicate", "34"), ("all rows read", "1\u202f234")]
 
 
-def test_a_long_answer_is_cut_on_the_page_and_the_page_says_so() -> None:
-    text = page.html(a_report(examples=[an_example("x" * 50_000)]))
+def test_a_long_answer_is_cut_with_a_note() -> None:
+    text = page.html(make_report(examples=[example_with("x" * 50_000)]))
     assert "44,000 more characters in report.json" in text
     assert len(text) < 100_000
 
 
-def test_a_lone_surrogate_does_not_keep_the_report_from_being_written(tmp_path: Path) -> None:
-    comparison.write(a_report(examples=[an_example("half \ud83e a llama")]), tmp_path)
+def test_a_report_with_a_lone_surrogate_is_written(tmp_path: Path) -> None:
+    comparison.write(make_report(examples=[example_with("half \ud83e a llama")]), tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["examples"][0]["question"] == "half \ud83e a llama"
     assert "half ? a llama" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("found", "digits", "signed", "written"),
+    ("values", "digits", "signed", "written"),
     [
         ({"value": 4.9237, "low": 4.791, "high": 5.065}, 3, False, ("4.924", "4.791 to 5.065")),
         ({"value": 0.0004, "low": 0.0002, "high": 0.0006}, 3, True, ("+0.0004", "0.0002 to 0.0006")),
@@ -191,17 +191,17 @@ def test_a_lone_surrogate_does_not_keep_the_report_from_being_written(tmp_path: 
         ({"value": 12345.6, "low": None, "high": None}, 1, False, ("12\u202f345.6", "")),
     ],
 )
-def test_numbers_show_as_many_digits_as_their_interval_bears(
-    found: dict[str, Any], digits: int, signed: bool, written: tuple[str, str]
+def test_narrow_intervals_are_shown_with_more_digits(
+    values: dict[str, Any], digits: int, signed: bool, written: tuple[str, str]
 ) -> None:
-    assert page.measured(found, digits, signed) == written
+    assert page.estimate(values, digits, signed) == written
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.04, "0.0 s"), (7.21, "7.2 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3671, "1 h 1 min")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (7.21, "7.2 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3671, "1 h 1 min")]
 )
-def test_durations_read_as_people_say_them(seconds: float, said: str) -> None:
-    assert page.duration(seconds) == said
+def test_durations_are_shown_in_hours_minutes_and_seconds(seconds: float, text: str) -> None:
+    assert page.duration(seconds) == text
 
 
 def line(name: str, verdicts: tuple[str, str, str], base: float, sft: float, merged: float) -> dict[str, Any]:
@@ -230,12 +230,17 @@ DPO_UNCLEAR = "DPO did not clearly change preference accuracy (0.50 before, 0.90
     ("sft", "dpo", "sentence", "detail"),
     [
         (BETTER, BETTER, f"{SFT_BETTER}and {DPO_BETTER}", "Both changes are larger"),
-        (BETTER, SAME, f"{SFT_BETTER}but {DPO_UNCLEAR}", "The second is no better than noise at 95% confidence."),
-        (SAME, BETTER, f"{SFT_UNCLEAR}but {DPO_BETTER}", "The first is no better than noise"),
+        (
+            BETTER,
+            SAME,
+            f"{SFT_BETTER}but {DPO_UNCLEAR}",
+            "The second change is not distinguishable from noise at 95% confidence.",
+        ),
+        (SAME, BETTER, f"{SFT_UNCLEAR}but {DPO_BETTER}", "The first change is not distinguishable from noise"),
         (SAME, SAME, f"{SFT_UNCLEAR}and {DPO_UNCLEAR}", "this run shows no improvement"),
     ],
 )
-def test_the_verdict_is_one_sentence_that_is_true(sft: str, dpo: str, sentence: str, detail: str) -> None:
+def test_the_verdict_says_which_changes_are_clear(sft: str, dpo: str, sentence: str, detail: str) -> None:
     loss = line("loss", (sft, SAME, SAME), 5, 4, 4)
     accuracy = line("preference_accuracy", (SAME, dpo, SAME), 0.4, 0.5, 0.9)
     found = comparison.judge([loss, accuracy], 0.95)
@@ -243,16 +248,16 @@ def test_the_verdict_is_one_sentence_that_is_true(sft: str, dpo: str, sentence: 
     assert detail in found["detail"]
 
 
-def test_the_verdict_names_what_dpo_cost() -> None:
+def test_the_verdict_names_a_loss_that_dpo_raised() -> None:
     loss = line("loss", (BETTER, WORSE, WORSE), 4.5, 4, 5)
     accuracy = line("preference_accuracy", (SAME, WORSE, SAME), 0.4, 0.5, 0.3)
     found = comparison.judge([loss, accuracy], 0.95)
     assert "but DPO lowered preference accuracy from 0.50 to 0.30" in found["sentence"]
-    assert "DPO also cost 1.000 nats per token" in found["detail"]
-    assert "worse than the base does" in found["detail"]
+    assert "DPO also raised the held-out loss by 1.000 nats per token." in found["detail"]
+    assert "worse than the base model does" in found["detail"]
 
 
-def test_a_chart_holds_its_points_between_round_ticks() -> None:
+def test_a_chart_contains_its_points_and_has_round_ticks() -> None:
     chart = draw_chart({"training": [(1, 4.93), (50, 4.2), (100, 4.14)], "validation": []})
     assert [drawn.name for drawn in chart.lines] == ["training"]
     assert [label for _, label in chart.y_ticks] == ["4", "4.2", "4.4", "4.6", "4.8", "5"]
@@ -267,7 +272,7 @@ def test_a_chart_without_points_is_not_drawn() -> None:
 
 
 @pytest.mark.parametrize("points", [[(0, 0.0)], [(5, 1.0), (10, 1.0)], [(1, -3e-7), (2, 4e9)]])
-def test_a_chart_of_odd_points_is_drawn(points: list[tuple[float, float]]) -> None:
+def test_a_chart_of_extreme_points_is_drawn(points: list[tuple[float, float]]) -> None:
     assert "nan" not in draw_chart({"training": points}).lines[0].path
 
 
@@ -281,17 +286,17 @@ def test_a_strip_keeps_the_models_order_and_scale() -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The hostile report on a local server; its address, and every path that is asked for."""
-    comparison.write(a_hostile_report(), tmp_path)
-    asked: list[str] = []
+    """The hostile report on a local server: its address, and a list of every requested path."""
+    comparison.write(hostile_report(), tmp_path)
+    requested: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/report.html", asked
+    yield f"http://127.0.0.1:{server.server_port}/report.html", requested
     server.shutdown()
 
 
@@ -299,8 +304,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_shows_the_page_and_asks_for_nothing(served: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, asked = served
+def test_a_browser_shows_the_page_and_requests_nothing_else(served: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, requested = served
     shown = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
@@ -312,4 +317,4 @@ def test_a_browser_shows_the_page_and_asks_for_nothing(served: tuple[str, list[s
     assert HOSTILE[0] in found.text
     assert "owned" not in re.search("<title>(.*?)</title>", shown.stdout)[1].split("–")[1]
     assert "CONSOLE" not in shown.stderr
-    assert set(asked) <= {"/report.html", "/favicon.ico"}
+    assert set(requested) <= {"/report.html", "/favicon.ico"}

@@ -1,4 +1,4 @@
-"""The bootstrap: against scipy's, against known truths, by groups and not by rows."""
+"""The bootstrap: compared with scipy's and with known values; it resamples groups, not rows."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def ones(count: int) -> np.ndarray:
     return np.ones(count)
 
 
-def test_the_interval_of_a_ratio_is_that_of_scipy() -> None:
+def test_the_interval_of_a_ratio_equals_scipys() -> None:
     from scipy.stats import bootstrap as scipy_bootstrap
 
     random = np.random.default_rng(1)
@@ -32,7 +32,7 @@ def test_the_interval_of_a_ratio_is_that_of_scipy() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=3e-3)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_95_percent_intervals_contain_the_true_value_in_95_percent_of_samples() -> None:
     random = np.random.default_rng(3)
     held = 0
     for seed in range(400):
@@ -54,32 +54,34 @@ def test_rows_of_one_group_count_as_one() -> None:
 
 def test_a_difference_is_paired() -> None:
     random = np.random.default_rng(5)
-    hardness = random.normal(scale=10, size=100)  # of the row, the same for both models
-    draws = bootstrap(range(100))
-    before = draws.ratio(hardness + random.normal(scale=0.1, size=100), ones(100))
-    after = draws.ratio(hardness - 0.2 + random.normal(scale=0.1, size=100), ones(100))
+    hardness = random.normal(scale=10, size=100)  # of each row, the same for both models
+    resamples = bootstrap(range(100))
+    before = resamples.ratio(hardness + random.normal(scale=0.1, size=100), ones(100))
+    after = resamples.ratio(hardness - 0.2 + random.normal(scale=0.1, size=100), ones(100))
     change = (after - before).interval(CONFIDENCE)
     assert change.side == -1
     assert change.high - change.low < 0.1
-    assert before.interval(CONFIDENCE).low < after.interval(CONFIDENCE).value  # apart they could not be told
+    assert before.interval(CONFIDENCE).low < after.interval(CONFIDENCE).value  # unpaired, the change would be unclear
 
 
-def test_two_equal_models_differ_by_exactly_nothing() -> None:
-    draws = bootstrap(range(50))
+def test_two_equal_models_differ_by_exactly_zero() -> None:
+    resamples = bootstrap(range(50))
     values = np.random.default_rng(6).normal(size=50)
-    assert (draws.ratio(values, ones(50)) - draws.ratio(values, ones(50))).interval(CONFIDENCE) == Interval(0, 0, 0)
+    assert (resamples.ratio(values, ones(50)) - resamples.ratio(values, ones(50))).interval(CONFIDENCE) == Interval(
+        0, 0, 0
+    )
 
 
-def test_all_right_is_not_taken_for_certainty() -> None:
+def test_an_accuracy_of_1_still_has_an_interval() -> None:
     """Clopper-Pearson: of 100 without a failure the share may be as low as .025 ** (1 / 100)."""
     found = bootstrap(range(100)).ratio(ones(100), ones(100), (0, 1)).interval(CONFIDENCE)
     assert (found.value, found.high) == (1, 1)
     assert found.low == pytest.approx(0.025**0.01)
 
 
-def test_what_holds_by_definition_has_no_interval_and_adds_none() -> None:
-    draws = bootstrap(range(100))
-    known, measured = draws.known(0.5), draws.ratio(ones(100), ones(100), (0, 1))
+def test_a_value_by_definition_has_an_interval_of_width_0() -> None:
+    resamples = bootstrap(range(100))
+    known, measured = resamples.known(0.5), resamples.ratio(ones(100), ones(100), (0, 1))
     assert known.interval(CONFIDENCE) == Interval(0.5, 0.5, 0.5)
     change, value = (measured - known).interval(CONFIDENCE), measured.interval(CONFIDENCE)
     assert change.low == pytest.approx(value.low - 0.5)
@@ -92,17 +94,17 @@ def test_too_few_groups_give_no_interval_and_no_verdict(groups: int) -> None:
     assert found.side == 0
 
 
-def test_six_groups_are_the_fewest_that_can_show_anything_at_95_percent() -> None:
+def test_six_groups_are_the_fewest_for_an_interval_at_95_percent() -> None:
     assert next(groups for groups in range(1, 12) if enough_groups(groups, CONFIDENCE)) == 6
 
 
-def test_the_same_seed_draws_the_same_groups() -> None:
+def test_the_same_seed_gives_the_same_interval() -> None:
     values = np.random.default_rng(7).normal(size=30)
     one, two, other = (bootstrap(range(30), seed=seed).ratio(values, ones(30)).interval(0.9) for seed in (1, 1, 2))
     assert one == two != other
 
 
-def test_a_rising_scale_keeps_the_value_and_the_order() -> None:
+def test_an_increasing_scale_keeps_the_value_and_the_order() -> None:
     estimate = bootstrap(range(30)).ratio(np.linspace(1, 2, 30), ones(30))
     found = estimate.map(np.exp).interval(CONFIDENCE)
     assert found.value == pytest.approx(np.exp(1.5))

@@ -1,4 +1,4 @@
-"""DPO after SFT: proved right before the first step, and every wrong way refused. Real trainers, a tiny model."""
+"""DPO after SFT: the proof before the first step, and each wrong reference is refused. Real trainers, a tiny model."""
 
 import math
 import random
@@ -15,9 +15,12 @@ from llamarefine_jobs import dpo, sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import IntegrityError, ProofError
 from llamarefine_jobs.contract.prompt import answer, question
+from llamarefine_jobs.contract.recipe import Evaluate
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
+from llamarefine_jobs.models.scoring import Answer, score
+from llamarefine_jobs.report.metrics import ComparedRows, ModelResults, compare
 from llamarefine_jobs.training import step_zero
 from tests.jobs import tiny
 from tests.jobs.stages.test_sft import assert_longest_first, make_context, record_widths
@@ -42,7 +45,7 @@ def context(prepared: Path, trained: Path, tmp_path: Path) -> Context:
 
 
 def make_dpo(prepared: Path, trained: Path, folder: Path, *overrides: str) -> Context:
-    """A DPO context whose SFT adapter is published with prepare as its parent."""
+    """A DPO context with an SFT adapter that is published with prepare as its parent."""
     context = make_context("dpo", prepared, folder, *overrides, sft=trained)
     context.parents["sft"] = tiny.publish(
         context.store, trained, "sft", context.recipe, {"prepare": context.parents["prepare"]}
@@ -59,22 +62,54 @@ def test_before_the_first_step_loss_is_ln_2_and_the_reference_is_the_sft_policy(
     assert proof["distance_from_base"] > 100 * proof["reference_error"]
 
 
-def test_training_raises_the_margin_on_pairs_it_has_not_seen(context: Context) -> None:
+def test_training_raises_the_margin_on_validation_pairs(context: Context) -> None:
     dpo.work(context)
     margins = [row["eval_reward_margin"] for row in context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > margins[0] > 0
-    held_out = context.metrics["validation"]
-    assert held_out["pairs"] == 10
-    assert held_out["accuracy"]["value"] == 1
-    assert held_out["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
-    assert 0 < held_out["margin"]["low"] < held_out["margin"]["value"] < held_out["margin"]["high"]
+    assert context.metrics["validation"]["pairs"] == 10
+    assert context.metrics["validation"]["accuracy"] == 1
+    assert context.metrics["validation"]["margin"] == pytest.approx(margins[-1], rel=0.05)
     adapter = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
     given = load_file(context.inputs["sft"] / "adapter" / ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
-    assert all(not torch.equal(adapter[name], given[name]) for name in adapter), "it is the SFT adapter trained further"
+    assert all(not torch.equal(adapter[name], given[name]) for name in adapter), (
+        "the DPO adapter is the SFT adapter, trained further"
+    )
 
 
-def test_a_step_takes_its_pairs_from_the_longest_to_the_shortest(
+def test_the_manifest_has_the_same_preference_figures_as_the_report(context: Context) -> None:
+    """Both come from one function: the report's metrics over the validation pairs give the figures of the manifest."""
+    dpo.work(context)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    pairs = encode_pairs(tokenizer, rows_of(context, "validation"))
+    sft_model = backends.choose_backend().load(sft_policy(context))
+    reference = results_of(sft_model, tokenizer, pairs)
+    policy = results_of(adapters.attach_adapter(sft_model, context.output / "adapter"), tokenizer, pairs)
+    groups = [str(place) for place in range(len(pairs))]
+    rows = ComparedRows({"answers": groups, "pairs": groups, "generated": groups}, [""] * len(pairs))
+    models = {"base": reference, "sft": reference, "merged": policy}
+    lines = {
+        line["name"]: line["values"]["merged"]["value"]
+        for line in compare(models, rows, Evaluate(bootstrap_resamples=10), beta=context.recipe.dpo.beta, seed=0)
+    }
+    assert context.metrics["validation"]["accuracy"] == lines["preference_accuracy"]
+    assert context.metrics["validation"]["margin"] == pytest.approx(lines["preference_margin"], abs=1e-6)
+
+
+def test_changing_the_reports_confidence_changes_no_byte_of_dpo(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    made = []
+    for settings in ((), ("evaluate.confidence=0.8", "evaluate.bootstrap_resamples=10")):
+        folder = tmp_path / str(len(settings))
+        folder.mkdir()
+        context = make_dpo(prepared, trained, folder, "dpo.max_steps=2", *settings)
+        dpo.work(context)
+        adapter = (context.output / "adapter" / ADAPTER_WEIGHTS).read_bytes()
+        timed = ("train_seconds", "tokens_per_s")
+        made.append((adapter, {name: value for name, value in context.metrics.items() if name not in timed}))
+    assert made[0] == made[1]
+
+
+def test_a_step_orders_its_pairs_from_the_longest_to_the_shortest(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths = record_widths(monkeypatch)
@@ -83,13 +118,13 @@ def test_a_step_takes_its_pairs_from_the_longest_to_the_shortest(
 
 
 def test_a_reference_on_the_bare_base_is_refused(context: Context) -> None:
-    """The classic: a fresh adapter on the base. Policy and reference agree, so ln 2 says nothing."""
+    """The most common mistake: a fresh adapter on the base. Policy and reference agree, so the loss is ln 2 as well."""
     base = context.inputs["prepare"] / "base"
     with pytest.raises(ProofError, match="it is the bare base: the SFT adapter is missing in it"):
         prove_with(context, backends.choose_backend().load(base))
 
 
-def test_an_sft_adapter_counted_twice_is_refused(context: Context) -> None:
+def test_a_reference_with_the_sft_adapter_applied_twice_is_refused(context: Context) -> None:
     adapter = context.inputs["sft"] / "adapter"
     once = adapters.merge_in_memory(context.inputs["prepare"] / "base", adapter, context.work / "once", bf16=False)
     twice = adapters.merge_in_memory(once, adapter, context.work / "twice", bf16=False)
@@ -106,31 +141,31 @@ def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Pat
         prove_with(context, backends.choose_backend().load(policy))
 
 
-def test_a_policy_that_forgot_sft_is_refused_though_its_reference_is_right(context: Context) -> None:
-    """What the first user's attempt did the other way round: policy and reference are different models."""
+def test_a_policy_without_sft_is_refused_also_with_the_right_reference(context: Context) -> None:
+    """Policy and reference are different models: the policy is the base, the reference is the SFT policy."""
     base = backends.choose_backend().load(context.inputs["prepare"] / "base")
-    trainer, witness = trainer_on(context, base)
+    trainer, expected = trainer_on(context, base)
     trainer.ref_model = backends.choose_backend().load(sft_policy(context))
-    loss, margin = step_zero._trainer_loss(trainer, len(witness.pairs))
+    loss, margin = step_zero._trainer_loss(trainer, len(expected.pairs))
     with pytest.raises(ProofError, match="the policy does not start from the SFT policy"):
-        step_zero.judge(loss, margin, witness.sft, witness, 1e-4)
+        step_zero.check_figures(loss, margin, expected.sft, expected, 1e-4)
 
 
 def test_an_sft_adapter_that_learned_nothing_is_refused(context: Context, tmp_path: Path) -> None:
-    idle = tmp_path / "idle" / "adapter"
-    shutil.copytree(context.inputs["sft"] / "adapter", idle)
-    weights = load_file(idle / ADAPTER_WEIGHTS)
+    zeroed = tmp_path / "zeroed" / "adapter"
+    shutil.copytree(context.inputs["sft"] / "adapter", zeroed)
+    weights = load_file(zeroed / ADAPTER_WEIGHTS)
     save_file(
         {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in weights.items()},
-        idle / ADAPTER_WEIGHTS,
+        zeroed / ADAPTER_WEIGHTS,
     )
-    context.inputs["sft"] = idle.parent
+    context.inputs["sft"] = zeroed.parent
     with pytest.raises(ProofError, match="it learned nothing"):
         dpo.work(context)
     assert not list(context.output.iterdir())
 
 
-def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(context: Context, tmp_path: Path) -> None:
+def test_an_sft_adapter_of_another_base_is_refused_before_anything_is_loaded(context: Context, tmp_path: Path) -> None:
     other = make_context("sft", tiny.write_prepared(tmp_path / "other", seed=5), tmp_path / "elsewhere", "seed=4")
     context.parents["sft"] = tiny.publish(
         other.store, context.inputs["sft"], "sft", other.recipe, {"prepare": other.parents["prepare"]}
@@ -139,8 +174,8 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(context
         dpo.work(context)
 
 
-def test_the_same_base_prepared_again_is_the_same_base(context: Context) -> None:
-    """The record of how the adapter was made may be gone; its key still says what bytes it was made from."""
+def test_a_base_that_is_prepared_again_with_the_same_bytes_is_accepted(context: Context) -> None:
+    """The earlier manifest of prepare may be gone; the key of the adapter still identifies the bytes of its base."""
     prepare = context.parents["prepare"]
     again = prepare.model_copy(update={"finished_at": prepare.finished_at.replace(year=2000)})
     context.parents["prepare"] = again
@@ -149,7 +184,7 @@ def test_the_same_base_prepared_again_is_the_same_base(context: Context) -> None
     assert (context.output / "adapter" / ADAPTER_WEIGHTS).exists()
 
 
-def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tmp_path: Path) -> None:
+def test_an_adapter_with_other_shapes_is_a_one_line_error(context: Context, tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     shutil.copytree(context.inputs["prepare"], wide)
     tokenizer = load_tokenizer(wide / "base")
@@ -160,7 +195,7 @@ def test_an_adapter_of_another_shape_is_refused_in_one_line(context: Context, tm
     assert "\n" not in str(caught.value)
 
 
-def test_a_trainer_that_renders_rows_in_its_own_way_is_refused(context: Context) -> None:
+def test_a_trainer_with_other_tokens_is_refused(context: Context) -> None:
     trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
     tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
     pairs = encode_pairs(tokenizer, rows_of(context, "train"))
@@ -170,7 +205,7 @@ def test_a_trainer_that_renders_rows_in_its_own_way_is_refused(context: Context)
         dpo.check_rows(trainer, cut)
 
 
-def test_in_random_conversations_no_prompt_token_is_counted_and_every_answers_eos_is(
+def test_in_random_conversations_the_loss_covers_the_answers_with_eos_and_no_prompt_token(
     prepared: Path, trained: Path, tmp_path: Path
 ) -> None:
     context = make_dpo(prepared, trained, tmp_path)
@@ -178,23 +213,23 @@ def test_in_random_conversations_no_prompt_token_is_counted_and_every_answers_eo
     trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)), rows)
     tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
     assert len(trainer.train_dataset) == len(rows)
-    for row, fed in zip(rows, trainer.train_dataset, strict=True):
-        batch = trainer.data_collator([fed])  # (2, T): chosen, then rejected
-        for place, said in enumerate((row["chosen"], row["rejected"])):
+    for row, trainer_row in zip(rows, trainer.train_dataset, strict=True):
+        batch = trainer.data_collator([trainer_row])  # (2, T): chosen, then rejected
+        for place, answer_text in enumerate((row["chosen"], row["rejected"])):
             counted = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
             assert counted[-1] == tokenizer.eos_token_id
-            assert tokenizer.decode(counted) == said + tokenizer.eos_token
-            assert not batch["completion_mask"][place][: len(fed["prompt_ids"])].any()
+            assert tokenizer.decode(counted) == answer_text + tokenizer.eos_token
+            assert not batch["completion_mask"][place][: len(trainer_row["prompt_ids"])].any()
 
 
-def test_the_trainer_keeps_no_copy_of_the_adapter_as_reference(context: Context) -> None:
+def test_the_trainer_has_no_copy_of_the_adapter_as_reference(context: Context) -> None:
     trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
     assert list(trainer.model.peft_config) == ["default"]
     assert trainer.ref_model is None
 
 
-def test_a_reference_computed_beforehand_trains_the_same(prepared: Path, trained: Path, tmp_path: Path) -> None:
-    """Two epochs compute the reference once; the first epoch must equal that of a run that computes it each time."""
+def test_precomputing_the_reference_does_not_change_the_losses(prepared: Path, trained: Path, tmp_path: Path) -> None:
+    """With two epochs the reference is computed once; the losses equal those of a run that computes it each step."""
     losses = []
     for epochs in ("1", "2"):
         (tmp_path / epochs).mkdir()
@@ -211,14 +246,20 @@ def test_a_reference_computed_beforehand_trains_the_same(prepared: Path, trained
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def results_of(model: Any, tokenizer: Any, pairs: list[Any]) -> ModelResults:
+    """What evaluate would pass to the report for these pairs; no answers are scored or generated."""
+    chosen, rejected = (score(model, tokenizer.pad_token_id, [pair[side] for pair in pairs], 4) for side in (0, 1))
+    return ModelResults(chosen, chosen, rejected, [Answer("", 1, True)] * len(pairs))
+
+
 def prove_with(context: Context, model: Any) -> dict[str, float]:
     """The step-0 proof of a trainer on `model` as the frozen policy."""
-    trainer, witness = trainer_on(context, model)
-    return step_zero.prove(trainer, witness, context)
+    trainer, expected = trainer_on(context, model)
+    return step_zero.prove(trainer, expected, context)
 
 
 def random_pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs over conversations of one to five turns, in any script."""
+    """Pairs with prompts of one to five turns, in several scripts."""
     draw = random.Random(11)
 
     def text() -> str:
@@ -243,16 +284,16 @@ def trainer_on(
     tokenizer = load_tokenizer(base)
     rows = rows or rows_of(context, "train")
     pairs = encode_pairs(tokenizer, rows)
-    witness = step_zero.score_reference_separately(
+    expected = step_zero.score_reference_separately(
         backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4
     )
     model = backend.add_adapter(
         loop.set_token_ids(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
     )
-    held_out = dpo.HeldOut(pairs, tokenizer.pad_token_id, context)
-    watch = loop.Watch(context.recipe.dpo, context, 10, held_out.measure)
-    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, watch)
-    return trainer, witness
+    validation = dpo.PairValidation(pairs, tokenizer.pad_token_id, context)
+    callback = loop.TrainingCallback(context.recipe.dpo, context, 10, validation.validate)
+    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, callback)
+    return trainer, expected
 
 
 def sft_policy(context: Context) -> Path:

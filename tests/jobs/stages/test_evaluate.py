@@ -1,4 +1,4 @@
-"""The stage evaluate on real files and real models: what is known beforehand must be what it finds."""
+"""The stage evaluate on real files and models whose results are known in advance."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from llamarefine_jobs.contract.errors import DivergedError, PreemptedError
 from llamarefine_jobs.contract.progress import parse
 from llamarefine_jobs.contract.prompt import answer, question
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.models.encoding import Encoded, encode, load_tokenizer
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
@@ -36,14 +37,14 @@ HISTORY = [{"step": 5, "loss": 3.2}, {"step": 10, "loss": 2.8}, {"step": 10, "ev
 
 @dataclass
 class Run:
-    """A store with everything that evaluate reads, and what lies in it."""
+    """A store with everything that evaluate reads."""
 
     store: Store
     recipe: Recipe
     parents: dict[str, Manifest]
 
     def evaluate(self, *overrides: str) -> dict[str, Any]:
-        """Run the stage; its report."""
+        """Run the stage and return its report."""
         return json.loads(self.files(*overrides)["report.json"])
 
     def files(self, *overrides: str) -> dict[str, str]:
@@ -53,9 +54,9 @@ class Run:
 
 
 def publish_run(folder: Path, *, steps: int, test_rows: int = TEST_ROWS) -> Run:
-    """prepare, sft, dpo and merge by hand: real adapters, trained for `steps` steps, really merged.
+    """Make the artifacts of prepare, sft, dpo and merge without running these stages; train for `steps` steps.
 
-    With 0 steps both adapters change nothing, and the merged model is the base.
+    With 0 steps both adapters are zero, and the merged model is the base.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -86,8 +87,8 @@ def publish_run(folder: Path, *, steps: int, test_rows: int = TEST_ROWS) -> Run:
         model.save_pretrained(folder / "policy")
     shutil.copytree(folder / "policy", folder / "merged" / "model")
     parents = {"prepare": tiny.publish_prepared(store, prepared, recipe)}
-    left = {"history": HISTORY, "tokens_per_s": 812.5}
-    parents["sft"] = tiny.publish(store, folder / "sft", "sft", recipe, parents, metrics=left)
+    metrics = {"history": HISTORY, "tokens_per_s": 812.5}
+    parents["sft"] = tiny.publish(store, folder / "sft", "sft", recipe, parents, metrics=metrics)
     parents["dpo"] = tiny.publish(store, folder / "dpo", "dpo", recipe, parents)
     parents["merge"] = tiny.publish(store, folder / "merged", "merge", recipe, parents)
     return Run(store, recipe, parents)
@@ -150,7 +151,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return publish_run(tmp_path_factory.mktemp("unchanged"), steps=0)
 
 
-def test_a_training_that_worked_is_called_better(report: dict[str, Any]) -> None:
+def test_a_successful_training_is_called_better(report: dict[str, Any]) -> None:
     assert verdict(report, "loss", "base", "sft") == "better"
     assert verdict(report, "preference_accuracy", "sft", "merged") == "better"
     assert verdict(report, "preference_margin", "sft", "merged") == "better"
@@ -158,15 +159,15 @@ def test_a_training_that_worked_is_called_better(report: dict[str, Any]) -> None
     assert "and DPO raised preference accuracy from 0.50 to " in report["verdict"]["sentence"]
 
 
-def test_adapters_that_change_nothing_show_no_change(unchanged: Run) -> None:
+def test_adapters_that_change_nothing_show_no_clear_change(unchanged: Run) -> None:
     found = unchanged.evaluate()
     for metric in found["metrics"]:
         assert {change["verdict"] for change in metric["changes"]} == {"no clear change"}, metric["name"]
     assert "this run shows no improvement" in found["verdict"]["detail"]
 
 
-def test_the_loss_is_that_of_the_models_themselves(trained: Run, report: dict[str, Any], tmp_path: Path) -> None:
-    """Computed apart from scoring.py: whole rows, one model at a time."""
+def test_the_loss_equals_a_direct_computation(trained: Run, report: dict[str, Any], tmp_path: Path) -> None:
+    """The direct computation does not use scoring.py."""
     from transformers import AutoModelForCausalLM
 
     prepared = trained.store.fetch(trained.parents["prepare"], tmp_path / "prepared")
@@ -182,19 +183,19 @@ def test_the_loss_is_that_of_the_models_themselves(trained: Run, report: dict[st
         assert by_name(report)["perplexity"]["values"][name]["value"] == pytest.approx(math.exp(expected), rel=1e-4)
 
 
-def test_sft_is_the_reference_of_itself(report: dict[str, Any]) -> None:
+def test_sft_is_its_own_reference(report: dict[str, Any]) -> None:
     assert by_name(report)["preference_accuracy"]["values"]["sft"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert by_name(report)["preference_margin"]["values"]["sft"]["value"] == 0
 
 
-def test_the_reward_margin_is_beta_times_the_likelihood_margin_gained(trained: Run, report: dict[str, Any]) -> None:
+def test_the_reward_margin_is_beta_times_the_gain_in_likelihood_margin(trained: Run, report: dict[str, Any]) -> None:
     likelihood = by_name(report)["likelihood_margin"]["values"]
     gained = likelihood["merged"]["value"] - likelihood["sft"]["value"]
     reward = by_name(report)["preference_margin"]["values"]["merged"]["value"]
     assert reward == pytest.approx(trained.recipe.dpo.beta * gained)
 
 
-def test_the_report_holds_what_the_launcher_reads(report: dict[str, Any]) -> None:
+def test_the_report_has_everything_that_the_launcher_reads(report: dict[str, Any]) -> None:
     assert len(Report.model_validate(report).metrics) == 10
     assert report["models"] == ["base", "sft", "merged"]
     assert {metric["n"] for metric in report["metrics"]} == {TEST_ROWS, 8}
@@ -214,7 +215,14 @@ def test_every_artifact_is_in_the_lineage(trained: Run, report: dict[str, Any]) 
     assert set(lineage["evaluate"]["parents"]) == set(trained.parents)
 
 
-def test_the_three_files_say_the_same(trained: Run, report: dict[str, Any]) -> None:
+def test_the_dpo_adapter_is_in_the_key_and_is_not_fetched(trained: Run, tmp_path: Path) -> None:
+    assert "dpo" in STAGES["evaluate"].reads
+    assert set(STAGES["evaluate"].key_only) <= set(STAGES["evaluate"].reads)
+    inputs = entry.fetch_inputs(STAGES["evaluate"], trained.parents, trained.store, tmp_path)
+    assert set(inputs) == {"prepare", "sft", "merge"}
+
+
+def test_the_three_files_show_the_same_result(trained: Run, report: dict[str, Any]) -> None:
     files = trained.files()
     assert set(files) == {"report.html", "report.md", "report.json"}
     for page in (files["report.html"], files["report.md"]):
@@ -222,7 +230,7 @@ def test_the_three_files_say_the_same(trained: Run, report: dict[str, Any]) -> N
         assert f"{by_name(report)['loss']['values']['merged']['value']:.3f}" in page
 
 
-def test_a_gate_that_fails_is_reported_and_the_report_kept(trained: Run) -> None:
+def test_a_failed_gate_is_in_the_report_and_the_report_is_published(trained: Run) -> None:
     gates = "evaluate.gates=[{metric: loss, at_most: 0.01}, {metric: preference_accuracy, at_least: 0.6}]"
     found = trained.evaluate(gates)["gates"]
     assert [(gate["metric"], gate["model"], gate["bound"], gate["passed"]) for gate in found] == [
@@ -232,23 +240,23 @@ def test_a_gate_that_fails_is_reported_and_the_report_kept(trained: Run) -> None
     assert found[0]["value"] > 0.01
 
 
-def test_fewer_rows_are_taken_evenly_and_said(trained: Run) -> None:
+def test_limited_rows_are_taken_at_even_distances_and_named_in_a_caveat(trained: Run) -> None:
     found = trained.evaluate("evaluate.max_rows=10", "evaluate.generated_rows=4")
     assert by_name(found)["loss"]["n"] == 10
     assert by_name(found)["token_f1"]["n"] == 4
     assert [example["question"][-3:] for example in found["examples"]] == [" 0?", " 8?", "20?"]
     assert any(f"on 10 of {TEST_ROWS} test questions (evaluate.max_rows)" in caveat for caveat in found["caveats"])
-    assert any("no interval" in caveat for caveat in found["caveats"])  # four answers
+    assert any("an interval at 95% has no meaning" in caveat for caveat in found["caveats"])  # four answers
 
 
-def test_caveats_are_those_of_this_run(report: dict[str, Any]) -> None:
-    said = " ".join(report["caveats"])
-    assert "The base is a tiny Llama." in said  # from the data card
-    assert "cut at 12 tokens" in said
-    assert "max_rows" not in said
+def test_caveats_belong_to_this_run(report: dict[str, Any]) -> None:
+    caveats = " ".join(report["caveats"])
+    assert "The base is a tiny Llama." in caveats  # from the data card
+    assert "cut at 12 tokens" in caveats
+    assert "max_rows" not in caveats
 
 
-def test_progress_goes_once_from_start_to_end(unchanged: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_the_rows_of_all_models_once(unchanged: Run, capsys: pytest.CaptureFixture[str]) -> None:
     unchanged.evaluate("evaluate.max_rows=12")
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("evaluate: backend: transformers + peft on ") and ", because " in line for line in lines)
@@ -267,29 +275,29 @@ def test_one_test_row_gives_a_report_without_intervals(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken(trained: Run, tmp_path: Path) -> Run:
-    """The trained run with a merged model that holds a NaN."""
+    """The trained run, with a NaN in the merged model."""
     from transformers import AutoModelForCausalLM
 
     store, parents = Store((tmp_path / "store").as_uri()), trained.parents
     for name in ("prepare", "sft", "dpo"):
-        of_this = {parent: parents[parent] for parent in parents[name].parents}
-        tiny.publish(store, trained.store.fetch(parents[name], tmp_path / name), name, trained.recipe, of_this)
+        own_parents = {parent: parents[parent] for parent in parents[name].parents}
+        tiny.publish(store, trained.store.fetch(parents[name], tmp_path / name), name, trained.recipe, own_parents)
     merged = trained.store.fetch(parents["merge"], tmp_path / "merge") / "model"
     model = AutoModelForCausalLM.from_pretrained(merged)
     model.lm_head.weight.data[0, 0] = math.nan
     model.save_pretrained(tmp_path / "broken" / "model")
-    of_merge = {name: manifest for name, manifest in parents.items() if name != "merge"}
-    tiny.publish(store, tmp_path / "broken", "merge", trained.recipe, of_merge)
+    merge_parents = {name: manifest for name, manifest in parents.items() if name != "merge"}
+    tiny.publish(store, tmp_path / "broken", "merge", trained.recipe, merge_parents)
     return Run(store, trained.recipe, parents)
 
 
-def test_a_model_without_finite_answers_is_named(broken: Run) -> None:
+def test_the_error_names_the_model_with_scores_that_are_not_finite(broken: Run) -> None:
     with pytest.raises(DivergedError, match=r"merged gives no finite log-probability to 40 of 40 test answers"):
         broken.evaluate()
     assert not list(broken.store.entries("artifacts/evaluate/"))
 
 
-def test_told_to_stop_it_ends_at_once_and_leaves_nothing(trained: Run, tmp_path: Path) -> None:
+def test_sigterm_ends_the_stage_and_publishes_nothing(trained: Run, tmp_path: Path) -> None:
     recipe = tiny.recipe(*SETTINGS, "evaluate.confidence=0.9", "evaluate.max_new_tokens=64", "evaluate.batch_rows=1")
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     (tmp_path / "work").mkdir()

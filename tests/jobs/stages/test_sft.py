@@ -1,4 +1,4 @@
-"""SFT: what carries a loss, what is trained, what is refused. Real trainers on a tiny model."""
+"""SFT: which tokens carry a loss, what is trained, which trainings fail. Real trainers on a tiny model."""
 
 import re
 import shutil
@@ -45,7 +45,7 @@ def context(prepared: Path, tmp_path: Path) -> Context:
 
 
 def make_context(stage: str, prepared: Path, folder: Path, *overrides: str, **inputs: Path) -> Context:
-    """A stage's context around real folders."""
+    """A context for `stage` with real folders."""
     recipe = tiny.recipe(*overrides)
     store = Store(str(folder / "store"))
     manifest = tiny.publish_prepared(store, prepared, recipe)
@@ -64,27 +64,27 @@ def make_context(stage: str, prepared: Path, folder: Path, *overrides: str, **in
     )
 
 
-@given(asked=text, said=text, before=turns)
+@given(prompt_text=text, answer_text=text, before=turns)
 @settings(max_examples=200, deadline=None)
-def test_no_prompt_token_carries_a_loss_and_every_answers_eos_does(
-    tokenizer: Any, asked: str, said: str, before: list[tuple[str, str]]
+def test_answer_tokens_and_eos_carry_a_loss_and_prompt_tokens_do_not(
+    tokenizer: Any, prompt_text: str, answer_text: str, before: list[tuple[str, str]]
 ) -> None:
     prompt = [
         message
         for user, assistant in before
         for message in ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})
-    ] + [{"role": "user", "content": asked}]
-    row = encode(tokenizer, prompt, said)
+    ] + [{"role": "user", "content": prompt_text}]
+    row = encode(tokenizer, prompt, answer_text)
     columns = sft.labelled([row])
     ids, labels = columns["input_ids"][0], columns["labels"][0]
     counted = [label != sft.NO_LOSS for label in labels]
     assert counted == [False] * len(row.prompt_ids) + [True] * len(row.answer_ids)
     assert labels[-1] == ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(row.prompt_ids).endswith("\n<|assistant|>\n")
-    assert tokenizer.decode(row.answer_ids) == said + tokenizer.eos_token
+    assert tokenizer.decode(row.answer_ids) == answer_text + tokenizer.eos_token
 
 
-def test_the_trainers_own_batches_carry_the_answers_and_nothing_else(context: Context, tokenizer: Any) -> None:
+def test_the_trainers_batches_have_exactly_the_answers_as_labels(context: Context, tokenizer: Any) -> None:
     trainer, rows = build(context, tokenizer)
     for batch in trainer.get_train_dataloader():
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -93,14 +93,14 @@ def test_the_trainers_own_batches_carry_the_answers_and_nothing_else(context: Co
             assert learned[-1] == tokenizer.eos_token_id
 
 
-def test_rows_are_not_flattened_where_attention_would_mix_them(context: Context, tokenizer: Any) -> None:
+def test_rows_are_not_flattened_if_attention_would_mix_them(context: Context, tokenizer: Any) -> None:
     backend = backends.choose_backend()
     trainer, _ = build(context, tokenizer)
     assert trainer.padding_free is backend.flattens is False
     assert trainer.args.packing is False
 
 
-def test_training_changes_the_adapter_and_not_one_weight_of_the_base(context: Context) -> None:
+def test_training_changes_the_adapter_and_no_weight_of_the_base(context: Context) -> None:
     base = context.inputs["prepare"] / "base" / "model.safetensors"
     before = base.read_bytes()
     sft.work(context)
@@ -113,7 +113,7 @@ def test_training_changes_the_adapter_and_not_one_weight_of_the_base(context: Co
     assert context.metrics["validation_loss"] == min(losses)
 
 
-def test_the_published_adapter_is_that_of_the_lowest_validation_loss(prepared: Path, tmp_path: Path) -> None:
+def test_the_published_adapter_has_the_lowest_validation_loss(prepared: Path, tmp_path: Path) -> None:
     noisy = ("sft.max_steps=4", "sft.learning_rate=0.1", "sft.lr_schedule=constant", "sft.evaluate_every_steps=1")
     context = make_context("sft", prepared, tmp_path, *noisy)
     sft.work(context)
@@ -138,7 +138,7 @@ def test_lora_settings_reach_the_adapter(prepared: Path, tmp_path: Path) -> None
     assert context.metrics["steps"] == 2
 
 
-def test_micro_batches_of_another_size_learn_the_same(prepared: Path, tmp_path: Path) -> None:
+def test_another_micro_batch_size_gives_the_same_adapter_up_to_rounding(prepared: Path, tmp_path: Path) -> None:
     adapters = []
     for rows in (8, 2):
         folder = tmp_path / str(rows)
@@ -150,7 +150,7 @@ def test_micro_batches_of_another_size_learn_the_same(prepared: Path, tmp_path: 
         torch.testing.assert_close(tensor, adapters[1][name], atol=2e-4, rtol=0)
 
 
-def test_a_step_takes_its_rows_from_the_longest_to_the_shortest(
+def test_a_step_orders_its_rows_from_the_longest_to_the_shortest(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uneven = shutil.copytree(prepared, tmp_path / "uneven")
@@ -162,14 +162,14 @@ def test_a_step_takes_its_rows_from_the_longest_to_the_shortest(
     assert_longest_first(widths, context.recipe.sft.micro_batches)
 
 
-def test_a_trainer_that_cuts_rows_is_refused(context: Context, tokenizer: Any) -> None:
+def test_a_trainer_that_cuts_rows_fails_the_label_check(context: Context, tokenizer: Any) -> None:
     trainer, rows = build(context, tokenizer)
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["labels"][:-1]})
     with pytest.raises(ProofError, match="would learn"):
         sft.check_labels(trainer, rows)
 
 
-def test_a_loss_that_is_not_a_number_ends_the_training(context: Context, prepared: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_ends_the_training(context: Context, prepared: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     broken = AutoModelForCausalLM.from_pretrained(prepared / "base")
@@ -184,15 +184,15 @@ def test_a_loss_that_is_not_a_number_ends_the_training(context: Context, prepare
     assert not list(context.output.iterdir())
 
 
-def test_a_loss_that_explodes_ends_the_training_and_names_the_checkpoint_before(
+def test_a_loss_that_explodes_ends_the_training_and_names_the_last_good_checkpoint(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is ruined after its fifth step: so is the checkpoint of that step, though its weights are numbers."""
+    """The model is damaged after its fifth step, so the checkpoint of that step is not good, although it is finite."""
 
-    def ruin(model: Any) -> None:
+    def damage(model: Any) -> None:
         model.get_output_embeddings().weight.data.mul_(1000)
 
-    after_step_5(ruin, monkeypatch)
+    after_step_5(damage, monkeypatch)
     context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
     with pytest.raises(DivergedError) as caught:
         sft.work(context)
@@ -202,41 +202,41 @@ def test_a_loss_that_explodes_ends_the_training_and_names_the_checkpoint_before(
         str(caught.value),
     )
     assert found, caught.value
-    assert (found[1], found[2]) == ("6", "4"), "the loss of step 6 is of the weights that step 5 left"
+    assert (found[1], found[2]) == ("6", "4"), "the loss of step 6 is computed with the weights after step 5"
     assert found[3] == f"{context.store.uri}/{checkpoint_path('sft', context.key, 4)}"
     assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
 
-def test_a_state_with_a_weight_that_is_no_number_is_never_a_checkpoint(
+def test_weights_that_are_not_finite_are_never_saved_in_a_checkpoint(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_step_5(poison, monkeypatch)
+    after_step_5(set_one_weight_to_nan, monkeypatch)
     context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
     with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is that of step 4, file:"):
         sft.work(context)
     assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
 
-def test_weights_that_are_no_numbers_are_not_kept_whatever_the_validation_says(
+def test_an_adapter_that_is_not_finite_is_not_kept_even_with_a_good_validation_loss(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend whose validation leaves the adapter out gives a good loss for any."""
-    after_step_5(poison, monkeypatch)
-    monkeypatch.setattr(sft, "measure", lambda *_: {"eval_loss": 1.0})
+    """A backend that validates without the adapter returns a good loss for any adapter."""
+    after_step_5(set_one_weight_to_nan, monkeypatch)
+    monkeypatch.setattr(sft, "validate", lambda *_: {"eval_loss": 1.0})
     context = make_context("sft", prepared, tmp_path, "sft.evaluate_every_steps=5")
     with pytest.raises(DivergedError, match="no finite weights at step 5 of 16"):
         sft.work(context)
     assert not list(context.output.iterdir())
 
 
-def test_four_bits_without_cuda_are_refused_in_one_line(prepared: Path, tmp_path: Path) -> None:
+def test_nf4_without_cuda_is_a_one_line_error(prepared: Path, tmp_path: Path) -> None:
     context = make_context("sft", prepared, tmp_path, "sft.quantization=nf4")
     with pytest.raises(RecipeError, match="nf4 needs a CUDA device") as caught:
         sft.work(context)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_pad_token_gets_one_that_is_not_eos(tokenizer: Any) -> None:
+def test_a_tokenizer_without_pad_token_gets_one_that_differs_from_eos(tokenizer: Any) -> None:
     bare = tiny.make_tokenizer(["some words"])
     bare.pad_token = None
     bare.chat_template = None
@@ -246,7 +246,7 @@ def test_a_tokenizer_without_pad_token_gets_one_that_is_not_eos(tokenizer: Any) 
     assert bare.chat_template
 
 
-def test_a_tokenizer_without_eos_is_refused() -> None:
+def test_a_tokenizer_without_eos_is_an_error() -> None:
     bare = tiny.make_tokenizer(["some words"])
     bare.eos_token = None
     with pytest.raises(DataError, match="no EOS token"):
@@ -254,25 +254,25 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 
 
 def after_step_5(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `change` done to the model that trains."""
+    """Apply `change` to the model in training after its fifth step."""
     from llamarefine_jobs.training import loop
 
-    original = loop.Watch.on_step_end
+    original = loop.TrainingCallback.on_step_end
 
-    def changed(watch: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def changed(callback: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if state.global_step == 5:
             change(model)
-        original(watch, args, state, control, model=model, **more)
+        original(callback, args, state, control, model=model, **more)
 
-    monkeypatch.setattr(loop.Watch, "on_step_end", changed)
+    monkeypatch.setattr(loop.TrainingCallback, "on_step_end", changed)
 
 
-def poison(model: Any) -> None:
+def set_one_weight_to_nan(model: Any) -> None:
     next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
 
 
 def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
-    """The trainer as sft.work builds it, and the rows it was given."""
+    """The trainer as sft.work builds it, and its rows."""
     from llamarefine_jobs.training import loop
 
     backend = backends.choose_backend()
@@ -285,20 +285,22 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
         seed=1,
         gradient_checkpointing=False,
     )
-    watch = loop.Watch(section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, rows, context))
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows
+    callback = loop.TrainingCallback(
+        section, context, 10, lambda model: sft.validate(model, tokenizer.pad_token_id, rows, context)
+    )
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, callback), rows
 
 
 def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each micro batch is wide, once a trainer has run."""
+    """A list that gets the width in tokens of each micro-batch that a trainer runs."""
     from transformers import Trainer
 
     widths: list[int] = []
-    own = Trainer.training_step
+    original = Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         widths.append(inputs["input_ids"].shape[1])
-        return own(self, model, inputs, *rest, **more)
+        return original(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     return widths
@@ -311,7 +313,7 @@ def assert_longest_first(widths: list[int], micro_batches: int) -> None:
 
 
 def validation_loss(context: Context) -> float:
-    """The published adapter's loss on the validation split, by our own scoring."""
+    """The validation loss of the published adapter, computed with models/scoring.py."""
     from llamarefine_jobs.models.scoring import score
 
     base = context.inputs["prepare"] / "base"

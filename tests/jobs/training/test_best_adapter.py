@@ -1,4 +1,4 @@
-"""What a checkpoint says of the best adapter is checked before a training goes on with it."""
+"""The best adapter in a checkpoint is checked before a training continues with it."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ WHERE = "s3://bucket/checkpoints/sft/0"
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [(b'{"loss": 2.5, "step": 8}', (2.5, 8)), (b'{"loss": 2, "step": 1}', (2, 1))]
+    ("record", "expected"), [(b'{"loss": 2.5, "step": 8}', (2.5, 8)), (b'{"loss": 2, "step": 1}', (2, 1))]
 )
-def test_loss_and_step_are_read(said: bytes, found: tuple[float, int], tmp_path: Path) -> None:
-    (tmp_path / "best.json").write_bytes(said)
-    assert read_best(tmp_path, WHERE) == found
+def test_loss_and_step_are_read(record: bytes, expected: tuple[float, int], tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(record)
+    assert read_best(tmp_path, WHERE) == expected
 
 
 @pytest.mark.parametrize(
-    "said",
+    "record",
     [
         b"",
         b"[]",
@@ -38,24 +38,24 @@ def test_loss_and_step_are_read(said: bytes, found: tuple[float, int], tmp_path:
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_loss_or_no_step_is_refused_in_one_line(said: bytes, tmp_path: Path) -> None:
-    (tmp_path / "best.json").write_bytes(said)
+def test_an_invalid_loss_or_step_is_a_one_line_error(record: bytes, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(record)
     with pytest.raises(IntegrityError, match=f"checkpoint under {WHERE} is damaged: its best.json") as refused:
         read_best(tmp_path, WHERE)
     assert "\n" not in str(refused.value)
 
 
-def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_the_trained_one_is_an_error(tmp_path: Path) -> None:
     trained = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
     with pytest.raises(IntegrityError, match="missing"):
         check_best(tmp_path, trained, WHERE)
-    for best, said in (
-        ({"a": torch.zeros(2, 3)}, "another shape"),
-        ({"a": torch.zeros(3, 2), "b": torch.zeros(3)}, "another shape"),
-        ({"a": torch.full((2, 3), torch.nan), "b": torch.zeros(3)}, "no numbers"),
+    for best, message in (
+        ({"a": torch.zeros(2, 3)}, "shapes of its best adapter differ"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(3)}, "shapes of its best adapter differ"),
+        ({"a": torch.full((2, 3), torch.nan), "b": torch.zeros(3)}, "contains NaN or infinity"),
     ):
         save_file(best, tmp_path / ADAPTER_WEIGHTS)
-        with pytest.raises(IntegrityError, match=said):
+        with pytest.raises(IntegrityError, match=message):
             check_best(tmp_path, trained, WHERE)
     (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(IntegrityError, match="cannot be read"):

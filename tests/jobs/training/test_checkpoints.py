@@ -1,5 +1,6 @@
-"""Checkpoints go to the store beside the training: it never waits for them, and none is lost without a word."""
+"""Checkpoints are uploaded in the background: the training does not wait for them; every failed upload is logged."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,13 +10,13 @@ import pytest
 
 from llamarefine_jobs.contract.errors import StoreError
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.training.checkpoints import Checkpoint, Checkpoints
+from llamarefine_jobs.training.checkpoints import Checkpoint, CheckpointUploader
 from tests.store import samples
 from tests.store.samples import KEY, STAGE
 
 
 class Gate:
-    """A real store's objects, whose uploads wait until the gate is open, and fail where told."""
+    """The objects of a real store; uploads wait until the gate is open, and fail with `error` if it is set."""
 
     def __init__(self, objects: Any) -> None:
         self._objects = objects
@@ -53,8 +54,8 @@ def notes() -> list[str]:
 
 
 @pytest.fixture
-def checkpoints(store: Store, notes: list[str]) -> Checkpoints:
-    return Checkpoints(store, notes.append)
+def uploader(store: Store, notes: list[str]) -> CheckpointUploader:
+    return CheckpointUploader(store, notes.append)
 
 
 @pytest.fixture
@@ -63,44 +64,55 @@ def made(tmp_path: Path) -> Callable[[int], Checkpoint]:
 
 
 def stored(store: Store, into: Path) -> int | None:
-    """The step of the newest complete checkpoint, its bytes compared with those that were handed over."""
+    """The step of the newest complete checkpoint, after its bytes are compared with the original ones."""
     step = store.fetch_checkpoint(STAGE, KEY, into)
     if step is not None:
         assert samples.content(into) == samples.content(samples.make_folder(into.parent / "expected", seed=step))
     return step
 
 
-def test_the_training_goes_on_while_a_checkpoint_is_uploaded(
-    checkpoints: Checkpoints, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+def open_on_discard(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open the gate, on which the running upload waits, as soon as a folder is removed."""
+    rmtree = shutil.rmtree
+
+    def remove(*arguments: Any, **options: Any) -> None:
+        rmtree(*arguments, **options)
+        gate.open.set()
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+
+
+def test_the_training_continues_while_a_checkpoint_is_uploaded(
+    uploader: CheckpointUploader, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
 ) -> None:
     first = made(1)
-    checkpoints.offer(first)
+    uploader.upload_in_background(first)
     assert gate.reached.wait(30)
     assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "too early") is None
-    assert samples.content(first.folder), "what is uploaded stays on the disk"
+    assert samples.content(first.folder), "the folder is removed during its upload"
     gate.open.set()
-    checkpoints.settle()
-    assert stored(store, tmp_path / "resume") == checkpoints.newest_step == 1
+    uploader.wait()
+    assert stored(store, tmp_path / "resume") == uploader.newest_step == 1
     assert not first.folder.exists()
 
 
-def test_a_newer_checkpoint_takes_the_place_of_one_that_waits(
-    checkpoints: Checkpoints, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+def test_a_newer_checkpoint_replaces_one_that_waits(
+    uploader: CheckpointUploader, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
 ) -> None:
     first, second, third = made(1), made(2), made(3)
-    checkpoints.offer(first)
+    uploader.upload_in_background(first)
     assert gate.reached.wait(30)
-    checkpoints.offer(second)
-    checkpoints.offer(third)
+    uploader.upload_in_background(second)
+    uploader.upload_in_background(third)
     assert not second.folder.exists()
     gate.open.set()
-    checkpoints.settle()
+    uploader.wait()
     assert stored(store, tmp_path / "resume") == 3
     assert {entry.path.split("/")[3] for entry in store.entries("checkpoints/")} == {"00000003"}
 
 
-def test_an_upload_that_fails_is_noted_and_the_next_checkpoint_is_tried(
-    checkpoints: Checkpoints,
+def test_a_failed_upload_is_logged_and_the_next_checkpoint_is_uploaded(
+    uploader: CheckpointUploader,
     gate: Gate,
     store: Store,
     notes: list[str],
@@ -108,64 +120,73 @@ def test_an_upload_that_fails_is_noted_and_the_next_checkpoint_is_tried(
     tmp_path: Path,
 ) -> None:
     gate.open.set()
-    checkpoints.offer(made(1))
-    checkpoints.settle()
+    uploader.upload_in_background(made(1))
+    uploader.wait()
     gate.error = StoreError("the bucket is away")
-    checkpoints.offer(made(2))
-    checkpoints.settle()
+    uploader.upload_in_background(made(2))
+    uploader.wait()
     assert notes == ["the checkpoint at step 2 is not in the store, training goes on: the bucket is away"]
-    assert stored(store, tmp_path / "after the failure") == checkpoints.newest_step == 1
+    assert stored(store, tmp_path / "after the failure") == uploader.newest_step == 1
     gate.error = None
-    checkpoints.offer(made(3))
-    checkpoints.settle()
+    uploader.upload_in_background(made(3))
+    uploader.wait()
     assert stored(store, tmp_path / "after the next") == 3
 
 
-def test_the_last_checkpoint_is_in_the_store_when_publish_returns(
-    checkpoints: Checkpoints, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+def test_the_last_checkpoint_is_in_the_store_when_upload_now_returns(
+    monkeypatch: pytest.MonkeyPatch,
+    uploader: CheckpointUploader,
+    gate: Gate,
+    store: Store,
+    made: Callable[[int], Checkpoint],
+    tmp_path: Path,
 ) -> None:
-    checkpoints.offer(made(1))
+    uploader.upload_in_background(made(1))
     assert gate.reached.wait(30)
     waiting, last = made(2), made(3)
-    checkpoints.offer(waiting)
-    opening = threading.Timer(0.2, gate.open.set)
-    opening.start()
-    checkpoints.publish(last)
+    uploader.upload_in_background(waiting)
+    open_on_discard(gate, monkeypatch)
+    uploader.upload_now(last)
     assert stored(store, tmp_path / "resume") == 3
     assert not waiting.folder.exists()
     assert not last.folder.exists()
 
 
-def test_a_last_checkpoint_that_cannot_be_stored_is_an_error(
-    checkpoints: Checkpoints, gate: Gate, made: Callable[[int], Checkpoint]
+def test_upload_now_raises_the_error_of_a_failed_upload(
+    uploader: CheckpointUploader, gate: Gate, made: Callable[[int], Checkpoint]
 ) -> None:
     gate.open.set()
     gate.error = StoreError("the bucket is away")
     with pytest.raises(StoreError, match="away"):
-        checkpoints.publish(made(1))
-    assert checkpoints.newest_step is None
+        uploader.upload_now(made(1))
+    assert uploader.newest_step is None
 
 
-def test_at_the_end_the_checkpoint_that_waits_is_dropped(
-    checkpoints: Checkpoints, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+def test_discard_waiting_removes_the_checkpoint_that_waits(
+    monkeypatch: pytest.MonkeyPatch,
+    uploader: CheckpointUploader,
+    gate: Gate,
+    store: Store,
+    made: Callable[[int], Checkpoint],
+    tmp_path: Path,
 ) -> None:
-    checkpoints.offer(made(1))
+    uploader.upload_in_background(made(1))
     assert gate.reached.wait(30)
     waiting = made(2)
-    checkpoints.offer(waiting)
-    threading.Timer(0.2, gate.open.set).start()
-    checkpoints.abandon()
+    uploader.upload_in_background(waiting)
+    open_on_discard(gate, monkeypatch)
+    uploader.discard_waiting()
     assert not waiting.folder.exists()
     assert stored(store, tmp_path / "resume") == 1
 
 
-def test_a_mistake_of_ours_is_not_swallowed_by_the_thread(
-    checkpoints: Checkpoints, gate: Gate, made: Callable[[int], Checkpoint]
+def test_an_unexpected_error_in_the_thread_is_raised_by_wait(
+    uploader: CheckpointUploader, gate: Gate, made: Callable[[int], Checkpoint]
 ) -> None:
     gate.open.set()
     gate.error = ZeroDivisionError("a mistake")
-    checkpoints.offer(made(1))
+    uploader.upload_in_background(made(1))
     with pytest.raises(ZeroDivisionError):
-        checkpoints.settle()
+        uploader.wait()
     gate.error = None
-    checkpoints.settle()
+    uploader.wait()

@@ -1,0 +1,53 @@
+"""The losses that a training logs: progress lines, and the decision that the training diverged."""
+
+import time
+from typing import Any
+
+from transformers import TrainerState
+
+from llamarefine_jobs.context import Context
+from llamarefine_jobs.contract.recipe import Dpo, Sft
+
+# Nats above the first loss: the answers became 55 times less likely, token by token. Batches differ by tenths of a nat.
+_DIVERGED = 4.0
+
+
+class TrainingProgress:
+    """Progress of one training: first and last loss, speed, remaining time."""
+
+    def __init__(self, section: Sft | Dpo, context: Context, tokens_per_row: float) -> None:
+        self._context = context
+        self._tokens_per_step = section.batch_rows * tokens_per_row
+        self._first_loss: float | None = None
+        self._began_s = time.monotonic()
+        self.last_loss: float | None = None
+        self.first_step = 0  # the step of the checkpoint that this process continues from
+
+    def begin(self, state: TrainerState) -> None:
+        """Print the first progress line; take over the losses that earlier attempts logged."""
+        self.first_step = state.global_step
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if losses:
+            self._first_loss, self.last_loss = float(losses[0]), float(losses[-1])
+        self._began_s = time.monotonic()
+        self._context.progress(state.global_step, state.max_steps)
+
+    def is_diverged(self, loss: float) -> bool:
+        """Return whether `loss` shows that the training diverged: NaN, or far above the first loss."""
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        return not loss < self._first_loss + _DIVERGED  # also true for NaN
+
+    def report(self, loss: float, state: TrainerState) -> None:
+        """Print a progress line with the loss of the step."""
+        seconds = time.monotonic() - self._began_s
+        steps = max(1, state.global_step - self.first_step)
+        figures: dict[str, Any] = {
+            "loss": loss,
+            "tokens_per_s": self.tokens_per_s(steps, seconds),
+            "eta_s": round((state.max_steps - state.global_step) * seconds / steps, 1),
+        }
+        self._context.progress(state.global_step, state.max_steps, **figures)
+
+    def tokens_per_s(self, steps: int, seconds: float) -> float:
+        """Return how many tokens a second the training handles, if it makes `steps` steps in `seconds`."""
+        return round(steps * self._tokens_per_step / seconds, 1)
