@@ -189,7 +189,7 @@ def load(store: Store, run: str) -> RunRecord | None:
     try:
         record = RunRecord.model_validate_json(read_self_digest(data, _DIGEST) or data)
     except ValidationError:
-        raise IntegrityError(f"{place}: is no run record of this version") from None
+        raise IntegrityError(f"{place}: is not a run record of this version") from None
     except ValueError as error:
         raise IntegrityError(f"{place}: {error}; run the recipe again to rewrite the record") from None
     if record.run != run:
