@@ -211,7 +211,7 @@ def submit(
         click.echo(output.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return
     opened = open_store(given.store)
-    if records.DRIVER_JOB not in os.environ:  # who submitted this driver has seen the header already
+    if records.DRIVER_JOB not in os.environ:  # the `submit` that created this driver printed the header
         output.print_header(progress, run, opened)
     if foreground:
         _drive_in_foreground(cluster, pinned, given, opened)

@@ -273,6 +273,7 @@ def _records(store: Store) -> Iterator[RunRecord]:
 
 
 def _recorded(record: RunRecord) -> Iterator[Ref]:
+    """Return the artifacts that a run's record names."""
     return ((stage, about.key) for stage, about in record.stages.items() if about.key)
 
 
@@ -310,9 +311,11 @@ def _has_manifest(folder: str, entries: Iterable[Entry]) -> bool:
 
 
 def _ref(folder: str) -> Ref:
+    """Return the stage and key in the path of an artifact's or a checkpoint's folder."""
     _, stage, key, *_ = folder.split("/")
     return stage, key
 
 
 def _children_first(folder: str) -> tuple[int, str]:
+    """Sort key of a folder: later stages come first, so that no child outlives its parents."""
     return _CHILDREN_FIRST.index(folder.split("/")[1]), folder

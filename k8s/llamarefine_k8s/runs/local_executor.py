@@ -181,7 +181,7 @@ def missing_libraries() -> list[str]:
 
 
 def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
-    """Return the environment of a stage on this machine: that of this process, changed for the stage, and `more`."""
+    """Return the environment of a stage on this machine: a changed copy of this process's, with `more` added."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
     # A stage imports thousands of modules: 5 s if they are compiled, 14 s if each process compiles them again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

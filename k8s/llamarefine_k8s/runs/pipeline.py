@@ -77,7 +77,7 @@ class Executor(Protocol):
 
 
 class RunObserver(Protocol):
-    """Is told of every change of a run that is driven: the terminal's display, or a test."""
+    """Shows a run while it is driven: implemented by the terminal's displays, and by a recorder in tests."""
 
     def show(self, record: RunRecord) -> None:
         """Called with the record after each change."""

@@ -157,7 +157,7 @@ def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Itera
             wrong.append(str(error))
             continue
         if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
-            wrong.append(f"{file.path} {'is missing' if data is None else 'differs from that of evaluate'}")
+            wrong.append(f"{file.path} {'is missing' if data is None else 'differs from the artifact of evaluate'}")
     if wrong:
         yield fail("report", "; ".join(wrong), _RERUN)
     else:

@@ -24,7 +24,7 @@ from tests.k8s.acting import FakeExecutor, fail
 
 
 class RecordingObserver:
-    """An observer that records all it is told."""
+    """An observer that keeps every record and note."""
 
     def __init__(self) -> None:
         self.records: list[RunRecord] = []

@@ -119,7 +119,7 @@ def test_a_changed_or_missing_report_file_is_named(store: Store, done: Recipe) -
     store.objects.delete(f"runs/{run}/report/report.html")
     found = wrong(store)
     assert set(found) == {"report"}
-    assert "report.md differs from that of evaluate" in found["report"]
+    assert "report.md differs from the artifact of evaluate" in found["report"]
     assert "report.html is missing" in found["report"]
 
 
