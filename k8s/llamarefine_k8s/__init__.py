@@ -1,1 +1,1 @@
-"""What talks to Kubernetes, and to this machine: the launcher."""
+"""The launcher: runs the stages as processes on this machine or as Jobs on a Kubernetes cluster."""

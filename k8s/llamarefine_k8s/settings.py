@@ -1,7 +1,8 @@
-"""The launcher's settings: flag > environment > file > default.
+"""The launcher's settings: where the store is, and how stages run on a cluster.
 
-click has settled the first two when `load` is called; the file is ``llamarefine.yaml`` beside the work. The chart
-renders the same keys, so what is written here for a laptop is valid there.
+A value comes from a flag, or else the environment, the file ``llamarefine.yaml`` in the working directory, or the
+default. click resolves flags and environment before `load` is called. The chart renders the same keys, so a file
+written for this machine is also valid there.
 """
 
 import difflib
@@ -23,9 +24,9 @@ from llamarefine_jobs.untrusted import safe_yaml
 FILE = Path("llamarefine.yaml")
 FILE_VARIABLE = "LLAMAREFINE_SETTINGS"
 DRIVER, ALL = "driver", "all"
-_FIRST_S = 30.0
+_FIRST_S = 30.0  # an address that never answered is given up after this: it may be wrong
 
-_BRIEF = reprlib.Repr()  # a value may be as long as the file
+_SHORT_REPR = reprlib.Repr()  # a value may be as long as the file
 
 Seconds = Annotated[int, Field(ge=1)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9.]+(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
@@ -41,16 +42,16 @@ class _Section(BaseModel):
 
 
 class Resources(_Section):
-    """What one stage's container asks for."""
+    """Resource requests, limits and GPUs of one stage's container."""
 
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
-    gpus: int | None = Field(None, ge=0, description="null: 1 where the stage needs a GPU, else 0")
+    gpus: int | None = Field(None, ge=0, description="null: 1 if the stage needs a GPU, else 0")
 
     @field_validator("requests", "limits", mode="before")
     @classmethod
     def _yaml_numbers(cls, values: Any) -> Any:
-        """Let `cpu: 2` stand for "2", as Kubernetes does."""
+        """Accept the number in `cpu: 2` as "2", as Kubernetes does."""
         if not isinstance(values, dict):
             return values
         return {
@@ -59,7 +60,7 @@ class Resources(_Section):
         }
 
 
-# A stage asks for what TinyLlama needs; each number is a person's to change.
+# Default requests of each stage, enough for TinyLlama. The setting `resources` overrides them.
 _RESOURCES: dict[str, dict[str, str]] = {
     "prepare": {"cpu": "1", "memory": "4Gi"},
     "sft": {"cpu": "4", "memory": "16Gi"},
@@ -72,45 +73,52 @@ _RESOURCES: dict[str, dict[str, str]] = {
 
 
 class Settings(_Section):
-    """Where things are and how stages run there, the same for every recipe."""
+    """Settings of an installation, the same for every recipe."""
 
     store: str = "./llamarefine-store"
-    context: str | None = Field(None, description="of the kubeconfig; null: its current one")
-    namespace: str | None = Field(None, description="null: the context's, else `default`")
-    image_registry: str = Field("", description="before every image's name, such as registry.example.com/team")
+    context: str | None = Field(None, description="context of the kubeconfig; null: the current one")
+    namespace: str | None = Field(None, description="Kubernetes namespace; null: the context's, else `default`")
+    image_registry: str = Field("", description="prefix of every image's name, such as registry.example.com/team")
     image_tag: str = __version__
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
     secret_name: str | None = Field(
-        "llamarefine-bucket", description="holds AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null: workload identity"
+        "llamarefine-bucket",
+        description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null: workload identity",
     )
     signing_secret_name: str | None = Field(
-        None, description="holds signing-key.pem, by which the driver signs what it says of a model; null: unsigned"
+        None, description="Secret with signing-key.pem, which signs each model's statement; null: unsigned"
     )
-    s3_endpoint: str | None = Field(None, description="as pods reach it; null: Amazon's")
+    s3_endpoint: str | None = Field(None, description="URL by which pods reach the bucket; null: Amazon's")
     s3_region: str = "us-east-1"
-    service_account: str = Field("llamarefine-driver", description="of the driver, which may create Jobs")
-    stage_service_account: str | None = Field(None, description="of stages; it needs no permission. null: `default`")
-    gpu_resource: str | None = Field("nvidia.com/gpu", description="what a GPU is called; null: stages run on CPUs")
-    resources: dict[str, Resources] = Field({}, description="by stage, or `driver`")
-    shared_memory: Quantity | None = Field("2Gi", description="of /dev/shm in GPU stages, out of the memory limit")
-    scratch: Quantity | None = Field(None, description="bound of a pod's working space; null: the node's disk")
+    service_account: str = Field("llamarefine-driver", description="of the driver; it needs permission to create Jobs")
+    stage_service_account: str | None = Field(None, description="of stages; it needs no permissions. null: `default`")
+    gpu_resource: str | None = Field("nvidia.com/gpu", description="resource name of a GPU; null: stages run on CPUs")
+    resources: dict[str, Resources] = Field({}, description="requests, limits and GPUs, by stage or `driver`")
+    shared_memory: Quantity | None = Field(
+        "2Gi", description="size of /dev/shm in GPU stages; counts towards the memory limit"
+    )
+    scratch: Quantity | None = Field(None, description="limit of a pod's working space; null: the node's disk")
     node_selector: dict[str, str] = Field({}, description="of stages")
-    tolerations: tuple[dict[str, Any], ...] = Field((), description="of stages, as in a pod")
+    tolerations: tuple[dict[str, Any], ...] = Field((), description="of stages, as in a pod's spec")
     priority_class: str | None = None
     queue: str | None = Field(None, description="a Kueue LocalQueue; stages wait suspended until it admits them")
-    retries: int = Field(3, ge=0, description="of a stage whose bucket or network failed; preemptions are not counted")
-    grace_s: Seconds = Field(120, description="from SIGTERM to SIGKILL: a checkpoint is saved in it")
+    retries: int = Field(
+        3, ge=0, description="of a stage after a bucket or network failure; preemptions are not counted"
+    )
+    grace_s: Seconds = Field(120, description="seconds from SIGTERM to SIGKILL, in which a checkpoint is saved")
     start_timeout_s: Seconds = Field(
-        900, description="a stage that cannot start for so long fails; time in a queue or for a node to come is free"
+        900,
+        description="a stage that cannot start for so long fails; waiting in a queue or for a new node does not count",
     )
     give_up_after_s: Seconds = Field(
-        int(GIVE_UP_AFTER_S), description="a bucket or an API server that is away for longer ends what waits for it"
+        int(GIVE_UP_AFTER_S),
+        description="a stage or driver fails if the bucket or the API server is unreachable for longer",
     )
-    deadline_s: Seconds | None = Field(86_400, description="the longest that one stage may take")
-    ttl_s: int = Field(3600, ge=0, description="finished Jobs and their pods are removed so much later")
+    deadline_s: Seconds | None = Field(86_400, description="the longest that a stage may run; null: no limit")
+    ttl_s: int = Field(3600, ge=0, description="finished Jobs and their pods are deleted after so many seconds")
     patches: dict[str, dict[str, Any]] = Field(
-        {}, description="merged into the Job of a stage, of `driver`, or of `all` stages: see manifests.py"
+        {}, description="merged into the Job of a stage, of `driver`, or of `all` stages; see manifests.py"
     )
 
     @field_validator("store", "s3_endpoint")
@@ -122,8 +130,8 @@ class Settings(_Section):
     def _no_plain_secrets(self) -> Self:
         for name in plain_secrets(self.patches):
             raise ValueError(
-                f"`patches` gives {name} as plain text, which anyone who reads Jobs would see; put it into a Secret "
-                "and take it from there by valueFrom.secretKeyRef"
+                f"`patches` gives {name} as plain text, which anyone who can read Jobs would see; put it into a "
+                "Secret and refer to it by valueFrom.secretKeyRef"
             )
         return self
 
@@ -133,45 +141,47 @@ class Settings(_Section):
             known = [*STAGES, *extra]
             for name in getattr(self, setting):
                 if name not in known:
-                    raise ValueError(f"`{setting}.{name}` is of no stage; there are {', '.join(known)}")
+                    raise ValueError(f"`{setting}.{name}` is not a stage; expected one of {', '.join(known)}")
         return self
 
     def resources_of(self, name: str) -> Resources:
-        """What a stage, or the driver, asks for."""
+        """Return the resources of a stage or of the driver: those in the settings over the defaults."""
         given = self.resources.get(name, Resources())
-        # A limit without a request is the request too, in Kubernetes: our own number may be above it.
-        ours = {what: much for what, much in _RESOURCES[name].items() if what not in given.limits}
-        return given.model_copy(update={"requests": ours | given.requests})
+        # Kubernetes uses a limit as the request if there is none; our default request could exceed that limit.
+        defaults = {
+            resource: quantity for resource, quantity in _RESOURCES[name].items() if resource not in given.limits
+        }
+        return given.model_copy(update={"requests": defaults | given.requests})
 
     def gpus_of(self, stage: str) -> int:
-        """How many GPUs a stage is given."""
+        """Return how many GPUs a stage gets; 0 if `gpu_resource` is null."""
         gpus = self.resources.get(stage, Resources()).gpus
         wanted = int(STAGES[stage].needs_gpu) if gpus is None else gpus
         return wanted if self.gpu_resource else 0
 
-    def retry_policy(self, say: Callable[[str], None]) -> RetryPolicy:
-        """That of whoever drives or follows a run. An address that never answered is told soon: it may be wrong."""
-        return RetryPolicy(self.give_up_after_s, say, first_s=_FIRST_S)
+    def retry_policy(self, announce: Callable[[str], None]) -> RetryPolicy:
+        """Return the retry policy of a process that drives or follows a run; it passes its messages to `announce`."""
+        return RetryPolicy(self.give_up_after_s, announce, first_s=_FIRST_S)
 
     def image(self, name: str) -> str:
-        """The image of a stage, or of the launcher."""
+        """Return the image of a stage, or of the launcher, with registry and tag."""
         registry = f"{self.image_registry.rstrip('/')}/" if self.image_registry else ""
         return f"{registry}llamarefine-{name}:{self.image_tag}"
 
 
 def load(file: Path | None = None, **given: Any) -> Settings:
-    """The settings, `given` on top of the file; a value of None was not given. RecipeError for a wrong file."""
+    """Return the settings of a file, overridden by `given` (None: not given). Raises RecipeError for a wrong value."""
     file = file or default_file()
     return parse(read_file(file), str(file), **given)
 
 
 def default_file() -> Path:
-    """The file that the environment names, else the one beside the work."""
+    """Return the file that LLAMAREFINE_SETTINGS names, else llamarefine.yaml in the working directory."""
     return Path(os.environ.get(FILE_VARIABLE) or FILE)
 
 
 def parse(values: dict[str, Any], where: str, **given: Any) -> Settings:
-    """Plain values as settings, `given` on top; `where` names them in errors."""
+    """Validate parsed values, overridden by `given`. `where` names their source in errors, which are RecipeErrors."""
     values = values | {name: value for name, value in given.items() if value is not None}
     try:
         return Settings.model_validate(values)
@@ -179,15 +189,15 @@ def parse(values: dict[str, Any], where: str, **given: Any) -> Settings:
         mistake = error.errors()[0]
         name = ".".join(str(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: `{name}` is no setting; {_nearest(mistake['loc'])}") from None
+            raise RecipeError(f"{where}: `{name}` is not a setting; {_nearest(mistake['loc'])}") from None
         if mistake["type"] == "value_error":
-            said = mistake["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"{where}: `{name}`: {said}" if name else f"{where}: {said}") from None
-        raise RecipeError(f"{where}: `{name}`: {mistake['msg']}, found {_BRIEF.repr(mistake['input'])}") from None
+            message = mistake["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{where}: `{name}`: {message}" if name else f"{where}: {message}") from None
+        raise RecipeError(f"{where}: `{name}`: {mistake['msg']}, found {_SHORT_REPR.repr(mistake['input'])}") from None
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """What a settings file says, unchecked; nothing where there is none."""
+    """Return the values of a settings file, not yet validated; empty if the file does not exist."""
     try:
         with file.open("rb") as source:
             text = source.read(safe_yaml.LIMIT_BYTES + 1).decode("utf-8-sig")
@@ -199,7 +209,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def read_text(text: str, where: str) -> dict[str, Any]:
-    """The plain values of a settings file; RecipeError where it holds something else."""
+    """Return the values in the text of a settings file; RecipeError if it is not a YAML mapping."""
     try:
         values = safe_yaml.load(text)
     except ValueError as error:
@@ -212,6 +222,7 @@ def read_text(text: str, where: str) -> dict[str, Any]:
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
+    """Return the hint for an unknown key: the closest setting, or all of them."""
     names = list(Resources.model_fields if location[0] == "resources" else Settings.model_fields)
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"there are {', '.join(names)}"
+    return f"did you mean `{close[0]}`?" if close else f"the settings are {', '.join(names)}"

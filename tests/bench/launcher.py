@@ -1,4 +1,6 @@
-"""How long a person waits for the launcher: `llamarefine --help` and `import` of its parts, best and median of 10.
+"""Startup time of the launcher: `llamarefine --help` and imports of its parts, best and median of 10.
+
+Exits with 1 if the best time of `llamarefine --help` exceeds HELP_LIMIT_S.
 
 python tests/bench/launcher.py
 """
@@ -10,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+HELP_LIMIT_S = 0.5
+HELP = "llamarefine --help"
 CASES = {
-    "llamarefine --help": [str(Path(sys.executable).parent / "llamarefine"), "--help"],
+    HELP: [str(Path(sys.executable).parent / "llamarefine"), "--help"],
     "python -c pass": [sys.executable, "-c", "pass"],
     "import llamarefine_jobs.store": [sys.executable, "-c", "import llamarefine_jobs.store"],
     "import boto3": [sys.executable, "-c", "import boto3"],
@@ -19,7 +23,7 @@ CASES = {
 
 
 def measure(command: list[str], times: int = 10) -> list[float]:
-    """Wall seconds of each of `times` runs, after one that warms the file cache."""
+    """Return the wall seconds of `times` runs, sorted, after one run that fills the file cache."""
     taken = []
     for _ in range(times + 1):
         began = time.perf_counter()
@@ -29,7 +33,10 @@ def measure(command: list[str], times: int = 10) -> list[float]:
 
 
 if __name__ == "__main__":
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all that it imports anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all its imports again
+    too_slow = False
     for name, command in CASES.items():
         taken = measure(command)
         print(f"{name:32} best {taken[0]:.3f} s  median {statistics.median(taken):.3f} s")
+        too_slow |= name == HELP and taken[0] > HELP_LIMIT_S
+    sys.exit(f"{HELP}: expected at most {HELP_LIMIT_S} s" if too_slow else 0)

@@ -39,7 +39,9 @@ def test_the_command_runs_on_a_read_only_root_without_privilege(env: dict[str, s
 
 
 def test_no_library_that_trains_is_in_it(env: dict[str, str]) -> None:
-    assert "stages cannot run here: no torch" in run(env, IMAGE, "version")
+    assert "stages cannot run here: torch, transformers, trl, peft, datasets not installed" in run(
+        env, IMAGE, "version"
+    )
 
 
 def test_what_built_it_is_gone(env: dict[str, str]) -> None:

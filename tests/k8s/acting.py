@@ -1,8 +1,9 @@
-"""Stages that act: they speak the stages' real protocol and make tiny artifacts instead of training.
+"""Fake stages: they speak the stages' real protocol and publish tiny artifacts instead of training.
 
-As a program it is a stage's process (``python acting.py sft --recipe FILE --store URI``), told by
-ACTING what to do: ``{"sft": "diverge"}``. In a test `Acting` is an executor that publishes at once.
-On a cluster `patches` make the launcher's image play every stage, the program in a ConfigMap.
+As a program, it is the process of a stage (``python acting.py sft --recipe FILE --store URI``). The environment
+variable ACTING says what it does: ``{"sft": "diverge"}``. In a test, `FakeExecutor` publishes each artifact at once,
+without a process. On a cluster, `patches` make the launcher's image run this program, from a ConfigMap, in place of
+every stage.
 """
 
 import contextlib
@@ -29,13 +30,14 @@ from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.store import Store
 
 STEPS = 400
-LESSONS, LESSONS_A_CHECKPOINT = 60, 20
-LESSON_S, CARRY_S = 0.15, 2.0  # long enough to be found at it
+LEARN_STEPS, LEARN_STEPS_PER_CHECKPOINT = 60, 20
+LEARN_STEP_S, TRANSFER_DELAY_S = 0.15, 2.0  # long enough for a test to interrupt them
+HANG_S = 600.0
 MAP = "acting"
 
 
 def write_output(folder: Path, stage: str, recipe: Recipe, writes: tuple[str, ...]) -> None:
-    """Files that depend on what the stage's key depends on, so that a change goes on to its children."""
+    """Write files whose content depends on all that the stage's key depends on, so that its children change, too."""
     for name in writes:
         path = folder / name / "content.txt" if name.endswith("/") else folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ def write_output(folder: Path, stage: str, recipe: Recipe, writes: tuple[str, ..
 
 
 def report(recipe: Recipe) -> dict[str, Any]:
-    """A report.json of the agreed shape; its merged loss is 2."""
+    """Return the content of a report.json in the real format. The loss of the merged model is 2."""
     values = {
         name: {"value": value, "low": value - 0.1, "high": value + 0.1}
         for name, value in (("base", 4.0), ("sft", 2.5), ("merged", 2.0))
@@ -78,8 +80,8 @@ def report(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-class Acting:
-    """An executor that publishes each stage's artifact at once, and does before that what a test asks."""
+class FakeExecutor:
+    """An executor that calls a test's act for a stage, if there is one, and then publishes its artifact at once."""
 
     def __init__(self, **acts: Callable[[Callable[[str], None]], None]) -> None:
         self.ran: list[str] = []
@@ -89,7 +91,7 @@ class Acting:
         self.read_to: str | None = None
 
     def finish(self, task: Any, on_line: Callable[[str], None]) -> None:
-        """Nothing is left to read."""
+        """Do nothing: no log is left unread."""
 
     def execute(self, task: Any, on_line: Callable[[str], None]) -> None:
         self.ran.append(task.stage)
@@ -107,7 +109,7 @@ class Acting:
 
 
 def publish(stage: str, recipe: Recipe, store: Store) -> Manifest:
-    """Publish what `work` makes, in this process."""
+    """Publish the stage's artifact from this process."""
     parents = entry.find_parents(stage, recipe, store)
     now = datetime.now(UTC)
     draft = Manifest(
@@ -127,13 +129,13 @@ def publish(stage: str, recipe: Recipe, store: Store) -> Manifest:
 
 
 def work(context: entry.Context) -> None:
-    """The stage's part, as ACTING says."""
-    name, learnt = context.stage.name, None
+    """Do what ACTING says for the stage, then write its output."""
+    name, digest = context.stage.name, None
     match act_of(name):
         case "diverge":
             raise DivergedError(f"{name}: the loss became NaN at step 3; lower {name}.learning_rate")
         case "bug":
-            raise ZeroDivisionError("a mistake of ours")
+            raise ZeroDivisionError("a bug")
         case "hoard memory":
             print(len(b"x" * (1 << 30)))
         case "kill itself":
@@ -150,24 +152,27 @@ def work(context: entry.Context) -> None:
         case "train":
             train(context)
         case "learn":
-            learnt = learn(context)
+            digest = learn(context)
         case "hang":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             print("progress stage=sft step=1 steps=2", flush=True)
-            time.sleep(600)
+            time.sleep(HANG_S)
     write_output(context.output, name, context.recipe, context.stage.writes)
-    if learnt:
-        (context.output / "adapter" / "learnt.txt").write_text(learnt)
+    if digest:
+        (context.output / "adapter" / "learnt.txt").write_text(digest)
 
 
 def act_of(stage: str) -> str | None:
-    """What ACTING says that a stage shall do."""
+    """Return what ACTING says that a stage does."""
     act: str | None = json.loads(os.environ.get("ACTING", "{}")).get(stage)
     return act
 
 
 def train(context: entry.Context) -> None:
-    """Count steps for half a minute; on SIGTERM, or when the launcher is gone, publish a checkpoint and end."""
+    """Count steps for 40 s; on SIGTERM, or when the launcher has died, publish a checkpoint and raise PreemptedError.
+
+    Resumed from a checkpoint, it counts the remaining steps without waiting.
+    """
     checkpoint = context.fetch_checkpoint()
     context.stop.defer_exit()
     first = int((checkpoint / "step").read_text()) if checkpoint else 0
@@ -184,52 +189,52 @@ def train(context: entry.Context) -> None:
 
 
 def learn(context: entry.Context) -> str:
-    """Take LESSONS steps, with a checkpoint now and then and on SIGTERM. The result needs each step once, in order."""
+    """Take LEARN_STEPS steps, with regular checkpoints and one on SIGTERM; return a digest of all steps in order."""
     checkpoint = context.fetch_checkpoint()
     context.stop.defer_exit()
-    step, learnt = json.loads((checkpoint / "state.json").read_text()) if checkpoint else (0, "")
-    while step < LESSONS:
-        time.sleep(LESSON_S)
-        step, learnt = step + 1, hashlib.sha256(f"{learnt} {step}".encode()).hexdigest()
-        context.progress(step, LESSONS, loss=4.0 - step / LESSONS)
-        told = context.stop.is_set()
-        if told or (step % LESSONS_A_CHECKPOINT == 0 and step < LESSONS):
+    step, digest = json.loads((checkpoint / "state.json").read_text()) if checkpoint else (0, "")
+    while step < LEARN_STEPS:
+        time.sleep(LEARN_STEP_S)
+        step, digest = step + 1, hashlib.sha256(f"{digest} {step}".encode()).hexdigest()
+        context.progress(step, LEARN_STEPS, loss=4.0 - step / LEARN_STEPS)
+        must_stop = context.stop.is_set()
+        if must_stop or (step % LEARN_STEPS_PER_CHECKPOINT == 0 and step < LEARN_STEPS):
             saved = context.work / f"checkpoint-{step}"
             saved.mkdir()
-            (saved / "state.json").write_text(json.dumps([step, learnt]))
+            (saved / "state.json").write_text(json.dumps([step, digest]))
             context.store.publish_checkpoint(step, saved, context.draft())
             context.note(f"kept a checkpoint at step {step}")
-        if told:
+        if must_stop:
             raise PreemptedError(f"{context.stage.name} saved a checkpoint at step {step}")
-    return learnt
+    return digest
 
 
 def slowed(stage: str, store: Store) -> Store:
-    """`store` behind a slow network: what it carries it names first, and waits."""
+    """Return `store` as behind a slow network: each transfer is printed first, then delayed."""
     print(f"{stage}: begins as {platform.node()}", flush=True)
     for verb in ("download", "upload", "create"):
-        setattr(store.objects, verb, _late(stage, verb, getattr(store.objects, verb)))
+        setattr(store.objects, verb, _delayed(stage, verb, getattr(store.objects, verb)))
     return store
 
 
-def _late(stage: str, verb: str, carry: Callable[..., Any]) -> Callable[..., Any]:
-    def carry_late(path: str, *arguments: Any) -> Any:
-        sys.stdout.write(f"{stage}: {verb} {path}\n")  # at once: files are carried side by side
+def _delayed(stage: str, verb: str, transfer: Callable[..., Any]) -> Callable[..., Any]:
+    def transfer_late(path: str, *arguments: Any) -> Any:
+        sys.stdout.write(f"{stage}: {verb} {path}\n")  # one write, as threads transfer several files at once
         sys.stdout.flush()
-        time.sleep(CARRY_S)
-        return carry(path, *arguments)
+        time.sleep(TRANSFER_DELAY_S)
+        return transfer(path, *arguments)
 
-    return carry_late
+    return transfer_late
 
 
 def program_map() -> dict[str, Any]:
-    """This program as a ConfigMap."""
+    """Return a ConfigMap that contains this program."""
     file = Path(__file__)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": MAP}, "data": {file.name: file.read_text()}}
 
 
 def patches(image: str, acting: str = "{}") -> dict[str, Any]:
-    """The setting that makes `image`, the launcher's, act as every stage as `acting` says."""
+    """Return the setting `patches` that runs this program in the launcher's image as every stage, with ACTING."""
     container = {
         "name": "stage",
         "image": image,
@@ -245,7 +250,7 @@ def patches(image: str, acting: str = "{}") -> dict[str, Any]:
 
 
 def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:
-    """An act that raises."""
+    """Return an act that raises `error`."""
 
     def act(on_line: Callable[[str], None]) -> None:
         raise error
@@ -254,7 +259,7 @@ def fail(error: LlamaRefineError) -> Callable[[Callable[[str], None]], None]:
 
 
 if __name__ == "__main__":
-    entry.seeded_threads = lambda recipe: contextlib.nullcontext()  # no training, nothing to seed: torch stays out
+    entry.seeded_threads = lambda recipe: contextlib.nullcontext()  # nothing to seed, so torch is not imported
     name = sys.argv.pop(1)
     if act_of(name) == "learn":
         open_store = entry.open_store

@@ -1,4 +1,4 @@
-"""The command `llamarefine`, its stages played by acting.py."""
+"""The command `llamarefine`, with acting.py in place of every stage."""
 
 import functools
 import sys

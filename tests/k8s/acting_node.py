@@ -1,4 +1,4 @@
-"""What controllers and a node do for the small API server: a Job gets a pod, its stage acts, both come to an end."""
+"""Fake Job controller and node for the tests' API server: each Job gets a pod, which runs a fake stage and ends."""
 
 import random
 import threading
@@ -15,11 +15,11 @@ from .api_server import ApiServer
 LINES = 30
 
 
-class ActingNode:
-    """Runs every stage's Job that appears, each in a thread; stages write LINES lines and publish their artifact."""
+class FakeNode:
+    """Runs each stage's Job that appears, in a thread of its own: logs LINES lines, then publishes the artifact."""
 
     def __init__(self, api: ApiServer, recipe: Recipe, store: Store, seed: int) -> None:
-        self.made: list[str] = []  # the stage of each Job that appeared, in order
+        self.started_stages: list[str] = []  # the stage of each Job that appeared, in order
         self._api, self._recipe, self._store = api, recipe, store
         self._chance = random.Random(seed)
         self._closed = threading.Event()
@@ -30,7 +30,7 @@ class ActingNode:
 
     @staticmethod
     def lines_of(stage: str) -> list[str]:
-        """What a stage says."""
+        """Return the lines that a stage logs, each of them twice."""
         return [f"{stage}: says {number // 2}" for number in range(LINES)]
 
     def _watch(self) -> None:
@@ -45,7 +45,7 @@ class ActingNode:
                 if not new:
                     self._api.changed.wait(0.2)
             for job in new:
-                self.made.append(job["metadata"]["labels"][STAGE])
+                self.started_stages.append(job["metadata"]["labels"][STAGE])
                 threading.Thread(target=self._run, args=(job,), daemon=True).start()
 
     def _run(self, job: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A recipe on files of its own, and its store."""
+"""Fixtures of the launcher's tests: a recipe with its own files, a store, `llamarefine` as a process, an API server."""
 
 import os
 import signal
@@ -29,8 +29,8 @@ LAUNCHER = [sys.executable, str(Path(__file__).parent / "acting_launcher.py")]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder and an environment without anybody's settings."""
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in an empty working directory, without LLAMAREFINE_ variables."""
     for name in [name for name in os.environ if name.startswith("LLAMAREFINE_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(recipe_file: Path) -> Callable[..., Recipe]:
-    """The pinned recipe, with overrides."""
+    """Return the pinned recipe, with the given overrides."""
     return lambda *overrides: pin(load_recipe(recipe_file, overrides))
 
 
@@ -57,7 +57,7 @@ def store(file_uri: str) -> Store:
 
 
 class Launcher:
-    """`llamarefine` as processes with acting stages, in a temporary folder."""
+    """Runs `llamarefine` as a process whose stages are played by acting.py."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
@@ -75,7 +75,7 @@ class Launcher:
         return process
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
+        """Run to the end; return exit code, standard output, standard error."""
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
@@ -91,16 +91,16 @@ def launcher() -> Iterator[Launcher]:
         process.communicate()
 
 
-def wait_until(true: Callable[[], object], timeout_s: float = 30) -> None:
-    """Wait for something another process does."""
+def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    """Wait until `condition()` is true, because of what another process does."""
     deadline_s = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline_s, "waited in vain"
+    while not condition():
+        assert time.monotonic() < deadline_s, f"still not true after {timeout_s:g} s"
         time.sleep(0.05)
 
 
 @pytest.fixture
 def server() -> Iterator[ApiServer]:
-    """An API server of our own, empty."""
+    """The tests' own API server, without objects."""
     with served() as made:
         yield made

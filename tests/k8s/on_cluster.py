@@ -1,4 +1,4 @@
-"""`llamarefine` as a person runs it beside a real cluster, its stages played by acting.py."""
+"""`llamarefine` as a user runs it against a real cluster, with acting.py in place of every stage."""
 
 import re
 import subprocess
@@ -18,11 +18,11 @@ SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}}
 
 
 class OnCluster:
-    """`llamarefine` as a person's process, on a namespace whose Secret holds KEY and SECRET."""
+    """Runs `llamarefine` as a process, on a namespace whose Secret holds KEY and SECRET."""
 
-    def __init__(self, made: KindCluster, namespace: str, endpoint: str, folder: Path) -> None:
-        self.made, self.namespace, self.folder = made, namespace, folder
-        self.environment = made.environment | {
+    def __init__(self, kind_cluster: KindCluster, namespace: str, endpoint: str, folder: Path) -> None:
+        self.kind_cluster, self.namespace, self.folder = kind_cluster, namespace, folder
+        self.environment = kind_cluster.environment | {
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -39,20 +39,21 @@ class OnCluster:
         }
 
     def act(self, acting: str, **settings: Any) -> None:
-        """Tell the stages what to do; write the settings."""
-        self.settle(**{"patches": patches(IMAGE, acting)} | settings)
+        """Write settings in which stages do what `acting` says (see acting.py)."""
+        self.write_settings(**{"patches": patches(IMAGE, acting)} | settings)
 
-    def settle(self, **settings: Any) -> None:
-        """Write the settings; stages train unless they are told to act."""
+    def write_settings(self, **settings: Any) -> None:
+        """Write settings in which stages really train."""
         (self.folder / "llamarefine.yaml").write_text(yaml.safe_dump(self.settings | settings))
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """A command that goes on by itself."""
+        """Start a command without waiting for it."""
         return subprocess.Popen(
             ["llamarefine", *arguments], cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL
         )
 
     def run(self, *arguments: str) -> tuple[int, str]:
+        """Run a command to its end; return exit code and output."""
         done = subprocess.run(
             ["llamarefine", *arguments],
             cwd=self.folder,
@@ -66,24 +67,27 @@ class OnCluster:
         return done.returncode, done.stdout
 
     def submit(self, recipe: Path, *arguments: str) -> str:
-        """Submit and leave; the run's name."""
-        code, said = self.run("submit", str(recipe), "--detach", *arguments)
-        assert code == 0, said
-        found = re.search(r"small-[0-9a-f]{8}", said)
-        assert found, said
+        """Submit a recipe without following its log; return the run's name."""
+        code, output = self.run("submit", str(recipe), "--detach", *arguments)
+        assert code == 0, output
+        found = re.search(r"small-[0-9a-f]{8}", output)
+        assert found, output
         return found[0]
 
     def runs(self) -> list[str]:
-        """The runs of this test's recipe that the cluster has."""
-        maps = self.made.objects(self.namespace, "configmaps", "llamarefine/run")
+        """Return the names of this test's runs on the cluster."""
+        maps = self.kind_cluster.objects(self.namespace, "configmaps", "llamarefine/run")
         ours = [each["metadata"]["name"] for each in maps if self.settings["store"] in each["data"]["llamarefine.yaml"]]
         return [name for name in ours if name.startswith("small-")]
 
     def pods(self, run: str, **labels: str) -> list[dict[str, Any]]:
+        """Return a run's pods that have these llamarefine/ labels."""
         pairs = {"llamarefine/run": run} | {f"llamarefine/{name}": value for name, value in labels.items()}
-        return self.made.objects(self.namespace, "pods", ",".join(f"{name}={value}" for name, value in pairs.items()))
+        return self.kind_cluster.objects(
+            self.namespace, "pods", ",".join(f"{name}={value}" for name, value in pairs.items())
+        )
 
     def drivers(self, run: str, phase: str | None = None) -> list[str]:
-        """The names of the driver's pods, or of those in one phase."""
+        """Return the names of the driver's pods, or of those in one phase."""
         pods = [pod for pod in self.pods(run) if "llamarefine/stage" not in pod["metadata"]["labels"]]
         return [pod["metadata"]["name"] for pod in pods if phase in (None, pod["status"]["phase"])]

@@ -1,4 +1,8 @@
-"""The command line: what a command does between its options and a run, and what it prints.
+"""The commands of `llamarefine`: their options, and what they print.
 
-The only package that knows click and rich. Calls runs/ and cluster/; nothing below imports it.
+The only package that imports click and rich's consoles and tables. Commands call runs/ and cluster/; neither imports
+this package, except that cluster/submission.py names two of its types.
+
+launch.py, monitoring.py, results.py and maintenance.py define the commands, grouped by what a user does; options.py
+holds the options they share, display.py and output.py what they print, terminal.py the console and the exit codes.
 """

@@ -1,4 +1,4 @@
-"""A run on a person's screen: a living table on a terminal, plain lines anywhere else."""
+"""Progress of a run that this process drives: a live table on a terminal, plain lines into a pipe or a file."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.untrusted.control_characters import strip_control_characters
 from llamarefine_k8s.runs.records import RunRecord, StageRecord
 
-PLAIN_PROGRESS_S = 5.0  # a log is read later: a line a stage so often is enough
+PLAIN_PROGRESS_S = 5.0  # plain output prints at most one progress line per stage in this time
 _MARKS = {
     "pending": ("·", "dim"),
     "done": ("✓", "green"),
@@ -30,7 +30,7 @@ _MARKS = {
 
 
 class Display(Protocol):
-    """A `pipeline.RunObserver` that is open while the run goes on."""
+    """A `pipeline.RunObserver` that is open as a context manager while the run is driven."""
 
     def __enter__(self) -> Self: ...
 
@@ -39,24 +39,24 @@ class Display(Protocol):
     ) -> None: ...
 
     def show(self, record: RunRecord) -> None:
-        """The run as it now stands."""
+        """Show the current record of the run."""
 
     def note(self, stage: str, text: str) -> None:
-        """Something a stage says of itself."""
+        """Show a message that a stage logged under its own name."""
 
 
-def open_display(console: Console, place: Callable[[str], str]) -> Display:
-    """The display that suits `console`; `place` says where an object of the store lies."""
-    living = console.is_terminal and not console.is_dumb_terminal
-    return Screen(console, place) if living else Lines(console, place)
+def open_display(console: Console, locate: Callable[[str], str]) -> Display:
+    """Return the display that fits `console`. `locate` turns a path in the store into one that a user can open."""
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    return LiveTable(console, locate) if is_live else PlainLines(console, locate)
 
 
-class Screen:
-    """A line a stage, redrawn while it runs; notes scroll by above."""
+class LiveTable:
+    """A table with one row per stage, redrawn while the run is driven; notes scroll past above it."""
 
-    def __init__(self, console: Console, place: Callable[[str], str]) -> None:
+    def __init__(self, console: Console, locate: Callable[[str], str]) -> None:
         self._console = console
-        self._place = place
+        self._locate = locate
         self._record: RunRecord | None = None
         self._spinner = Spinner("dots", style="cyan")
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8)
@@ -69,14 +69,14 @@ class Screen:
         self._live.stop()
         if self._record:
             for log in failed_logs(self._record):
-                self._console.print(Text(f"log: {self._place(log)}", "dim"), soft_wrap=True)
+                self._console.print(Text(f"log: {self._locate(log)}", "dim"), soft_wrap=True)
 
     def show(self, record: RunRecord) -> None:
-        """Take the run as it now stands; it is drawn at the next refresh."""
+        """Keep the record; the next refresh draws it."""
         self._record = record
 
     def note(self, stage: str, text: str) -> None:
-        """A dim line above the table."""
+        """Print a dim line above the table."""
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_row(" ", Text(f"{stage:<8}", "dim"), Text(strip_control_characters(text), "dim"))
         self._live.console.print(line)
@@ -85,14 +85,14 @@ class Screen:
         return stage_table(self._record, self._spinner) if self._record else Text("")
 
 
-class Lines:
-    """A line for each thing that happens, progress now and then, no control characters."""
+class PlainLines:
+    """One line for each change of a stage, and progress every PLAIN_PROGRESS_S; no control characters."""
 
-    def __init__(self, console: Console, place: Callable[[str], str]) -> None:
+    def __init__(self, console: Console, locate: Callable[[str], str]) -> None:
         self._console = console
-        self._place = place
+        self._locate = locate
         self._states: dict[str, str] = {}
-        self._told_at_s: dict[str, float] = {}
+        self._progress_printed_s: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -101,29 +101,29 @@ class Lines:
         return
 
     def show(self, record: RunRecord) -> None:
-        """What changed since the last call, in words."""
+        """Print what changed since the last call."""
         for name, stage in record.stages.items():
             if self._states.get(name, "pending") != stage.state:
                 self._states[name] = stage.state
-                self._change(name, stage)
+                self._print_change(name, stage)
             elif stage.state == "running" and stage.progress:
-                self._progress(name, stage.progress)
+                self._print_progress(name, stage.progress)
 
     def note(self, stage: str, text: str) -> None:
-        """A line."""
+        """Print a line."""
         self._print(f"{stage}: {text}")
 
-    def _change(self, name: str, stage: StageRecord) -> None:
-        words = {"running": "starts", "done": "done in " + _took(stage), "reused": "was in the store already"}
+    def _print_change(self, name: str, stage: StageRecord) -> None:
+        texts = {"running": "starts", "done": "done in " + _elapsed(stage), "reused": "already in the store"}
         key = f", {short(stage.key)}" if stage.key and stage.state in ("done", "reused") else ""
-        self._print(f"{name}: {words.get(stage.state, stage.state)}{key}")
+        self._print(f"{name}: {texts.get(stage.state, stage.state)}{key}")
         if stage.state == "failed" and stage.log:
-            self._print(f"{name}: log: {self._place(stage.log)}")
+            self._print(f"{name}: log: {self._locate(stage.log)}")
 
-    def _progress(self, name: str, progress: Progress) -> None:
+    def _print_progress(self, name: str, progress: Progress) -> None:
         now_s = time.monotonic()
-        if now_s - self._told_at_s.get(name, -PLAIN_PROGRESS_S) >= PLAIN_PROGRESS_S:
-            self._told_at_s[name] = now_s
+        if now_s - self._progress_printed_s.get(name, -PLAIN_PROGRESS_S) >= PLAIN_PROGRESS_S:
+            self._progress_printed_s[name] = now_s
             self._print(f"{name}: {progress_text(progress)}")
 
     def _print(self, text: str) -> None:
@@ -131,7 +131,7 @@ class Lines:
 
 
 def stage_table(record: RunRecord, spinner: Spinner | None = None) -> Table:
-    """A row a stage: mark, name, what there is to say, short key."""
+    """Return a table with one row per stage: mark, name, elapsed time, and progress, short key or error."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=1)
     table.add_column(no_wrap=True)
@@ -143,13 +143,13 @@ def stage_table(record: RunRecord, spinner: Spinner | None = None) -> Table:
         table.add_row(
             mark,
             Text(name, "dim" if stage.state == "pending" else ""),
-            Text(_took(stage), "dim"),
-            _told(name, stage, living=spinner is not None),
+            Text(_elapsed(stage), "dim"),
+            _details(name, stage, is_live=spinner is not None),
         )
     return table
 
 
-def _told(name: str, stage: StageRecord, *, living: bool) -> RenderableType:
+def _details(name: str, stage: StageRecord, *, is_live: bool) -> RenderableType:
     match stage.state:
         case "running" if stage.progress:
             row = Table.grid(padding=(0, 2, 0, 0))
@@ -161,9 +161,9 @@ def _told(name: str, stage: StageRecord, *, living: bool) -> RenderableType:
         case "done":
             return Text(f"{short(stage.key or '')}", "dim")
         case "reused":
-            return Text(f"{short(stage.key or '')}  was in the store already, made in {_span(stage)}", "dim")
+            return Text(f"{short(stage.key or '')}  already in the store, made in {_duration(stage)}", "dim")
         case "failed":
-            error = "" if living else stage.error  # whoever drives the run says it last
+            error = "" if is_live else stage.error  # the command that drives the run prints the error at its end
             return Text(strip_control_characters((error or "failed").removeprefix(f"{name}: ")), "red")
         case "interrupted":
             at = f" at step {stage.progress.step}/{stage.progress.steps}" if stage.progress else ""
@@ -172,7 +172,7 @@ def _told(name: str, stage: StageRecord, *, living: bool) -> RenderableType:
 
 
 def progress_text(progress: Progress) -> str:
-    """Where a stage stands, in words."""
+    """Return a stage's progress as text: phase, step, loss, tokens per second, time left."""
     phase = (progress.phase or "step").replace(":", " ")
     parts = [f"{phase} {progress.step}/{progress.steps}"]
     parts += [f"loss {progress.loss:.4g}"] if progress.loss is not None else []
@@ -182,7 +182,7 @@ def progress_text(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 34 s, 4 min 05 s, 2 h 10 min."""
+    """Return a duration as text: 34 s, 4 min 05 s or 2 h 10 min."""
     if seconds < 60:
         return f"{seconds:.0f} s" if round(seconds) < 60 else "1 min 00 s"
     minutes, rest_s = divmod(round(seconds), 60)
@@ -190,15 +190,15 @@ def duration(seconds: float) -> str:
 
 
 def failed_logs(record: RunRecord) -> list[str]:
-    """The logs of the stages that failed."""
+    """Return the paths, in the store, of the failed stages' logs."""
     return [stage.log for stage in record.stages.values() if stage.state == "failed" and stage.log]
 
 
-def _took(stage: StageRecord) -> str:
-    """How long the stage ran or has run; nothing for one that did not."""
-    return "" if stage.started_at is None or stage.state == "reused" else _span(stage)
+def _elapsed(stage: StageRecord) -> str:
+    """Return how long the stage ran, or has been running; "" if this run did not start it."""
+    return "" if stage.started_at is None or stage.state == "reused" else _duration(stage)
 
 
-def _span(stage: StageRecord) -> str:
+def _duration(stage: StageRecord) -> str:
     began = stage.started_at or datetime.now(UTC)
     return duration(((stage.finished_at or datetime.now(UTC)) - began).total_seconds())

@@ -1,4 +1,4 @@
-"""The options that commands share. Every flag has an environment variable of its name."""
+"""Options and arguments shared by several commands. Every flag can also be set by an environment variable."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def option(flag: str, *names: str, **attributes: Any) -> Decorator:
-    """A click option with an environment variable: --max-new-tokens is LLAMAREFINE_MAX_NEW_TOKENS."""
+    """Return a click option that an environment variable can set, too: LLAMAREFINE_STORE for --store."""
     variable = "LLAMAREFINE_" + flag.removeprefix("--").replace("-", "_").upper()
     return click.option(flag, *names, envvar=variable, show_envvar=True, **attributes)
 
@@ -23,20 +23,27 @@ def option(flag: str, *names: str, **attributes: Any) -> Decorator:
 store_option = option(
     "--store",
     metavar="URI",
-    help="Where artifacts and runs are: s3://bucket/prefix, file:///folder or a path.  [default: `store` in "
+    help="Where artifacts and runs are kept: s3://bucket/prefix, file:///folder or a path.  [default: `store` in "
     "llamarefine.yaml, else ./llamarefine-store]",
 )
 set_option = option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as in sft.epochs=2; may repeat."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as sft.epochs=2. Repeatable.",
 )
 settings_option = option(
-    "--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="These settings alone."
+    "--settings",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Use only this file; ignore the chart's settings.",
 )
 public_key_option = option(
     "--public-key",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="PEM: the run's statement must be signed by its private half.",
+    help="Public key (PEM). Fail unless its private key signed the run's statement.",
 )
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
@@ -44,7 +51,7 @@ run_argument = click.argument("run", required=False)
 
 
 class Age(click.ParamType[timedelta]):
-    """A length of time as people write it: 30d, 12h, 2w."""
+    """A duration in hours, days or weeks, written as 12h, 30d or 2w."""
 
     name = "age"
 
@@ -56,7 +63,7 @@ class Age(click.ParamType[timedelta]):
 
 
 def open_store(given: str | None) -> "Store":
-    """The store that --store names, else the settings."""
+    """Open the store that --store names, or else the one in the settings."""
     from llamarefine_jobs.store import Store
     from llamarefine_k8s import settings
 
@@ -64,10 +71,10 @@ def open_store(given: str | None) -> "Store":
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--context and --namespace."""
+    """Add --context and --namespace to a command."""
     for decorate in (
-        option("--namespace", "-n", metavar="NAME", help="Of the cluster.  [default: the kubeconfig context's]"),
-        option("--context", metavar="NAME", help="Of the kubeconfig.  [default: its current one]"),
+        option("--namespace", "-n", metavar="NAME", help="Kubernetes namespace.  [default: the context's]"),
+        option("--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]"),
     ):
         command = decorate(command)
     return command

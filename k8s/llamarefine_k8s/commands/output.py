@@ -1,7 +1,7 @@
-"""What is printed of runs: the comparison a run ends with, plans, lists."""
+"""What the commands print: the comparison at the end of a run, its status, plans, lists, checks."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ _ARROWS = {"lower": " ↓", "higher": " ↑"}
 
 
 def print_header(console: Console, run: str, store: Store) -> None:
-    """Which run this is, and where it is kept."""
+    """Print the run's name and its store."""
     console.print(Text.assemble((run, "bold"), (f"  in {where(store, '.').removesuffix('/.')}", "dim")), soft_wrap=True)
 
 
 def print_report(console: Console, report: Report) -> None:
-    """The before/after table, one example, the gates, the caveats."""
+    """Print the before/after table, the caveats, one example and the gates."""
     narrow = console.width < 104
     changes = {"by SFT": ("base", "sft"), "by DPO": ("sft", "merged"), "by both": ("base", "merged")}
     shown = ["by both"] if narrow else list(changes)
@@ -57,7 +57,7 @@ def print_report(console: Console, report: Report) -> None:
         table.add_row(title, *cells, *(_verdict(metric, *changes[name]) for name in shown))
     console.print()
     console.print(table)
-    console.print(Text(f"± reaches the {report.confidence:.0%} interval; {_UNCLEAR} no clear change", "dim"))
+    console.print(Text(f"±: half-width of the {report.confidence:.0%} interval; {_UNCLEAR}: no clear change", "dim"))
     for caveat in report.caveats:
         console.print(Text(f"! {caveat}", "yellow"))
     for example in report.examples[:1]:
@@ -69,7 +69,7 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def print_places(console: Console, store: Store, record: RunRecord, into: Path | None) -> None:
-    """Where model and report lie."""
+    """Print the paths of the report and the model."""
     if into:
         report, model = str(into / "report.html"), str(into / "model")
     else:
@@ -79,16 +79,16 @@ def print_places(console: Console, store: Store, record: RunRecord, into: Path |
 
 
 def print_next(console: Console, run: str, store: str | None, *, is_here: bool = False) -> None:
-    """What to type after a run; `store` is named where the settings here do not."""
+    """Print the commands to type after a run, with --store unless the settings here name that store already."""
     flags = ["--store", store] if store and store != settings.load().store else []
     console.print("\nnext")
-    for words, more in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
-        if words != "pull" or not is_here:
-            console.print(f"  {command()} {shlex.join([words, run, *more, *flags])}", soft_wrap=True)
+    for name, arguments in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
+        if name != "pull" or not is_here:
+            console.print(f"  {command()} {shlex.join([name, run, *arguments, *flags])}", soft_wrap=True)
 
 
 def print_status(console: Console, store: Store, record: RunRecord) -> None:
-    """A run and its stages."""
+    """Print a run's state and the table of its stages."""
     style = {"done": "green", "failed": "red", "interrupted": "yellow"}.get(record.state, "cyan")
     head = Text.assemble((record.run, "bold"), "  ", (record.state, style), (f"  {_ago(record.updated_at)}", "dim"))
     if record.state == "running":
@@ -102,11 +102,16 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
         if stage.state == "failed" and stage.log:
             console.print(Text(f"log: {where(store, stage.log)}", "dim"), soft_wrap=True)
     if record.state == "interrupted":
-        console.print("The same command goes on from there.")
+        console.print("Rerun the same command to resume.")
 
 
-def print_live(console: Console, record: RunRecord | None, jobs: Sequence[StageStatus], trouble: str | None) -> None:
-    """What the cluster says of a run beyond its record: a driver that does not run, a stage that waits, and why."""
+def print_cluster_status(
+    console: Console, record: RunRecord | None, jobs: Sequence[StageStatus], cluster_error: str | None
+) -> None:
+    """Print what the cluster knows beyond the run's record: a driver or a stage that waits or failed, and why.
+
+    `cluster_error` says why the cluster could not be read, if it could not; it is printed only for a running run.
+    """
     done = record is not None and record.state == "done"
     for job in jobs:
         if job.state == "waits" and not done:
@@ -117,17 +122,17 @@ def print_live(console: Console, record: RunRecord | None, jobs: Sequence[StageS
             console.print(Text(f"{job.name} failed: {job.reason}", "red"), soft_wrap=True)
         elif record is None:
             console.print(f"{job.name} {job.state}")
-    if trouble and record and record.state == "running":
-        console.print(Text(f"the cluster could not be asked: {trouble}", "dim"), soft_wrap=True)
+    if cluster_error and record and record.state == "running":
+        console.print(Text(f"the cluster's state is unknown: {cluster_error}", "dim"), soft_wrap=True)
 
 
 def yaml_of(objects: Sequence[dict[str, Any]]) -> str:
-    """Objects as a stream of YAML documents, each as it is sent."""
+    """Return Kubernetes objects as a stream of YAML documents, each exactly as it would be sent."""
     return yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120).rstrip()
 
 
 class _Plain(yaml.SafeDumper):
-    """No anchors for what stands twice, and a text of several lines as a block."""
+    """Writes repeated values in full instead of as anchors, and multi-line texts as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -140,7 +145,7 @@ _Plain.add_representer(
 
 
 def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
-    """One line a run, the newest first."""
+    """Print one line per run, in the given order."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("RUN", "STATE", "STAGES", "LAST CHANGE"):
         table.add_column(title, no_wrap=True)
@@ -154,12 +159,12 @@ def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
 def print_plan(
     console: Console, run: str, store: Store, planned: Sequence[PlannedStage], memory: Mapping[str, int]
 ) -> None:
-    """What a run would do, one line a stage; `memory` is what trainings are estimated to need of a GPU's, in bytes."""
-    states = {"there": ("is there", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
+    """Print one line per stage of a plan. `memory` is the estimated GPU memory of each training, in bytes."""
+    states = {"there": ("in the store", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
     print_header(console, run, store)
     table = Table.grid(padding=(0, 3, 0, 0))
     for stage in planned:
-        key = short(stage.key) if stage.key else "key not known yet"
+        key = short(stage.key) if stage.key else "no key yet"
         row = (stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
         known = [f"took {duration(stage.took_s)} last time"] if stage.took_s is not None else []
         if stage.state != "there" and (needs := memory.get(stage.stage)):
@@ -172,7 +177,7 @@ def print_plan(
 
 
 def print_pulled(console: Console, manifest: Manifest, what: str, into: Path, statement: Path | None = None) -> None:
-    """What was brought where, and how it is used."""
+    """Print what was downloaded, where to, and how to load it."""
     files = manifest.part(PARTS[what][1]) if PARTS[what][1] else manifest.files
     size = decimal(sum(file.size_bytes for file in files))
     counted = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size}"
@@ -185,27 +190,31 @@ def print_pulled(console: Console, manifest: Manifest, what: str, into: Path, st
     }
     console.print(f"  {loads[what]}", soft_wrap=True)
     if statement:
-        console.print(f"  {into.with_name(statement.name)} says what it was made from", soft_wrap=True)
+        console.print(f"  {into.with_name(statement.name)} states what it was made from", soft_wrap=True)
 
 
-def print_check(console: Console, check: Check) -> None:
-    """One line of `preflight` or `verify`."""
-    style = {"ok": "green", "warning": "yellow", "FAIL": "red bold"}[check.state]
-    console.print(Text.assemble((f"{check.state:<8}", style), f"{check.name}: {check}"), soft_wrap=True)
+def print_checks(console: Console, found: Iterable[Check]) -> list[Check]:
+    """Print one line per check of `preflight` or `verify`, each as soon as its outcome is known; return all of them."""
+    checks = []
+    for check in found:
+        style = {"ok": "green", "warning": "yellow", "FAIL": "red bold"}[check.state]
+        console.print(Text.assemble((f"{check.state:<8}", style), f"{check.name}: {check}"), soft_wrap=True)
+        checks.append(check)
+    return checks
 
 
 def print_garbage(console: Console, found: Garbage, *, removed: bool) -> None:
-    """What goes, one line each, and what stays."""
+    """Print one line per item of garbage, then its size and how many runs are kept."""
     for item in found.items:
         number = len(item.files) + bool(item.marker)
         text = f"{number} object{'s' if number > 1 else ''}, {decimal(item.size_bytes)}; {item.why}"
         console.print(Text.assemble(f"{item.kind} {item.name}  ", (text, "dim")), soft_wrap=True)
-    stay = f"{found.kept_runs} run{'s' if found.kept_runs != 1 else ''} stay{'s' if found.kept_runs == 1 else ''}"
+    kept = f"{found.kept_runs} run{'s' if found.kept_runs != 1 else ''} kept"
     if not found.items:
-        console.print(f"nothing to remove; {stay}")
+        console.print(f"nothing to remove; {kept}")
         return
-    done = "removed" if removed else "would go, and --delete removes it"
-    console.print(f"{decimal(found.size_bytes)} {done}; {stay}", soft_wrap=True)
+    action = "removed" if removed else "would be removed; add --delete to remove it"
+    console.print(f"{decimal(found.size_bytes)} {action}; {kept}", soft_wrap=True)
 
 
 def _print_example(console: Console, example: Example) -> None:
@@ -230,15 +239,15 @@ def _value(measured: Interval | None, digits: int) -> Text:
     value = Text(f"{measured.value:,.{digits}f}")
     if measured.low is None or measured.high is None:  # too few test rows for an interval
         return value.append(" ±?", "dim")
-    reach = max(measured.high - measured.value, measured.value - measured.low)
-    return value.append(f" ±{reach:,.{digits}f}", "dim")
+    half_width = max(measured.high - measured.value, measured.value - measured.low)
+    return value.append(f" ±{half_width:,.{digits}f}", "dim")
 
 
 def _verdict(metric: Metric, source: str, target: str) -> Text:
     for change in metric.changes:
         if (change.source, change.target) == (source, target):
-            word = _UNCLEAR if change.verdict == "no clear change" else change.verdict
-            return Text(word, _VERDICTS.get(change.verdict, "dim"))
+            text = _UNCLEAR if change.verdict == "no clear change" else change.verdict
+            return Text(text, _VERDICTS.get(change.verdict, "dim"))
     return Text("")
 
 

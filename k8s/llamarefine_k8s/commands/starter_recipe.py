@@ -1,4 +1,4 @@
-"""A commented recipe to start from: one of the packaged ones, with a person's own values in place."""
+"""The recipe that `llamarefine init` writes: a packaged, commented recipe with the user's values filled in."""
 
 import json
 import re
@@ -19,38 +19,41 @@ KEYS = {
 
 
 def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) -> None:
-    """Write a recipe with `sources` (see KEYS) in it, checked. Never replaces a file that is there."""
+    """Write a recipe with the values of `sources` (by the names in KEYS), after parsing it.
+
+    Raises RecipeError for a wrong value, DataError if `path` exists already: a file is never replaced.
+    """
     text = recipes_folder().joinpath(DEMO if demo else FULL).read_text(encoding="utf-8")
-    # The head speaks of the packaged recipe and its data, and its schema stays there.
-    text = f"# Made by `llamarefine init`; `llamarefine plan {path}` says what it would run.\n\n" + _without_head(text)
+    # The packaged head describes other data, and names a schema that is not copied along.
+    text = f"# Made by `llamarefine init`; `llamarefine plan {path}` shows what it would run.\n\n" + _without_head(text)
     for name, value in ({"name": _run_name(path)} | dict(sources)).items():
-        text = put(text, KEYS[name], value)
+        text = replace_value(text, KEYS[name], value)
         if name in ("questions", "preferences") and not demo:
-            text = put(text, f"prepare.{name}.format", "auto")
+            text = replace_value(text, f"prepare.{name}.format", "auto")
     parse_recipe(text, str(path))
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise DataError(f"{path}: is there already; remove it, or name another file") from None
+        raise DataError(f"{path}: exists already; remove it, or name another file") from None
     except OSError as error:
         raise from_os_error(error) from None
 
 
 def defaults(path: Path) -> dict[str, str]:
-    """What the full recipe, written to `path`, says where a person may say something else."""
+    """Return the default of each value in KEYS: those of the full recipe, and a name derived from `path`."""
     recipe = parse_recipe(recipes_folder().joinpath(FULL).read_text(encoding="utf-8"), FULL)
     return {"name": _run_name(path)} | {name: source.source for name, source in recipe.sources().items()}
 
 
 def recipes_folder() -> Path:
-    """The packaged recipes: in the wheel beside this module, in a checkout under jobs/."""
+    """Return the folder of packaged recipes: in an installed wheel within this package, in a checkout under jobs/."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "jobs" / "recipes"
 
 
-def put(text: str, key: str, value: str) -> str:
-    """`text`, a YAML of nested keys, with another plain value at `key`; every comment stays."""
+def replace_value(text: str, key: str, value: str) -> str:
+    """Return the YAML `text` with the value of one dotted `key` replaced; comments and layout are kept."""
     lines = text.splitlines(keepends=True)
     open_keys: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
@@ -68,19 +71,19 @@ def put(text: str, key: str, value: str) -> str:
 
 
 def _without_head(text: str) -> str:
-    """A recipe from its first key on."""
+    """Return a recipe from its first key on, without the comment above it."""
     lines = text.splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
     return "".join(lines[first:])
 
 
 def _run_name(path: Path) -> str:
-    """The file's name as a recipe may be called."""
+    """Turn the file's name into a valid recipe name."""
     return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40].strip("-") or "recipe"
 
 
 def _scalar(value: str) -> str:
-    """`value` as YAML: JSON's quoting is YAML's too, and plain words need none."""
+    """Return `value` as a YAML scalar: plain where that is safe, else quoted as in JSON, which YAML reads too."""
     plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() and value[0].isalpha()
     return (
         value

@@ -1,4 +1,4 @@
-"""What every command needs of the terminal: a console, JSON, and an end that is one line and an exit code."""
+"""Console, JSON output and exit codes of every command. An error is printed as one line, without a traceback."""
 
 import io
 import json
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def run_command(command: click.Command) -> None:
-    """Run the command: a mistake is one line and the exit code of its kind, never a traceback."""
+    """Run the command and exit. An error prints one line, never a traceback, and sets the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a screen without our signs shows others
+            stream.reconfigure(errors="replace")  # an encoding without ✓ or → prints ? instead of failing
     sys.exit(_exit_code(command))
 
 
 def open_console(*, stderr: bool = False) -> "Console":
-    """A console that prints text as it is, but for control characters, which it leaves out."""
+    """Return a rich console that interprets no markup and removes control characters from what it prints."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -39,24 +39,26 @@ def open_console(*, stderr: bool = False) -> "Console":
 
     console = CleanConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 120  # nobody's window: wide enough for every table
+        console.width = 120  # a file or pipe has no width; this fits every table
     return console
 
 
 def command() -> str:
-    """How this command is typed here: as its wrapper says, by its name where the shell finds it, else as it was."""
+    """Return how to type `llamarefine` here: as LLAMAREFINE_COMMAND says (set by a wrapper), or by name if it is on the
+    PATH, or else by the path it was started with.
+    """
     by_name = "llamarefine" if shutil.which("llamarefine") else shlex.quote(sys.argv[0])
     return os.environ.get("LLAMAREFINE_COMMAND") or by_name
 
 
 def print_json(value: Any) -> None:
-    """A value, for a script to read; what a screen would obey is escaped."""
+    """Print a value as JSON, with the control characters that json.dumps leaves as they are escaped, too."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     click.echo(re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_text(text: str) -> None:
-    """Text that others wrote: as it is into a file or a pipe, without control characters on a terminal."""
+    """Print untrusted text: unchanged into a file or a pipe, without control characters on a terminal."""
     click.echo(strip_for_stream(text, sys.stdout))
 
 
@@ -74,7 +76,7 @@ def _exit_code(command: click.Command) -> int:
         click.echo(strip_control_characters(f"{'' if error.reason == 'interrupted' else 'error: '}{error}"), err=True)
         return error.exit_code
     except BrokenPipeError:  # `llamarefine report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds an open end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 0
     except OSError as error:
         known = from_os_error(error)

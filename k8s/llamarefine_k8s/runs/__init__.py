@@ -1,4 +1,5 @@
-"""A run: its plan, its loop over the stages, its record, its results, its verification.
+"""A run: its plan, the loop over its stages, its record, its results, its statement and its verification.
 
-Knows executors only by the interface in pipeline.py; the local executor lives here. Never talks to a cluster.
+The loop in pipeline.py runs stages through the Executor protocol. local_executor.py implements it with processes on
+this machine, cluster/executor.py with Kubernetes Jobs. Nothing in this package talks to a cluster.
 """

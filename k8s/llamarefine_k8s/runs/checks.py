@@ -1,4 +1,4 @@
-"""The outcome of a check, one line each: what `preflight` and `verify` give."""
+"""The outcome of one check, as `preflight` and `verify` print it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, and what to do about it where it is not right."""
+    """What was checked, the outcome, and what to do if it is not ok."""
 
     name: str
     state: Literal["ok", "warning", "FAIL"]
@@ -14,7 +14,7 @@ class Check:
     to_do: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """As a script reads it."""
+        """Return the fields as a JSON object."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -22,15 +22,15 @@ class Check:
 
 
 def ok(name: str, text: str) -> Check:
-    """A check that holds."""
+    """Return a check that passed."""
     return Check(name, "ok", text)
 
 
 def warning(name: str, text: str, to_do: str | None = None) -> Check:
-    """Something that may go wrong, or could not be looked at."""
+    """Return a check that found a possible problem, or could not be made."""
     return Check(name, "warning", text, to_do)
 
 
 def fail(name: str, text: str, to_do: str | None = None) -> Check:
-    """Something that will go wrong, or is wrong."""
+    """Return a check that failed: something is wrong, or will certainly go wrong."""
     return Check(name, "FAIL", text, to_do)

@@ -1,13 +1,18 @@
-"""What the store holds and no kept run refers to: found, and removed.
+"""Garbage collection: find and remove the objects in a store that no kept run needs.
 
-Kept are the runs that `Keep` names, every run that is driven or changed within GRACE, all that these runs recorded or
-would find again when they are submitted again, and the parents of all that, back to the first. Whatever is younger
-than GRACE stays too, with its parents: someone may be writing it, or about to read it; an uploaded file stays for
-INPUT_GRACE, for its run may wait in a queue and has no record before it begins. What is not of this layout is never
-touched.
+Kept are:
 
-Removal can be cut off anywhere: records and manifests go first, children before their parents, so nothing is ever
-there by half; the files that are then in nobody's manifest go with the next removal.
+- the runs that the RetentionPolicy keeps, and every run that is being driven or changed within GRACE;
+- every artifact and checkpoint that a kept run recorded, or would find again if its recipe were submitted again;
+- everything younger than GRACE, because a stage may be writing it or about to read it;
+- the parents of all these, back to the first stage;
+- uploaded files that a kept recipe names, or that are younger than INPUT_GRACE: their run may wait in a queue, and it
+  has no record before it starts.
+
+Objects outside the store's layout are never touched.
+
+A removal may be interrupted at any point. Records and manifests are deleted first, children before their parents, so an
+artifact with a manifest is always complete; the next removal deletes the files that no manifest lists any more.
 """
 
 from collections import defaultdict
@@ -27,23 +32,23 @@ from llamarefine_jobs.store.objects import Entry
 from llamarefine_k8s.runs import records
 from llamarefine_k8s.runs.records import RECORD, RunRecord
 
-GRACE = timedelta(days=1)  # as long as a stage may take, by the settings' default
+GRACE = timedelta(days=1)  # the default of the setting deadline_s, the longest that a stage may take
 INPUT_GRACE = timedelta(days=7)
 
-Ref = tuple[str, str]  # a stage and a key
+Ref = tuple[str, str]  # names an artifact: stage and key
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _CHILDREN_FIRST = [*STAGES][::-1]
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which runs stay: those that either bound keeps; all where none is given."""
+class RetentionPolicy:
+    """Which runs to keep: the `newest` N, and those `younger_than` an age; all runs if neither is given."""
 
     newest: int | None = None
     younger_than: timedelta | None = None
 
-    def choose(self, records: Sequence[RunRecord], now: datetime) -> list[RunRecord]:
-        """The runs that stay, of `records` in any order."""
+    def select(self, records: Sequence[RunRecord], now: datetime) -> list[RunRecord]:
+        """Return the runs to keep. `records` may be in any order."""
         if self.newest is None and self.younger_than is None:
             return list(records)
         ordered = sorted(records, key=lambda record: record.updated_at, reverse=True)
@@ -56,8 +61,11 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Item:
-    """One thing that goes. Without its `marker`, a record or a manifest, it is not there."""
+class GarbageItem:
+    """One thing to remove: its files and, if it has one, its `marker`.
+
+    The marker is the record of a run or the manifest of an artifact or checkpoint. Without it the files are garbage.
+    """
 
     kind: Literal["run", "artifact", "checkpoint", "input", "leftover"]
     name: str
@@ -69,9 +77,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Garbage:
-    """What goes, children before their parents, and how many runs stay."""
+    """All items to remove, children before their parents, and the number of runs that are kept."""
 
-    items: tuple[Item, ...]
+    items: tuple[GarbageItem, ...]
     kept_runs: int
 
     @property
@@ -79,20 +87,20 @@ class Garbage:
         return sum(item.size_bytes for item in self.items)
 
 
-def find(store: Store, keep: Keep, now: datetime) -> Garbage:
-    """What may go, `now` by the store's clock. Reads records and manifests only, and changes nothing.
+def find(store: Store, policy: RetentionPolicy, now: datetime) -> Garbage:
+    """Return what can be removed. `now` is the time by the store's clock. Reads records and manifests; changes nothing.
 
-    Raises IntegrityError where what a kept thing refers to cannot be known.
+    Raises IntegrityError if a record or manifest cannot be read: what it refers to is unknown.
     """
     inventory = _Inventory(store, now)
-    records = list(_records(store))  # read last: a run that began meanwhile is seen, with all that it will find
-    kept = keep.choose(records, now)
-    reached = inventory.reach(kept)
-    goes = {record.run: record for record in records if record not in kept}
+    records = list(_records(store))  # read after the listing, so that runs that started meanwhile are seen
+    kept = policy.select(records, now)
+    needed = inventory.needed_by(kept)
+    removable = {record.run: record for record in records if record not in kept}
     items = [
-        *inventory.runs(goes),
-        *inventory.artifacts(reached),
-        *inventory.checkpoints(reached),
+        *inventory.runs(removable),
+        *inventory.artifacts(needed),
+        *inventory.checkpoints(needed),
         *inventory.inputs(kept),
         *inventory.unfinished(),
     ]
@@ -100,7 +108,7 @@ def find(store: Store, keep: Keep, now: datetime) -> Garbage:
 
 
 def remove(store: Store, garbage: Garbage) -> None:
-    """Remove what was found: first what makes it what it is, one by one, then the files."""
+    """Remove what was found: first the markers, one by one in order, then the files."""
     for item in garbage.items:
         if item.marker:
             store.objects.delete(item.marker)
@@ -108,7 +116,7 @@ def remove(store: Store, garbage: Garbage) -> None:
 
 
 class _Inventory:
-    """The store's objects by what they belong to."""
+    """The objects of a store, grouped by the run, artifact, checkpoint or uploaded file that they belong to."""
 
     def __init__(self, store: Store, now: datetime) -> None:
         self._store = store
@@ -119,53 +127,53 @@ class _Inventory:
         self._inputs = self._grouped("inputs", 2)
         self._manifests: dict[str, Manifest | None] = {}
 
-    def reach(self, kept: Iterable[RunRecord]) -> set[Ref]:
-        """Every stage and key that a kept run refers to, that is young, or that one of these was made from."""
-        pending = [ref for record in kept for ref in (*_recorded(record), *self._found_again(record))]
+    def needed_by(self, kept: Iterable[RunRecord]) -> set[Ref]:
+        """Return every artifact that kept runs refer to or that is young, with all their parents."""
+        pending = [ref for record in kept for ref in (*_recorded(record), *self._reusable(record))]
         for folder, entries in (*self._artifacts.items(), *self._checkpoints.items()):
             _, stage, key, *_ = folder.split("/")
             pending += [] if self._is_old(entries) else [(stage, key)]
         steps = defaultdict(list)
         for folder in self._checkpoints:
             steps[folder.rpartition("/")[0]].append(folder)
-        reached: set[Ref] = set()
+        needed: set[Ref] = set()
         while pending:
             ref = stage, key = pending.pop()
-            if ref in reached:
+            if ref in needed:
                 continue
-            reached.add(ref)
+            needed.add(ref)
             for folder in (artifact_path(stage, key), *steps.get(f"checkpoints/{stage}/{key}", ())):
                 manifest = self._manifest(folder)
                 pending += [(name, parent.key) for name, parent in (manifest.parents if manifest else {}).items()]
-        return reached
+        return needed
 
-    def runs(self, goes: dict[str, RunRecord]) -> Iterator[Item]:
-        """Runs that go, and what lies beside no record."""
+    def runs(self, removable: dict[str, RunRecord]) -> Iterator[GarbageItem]:
+        """Yield the runs to remove, and old files in the folder of a run that has no record."""
         for folder, entries in self._runs.items():
             run = folder.split("/")[1]
             marker = f"{folder}/{RECORD}"
-            if run in goes:
-                yield _item("run", run, f"last changed {goes[run].updated_at:%Y-%m-%d}", entries, marker)
+            if run in removable:
+                yield _item("run", run, f"last changed {removable[run].updated_at:%Y-%m-%d}", entries, marker)
             elif all(entry.path != marker for entry in entries) and self._is_old(entries):
                 yield _item("leftover", folder, "a run without its record", entries)
 
-    def artifacts(self, reached: set[Ref]) -> Iterator[Item]:
-        """Artifacts that go, and attempts that became none."""
+    def artifacts(self, needed: set[Ref]) -> Iterator[GarbageItem]:
+        """Yield the artifacts to remove, and old attempts that never became the artifact."""
         for folder in sorted(self._artifacts, key=_children_first):
             entries = self._artifacts[folder]
             _, stage, key = folder.split("/")
             marker = f"{folder}/{MANIFEST}"
-            is_there = any(entry.path == marker for entry in entries)
-            if is_there and (stage, key) not in reached:
+            has_manifest = any(entry.path == marker for entry in entries)
+            if has_manifest and (stage, key) not in needed:
                 yield _item("artifact", f"{stage} {short(key)}", "no kept run refers to it", entries, marker)
                 continue
-            manifest = self._manifest(folder) if is_there else None
+            manifest = self._manifest(folder) if has_manifest else None
             for attempt, files in _by_folder(entries, 4).items():
                 if attempt != (manifest and manifest.folder) and self._is_old(files):
                     yield _item("leftover", attempt, "its writer never finished, or another one won", files)
 
-    def checkpoints(self, reached: set[Ref]) -> Iterator[Item]:
-        """Checkpoints that nothing will go on from."""
+    def checkpoints(self, needed: set[Ref]) -> Iterator[GarbageItem]:
+        """Yield the old checkpoints from which no training will resume."""
         newest: dict[Ref, str] = {}
         complete = {folder for folder, entries in self._checkpoints.items() if _has_manifest(folder, entries)}
         for folder in sorted(complete, key=lambda folder: int(folder.rpartition("/")[2])):
@@ -177,33 +185,33 @@ class _Inventory:
             stage, key, step = *ref, int(folder.rpartition("/")[2])
             if folder not in complete:
                 yield _item("leftover", folder, "its writer never finished", entries)
-            elif ref not in reached:
+            elif ref not in needed:
                 why = "no kept run refers to it"
                 yield _item("checkpoint", f"{stage} {short(key)} at step {step}", why, entries, f"{folder}/{MANIFEST}")
             elif newest[ref] != folder or self._is_published(ref):
                 why = "its training is done" if self._is_published(ref) else "there is a later one"
                 yield _item("checkpoint", f"{stage} {short(key)} at step {step}", why, entries, f"{folder}/{MANIFEST}")
 
-    def inputs(self, kept: Iterable[RunRecord]) -> Iterator[Item]:
-        """Uploaded files that no kept recipe names."""
-        named = [text for record in kept for text in _texts(record.recipe)]
+    def inputs(self, kept: Iterable[RunRecord]) -> Iterator[GarbageItem]:
+        """Yield old uploaded files that no kept recipe names."""
+        named = [text for record in kept for text in _all_strings(record.recipe)]
         for folder, entries in self._inputs.items():
             if self._is_old(entries, INPUT_GRACE) and not any(f"/{folder}/" in f"{text}/" for text in named):
                 name = entries[0].path.split("/")[2]
                 yield _item("input", name, "no kept recipe names it", entries)
 
-    def unfinished(self) -> Iterator[Item]:
-        """What killed writers and preflights left."""
+    def unfinished(self) -> Iterator[GarbageItem]:
+        """Yield the old files that killed writers and preflights left behind."""
         for entry in [*self._store.entries("check/"), *self._store.objects.unfinished()]:
             if self._is_old([entry]):
                 yield _item("leftover", entry.path, "its writer never finished", [entry])
 
-    def _found_again(self, record: RunRecord) -> Iterator[Ref]:
-        """What the same submit would find, and go on from: it may be under way now."""
+    def _reusable(self, record: RunRecord) -> Iterator[Ref]:
+        """Yield the artifacts that the same submit would reuse or resume: it may be in progress now."""
         try:
             recipe = Recipe.model_validate(record.recipe)
         except ValidationError:
-            return  # of another version, which keys everything otherwise
+            return  # of another version, which gives every artifact another key
         found: dict[str, Manifest] = {}
         for stage in SEQUENCE:
             if not STAGES[stage].reads.keys() <= found.keys():
@@ -215,7 +223,7 @@ class _Inventory:
                 found[stage] = manifest
 
     def _manifest(self, folder: str) -> Manifest | None:
-        """The manifest in a folder of the listing; IntegrityError where it cannot be read."""
+        """Return the manifest in a listed folder, None if it has none; IntegrityError if it cannot be read."""
         entries = self._artifacts.get(folder) or self._checkpoints.get(folder) or []
         if folder not in self._manifests:
             self._manifests[folder] = self._read(folder) if _has_manifest(folder, entries) else None
@@ -228,7 +236,7 @@ class _Inventory:
                 return self._store.checkpoint_manifest(stage, key, int(step[0]))
             return self._store.manifest(stage, key)
         except IntegrityError as error:
-            raise IntegrityError(f"nothing was removed, for what is kept cannot be known: {error}") from None
+            raise IntegrityError(f"nothing was removed, because it is unknown what must be kept: {error}") from None
 
     def _is_published(self, ref: Ref) -> bool:
         return _has_manifest(artifact_path(*ref), self._artifacts.get(artifact_path(*ref), []))
@@ -237,7 +245,7 @@ class _Inventory:
         return all(entry.modified_at is not None and self._now - entry.modified_at > grace for entry in entries)
 
     def _grouped(self, top: str, depth: int) -> dict[str, list[Entry]]:
-        """The objects below `top`, by the folder of `depth` parts that they lie in; what lies elsewhere is not ours."""
+        """Return the objects below `top` by their folder of `depth` parts; others are left out."""
         groups = _by_folder(self._store.entries(f"{top}/"), depth)
         if top in ("artifacts", "checkpoints"):
             groups = {folder: entries for folder, entries in groups.items() if folder.split("/")[1] in STAGES}
@@ -247,30 +255,32 @@ class _Inventory:
 
 
 def _records(store: Store) -> Iterator[RunRecord]:
+    """Yield all run records, each with the later of its own time and the store's; IntegrityError if one is damaged."""
     for entry in store.entries("runs/"):
         if entry.path.count("/") == 2 and entry.path.endswith(f"/{RECORD}"):
             try:
                 record = records.load(store, entry.path.split("/")[1])
             except IntegrityError as error:
                 raise IntegrityError(
-                    f"nothing was removed, for what is kept cannot be known: {error}; remove that record, or use the "
-                    "version that wrote it"
+                    f"nothing was removed, because it is unknown what must be kept: {error}; remove that record, or "
+                    "use the version that wrote it"
                 ) from None
-            if record:  # its own time is that of its driver's clock
+            if record:  # its own time is by its driver's clock, which may be behind the store's
                 yield record.model_copy(update={"updated_at": max(record.updated_at, entry.modified_at or _NEVER)})
 
 
 def _recorded(record: RunRecord) -> Iterator[Ref]:
+    """Return the artifacts that a run's record names."""
     return ((stage, about.key) for stage, about in record.stages.items() if about.key)
 
 
-def _texts(value: object) -> Iterator[str]:
-    """All texts of a recipe: where one of another version names its sources is not known."""
+def _all_strings(value: object) -> Iterator[str]:
+    """Yield every string in a recipe: a recipe of another version may name its sources under any key."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from _all_strings(part)
 
 
 def _by_folder(entries: Iterable[Entry], depth: int) -> dict[str, list[Entry]]:
@@ -288,9 +298,9 @@ def _item(
     why: str,
     entries: Sequence[Entry],
     marker: str | None = None,
-) -> Item:
+) -> GarbageItem:
     files = tuple(entry.path for entry in entries if entry.path != marker)
-    return Item(kind, name, why, marker, files, sum(entry.size_bytes for entry in entries))
+    return GarbageItem(kind, name, why, marker, files, sum(entry.size_bytes for entry in entries))
 
 
 def _has_manifest(folder: str, entries: Iterable[Entry]) -> bool:
@@ -298,9 +308,11 @@ def _has_manifest(folder: str, entries: Iterable[Entry]) -> bool:
 
 
 def _ref(folder: str) -> Ref:
+    """Return the stage and key in the path of an artifact's or a checkpoint's folder."""
     _, stage, key, *_ = folder.split("/")
     return stage, key
 
 
 def _children_first(folder: str) -> tuple[int, str]:
+    """Sort key of a folder: later stages come first, so that no child outlives its parents."""
     return _CHILDREN_FIRST.index(folder.split("/")[1]), folder

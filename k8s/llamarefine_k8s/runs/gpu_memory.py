@@ -1,6 +1,7 @@
-"""What a training will need of its GPU's memory: the contract's estimate, for the base that a recipe names.
+"""Estimated GPU memory of a recipe's trainings: the estimate of contract/memory.py for the recipe's base model.
 
-The estimate was counted without a card and never measured on one, so only what is far over the card is refused.
+The estimate was derived without a GPU and never measured on one. So a training is refused only if its estimate far
+exceeds the card's memory.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from llamarefine_jobs.store.uri import open_objects
 from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
-REFUSED_FROM = 1.5  # times the card
+REFUSED_FROM = 1.5  # an estimate above so many times the card's memory is refused
 UNMEASURED = "an estimate that was never measured on a card"
 _CONFIG_BYTES = 1 << 20
 _KEY = "prepare.base"
@@ -29,11 +30,14 @@ _PREPARED_CONFIG = "base/config.json"
 
 
 def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[str, int]:
-    """Bytes by training stage; nothing where the base's shape is not known from here, or it is the tiny one."""
+    """Return the estimated bytes by training stage; empty for tiny-llama, or if the base's shape cannot be read here.
+
+    With `ask_hub` false, the config of a base on the Hub is not fetched.
+    """
     base = recipe.prepare.base
-    is_near = ask_hub or locations.kind(base.source, hub_id_allowed=True) is not Kind.HUB
+    may_read = ask_hub or locations.kind(base.source, hub_id_allowed=True) is not Kind.HUB
     try:
-        config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if is_near else None)
+        config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if may_read else None)
         if config is None:
             return {}
         shape = Shape.of(config)
@@ -44,13 +48,14 @@ def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[s
             for name, section in sections.items()
         }
     except (LlamaRefineError, ValueError):
-        return {}  # whoever reads the base says what is wrong with it
+        return {}  # prepare reads the base and reports what is wrong with it
 
 
 def base_config(base: Base) -> dict[str, Any] | None:
-    """The config.json of a base, read where it lies; None for the tiny one.
+    """Return the config.json of a base model, read from its source; None for tiny-llama.
 
-    Raises DataError where there is none, AccessError or StoreError where it cannot be reached from here.
+    Raises DataError if the source has no valid config.json, AccessError or StoreError if it cannot be reached from
+    here.
     """
     match locations.kind(base.source, hub_id_allowed=True):
         case Kind.PATH:
@@ -73,7 +78,10 @@ def base_config(base: Base) -> dict[str, Any] | None:
 
 
 def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
-    """The estimate beside a card: refused only where it is far over it."""
+    """Compare an estimate with a card: ok if it fits, a warning if not, a failure above REFUSED_FROM times the card.
+
+    `where` follows the card's memory in the text, as in "of this machine's GPU".
+    """
     name = f"GPU memory for {stage}"
     text = f"{gib(needed_bytes)} of the {gib(card_bytes)} {where}, {UNMEASURED}"
     to_do = f"lower {stage}.micro_batch_rows or max_length_tokens, or set {stage}.gradient_checkpointing"
@@ -83,12 +91,15 @@ def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Ch
 
 
 def gib(size_bytes: float) -> str:
-    """Bytes as people count a card's memory."""
+    """Return bytes as text in GiB, the unit of a card's memory."""
     return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
-    """That of the base that is prepared already; None where there is none, or it is not the file that prepare wrote."""
+    """Return the config of the base that prepare has already stored.
+
+    None if there is none, or if its sha256 differs from the manifest: then it is not the file that prepare wrote.
+    """
     if recipe.prepare.base.source == locations.TINY_LLAMA:
         return None
     manifest = store.manifest("prepare", artifact_key("prepare", recipe, {}))
@@ -97,7 +108,7 @@ def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:
     data = store.read(f"{manifest.folder}/{_PREPARED_CONFIG}")
     written = {file.sha256 for file in manifest.part(_PREPARED_CONFIG)}
     if data is None or hashlib.sha256(data).hexdigest() not in written:
-        return None  # who fetches the base says so
+        return None  # the stage that fetches the base reports the difference
     return parse_object(data, "config.json")
 
 

@@ -1,8 +1,8 @@
-"""Executor: a stage as a process on this machine.
+"""Executor that runs a stage as a process on this machine.
 
-A stage gets a session of its own, so the terminal's Ctrl-C reaches only the launcher, which asks the stage
-to stop. Its output goes to a file that is followed here: should the launcher die, the stage still has where
-to write, sees its standard input end, saves a checkpoint and stops.
+The process has a session of its own, so Ctrl-C in the terminal reaches only the launcher, which then sends SIGTERM to
+the stage. The stage's output goes to a file, which the launcher reads as it grows. So a stage whose launcher dies can
+still write; it sees the end of its standard input, saves a checkpoint and stops.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs.pipeline import Task
+from llamarefine_k8s.runs.plan import plan
 from llamarefine_k8s.runs.signing import SIGNING_KEY
 
-GRACE_S = 120.0  # a checkpoint of a billion parameters goes to a slow disk in less
+GRACE_S = 120.0  # enough to save a checkpoint of a billion parameters to a slow disk
 _POLL_S = 0.05
 INSTALL = "pip install 'llamarefine[train]'"
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
@@ -34,14 +36,14 @@ Command = Callable[[str], Sequence[str]]
 
 
 def stage_command(stage: str) -> Sequence[str]:
-    """How a stage is started with this very Python."""
+    """Return the command that runs a stage with this Python interpreter."""
     return (sys.executable, "-m", STAGES[stage].module)
 
 
 class LocalExecutor:
     """Runs stages as processes, one at a time."""
 
-    read_to: str | None = None  # its lines have no times: a stage's process does not outlive what drives it
+    read_to: str | None = None  # unused: a stage's process ends with its driver, so no log is ever read on
 
     def __init__(
         self,
@@ -66,17 +68,17 @@ class LocalExecutor:
             self._running = False
 
     def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
-        """Nothing is left to read; see `pipeline.Executor`."""
+        """Do nothing: no output is ever left unread; see `pipeline.Executor`."""
 
     def cancel(self) -> bool:
-        """Take note that the stage shall stop; see `pipeline.Executor`."""
+        """Record that the stage must stop; see `pipeline.Executor`."""
         self._cancels += 1
         return self._running
 
     def _run(self, task: Task, folder: Path, on_line: Callable[[str], None]) -> None:
-        recipe, output, last_words = folder / "recipe.yaml", folder / "output", folder / "last-words"
+        recipe, output, message_file = folder / "recipe.yaml", folder / "output", folder / "message"
         recipe.write_text(to_yaml(task.recipe), encoding="utf-8")
-        last_words.touch()
+        message_file.touch()
         arguments = [*self._command(task.stage), "--recipe", str(recipe), "--store", task.store_uri]
         with output.open("wb") as into:
             process = subprocess.Popen(
@@ -87,25 +89,25 @@ class LocalExecutor:
                 env=stage_environment(
                     task.recipe,
                     LLAMAREFINE_STOP_AT_EOF="1",
-                    LLAMAREFINE_TERMINATION_MESSAGE=str(last_words),
+                    LLAMAREFINE_TERMINATION_MESSAGE=str(message_file),
                     **{GIVE_UP_VARIABLE: str(self._give_up_after_s)},
                 ),
                 start_new_session=True,
             )
         last_line = ""
-        with process, output.open("rb") as lines, _killed_at_the_end(process):
+        with process, output.open("rb") as lines, _kill_on_exit(process):
             for line in self._follow(process, lines.read, task.stage):
                 last_line = line or last_line
                 on_line(line)
         if process.returncode:
-            raise self._error(task.stage, process.returncode, last_words, last_line)
+            raise self._error(task.stage, process.returncode, message_file, last_line)
 
     def _follow(self, process: subprocess.Popen[bytes], read: Callable[[], bytes], stage: str) -> Iterator[str]:
-        """The lines that the process writes, until it ends; meanwhile it is stopped when asked."""
+        """Yield the lines that the process writes until it ends; terminate or kill it after `cancel`."""
         pending = b""
         kill_at_s = float("inf")
         while True:
-            ended = process.poll() is not None  # asked first: all it wrote is then there to read
+            ended = process.poll() is not None  # checked before reading, so that the last read gets all it wrote
             *lines, pending = (pending + read()).split(b"\n")
             yield from map(_text, lines)
             if ended:
@@ -113,24 +115,24 @@ class LocalExecutor:
             if self._cancels and kill_at_s == float("inf"):
                 kill_at_s = time.monotonic() + self._grace_s
                 process.terminate()
-                yield f"{stage}: {_stopping(stage)}; Ctrl-C again ends it at once"
+                yield f"{stage}: {_stopping_text(stage)}; press Ctrl-C again to kill it"
             if self._cancels > 1 or time.monotonic() > kill_at_s:
                 _kill(process)
             time.sleep(_POLL_S)
         if pending:
             yield _text(pending)
 
-    def _error(self, stage: str, returncode: int, last_words: Path, last_line: str) -> LlamaRefineError:
+    def _error(self, stage: str, returncode: int, message_file: Path, last_line: str) -> LlamaRefineError:
         if returncode < 0:
-            return _ended_by_signal(stage, -returncode, asked=self._cancels > 0)
+            return _ended_by_signal(stage, -returncode, cancelled=self._cancels > 0)
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            return by_exit_code(returncode)(str(json.loads(last_words.read_bytes())["message"]))
-        said = last_line.removeprefix(f"{stage}: error: ") or "it said nothing"
-        return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {said}")
+            return by_exit_code(returncode)(str(json.loads(message_file.read_bytes())["message"]))
+        reason = last_line.removeprefix(f"{stage}: error: ") or "it printed nothing"
+        return by_exit_code(returncode)(f"{stage} ended with exit code {returncode}: {reason}")
 
 
 def infer(recipe: Recipe, store_uri: str, arguments: Sequence[str]) -> int:
-    """Answer prompts in a process that has this terminal; its exit code, its own words stand there already."""
+    """Run the stage infer in a process that uses this terminal; return its exit code. It prints its own errors."""
     require_train_extra()
     with tempfile.TemporaryDirectory(prefix="llamarefine-launcher-") as folder:
         file = Path(folder, "recipe.yaml")
@@ -148,7 +150,7 @@ def infer_arguments(
     model: str,
     max_new_tokens: int | None = None,
 ) -> list[str]:
-    """What the stage infer is told on its command line; a conversation where nothing is asked."""
+    """Return the command-line arguments of the stage infer; a conversation if there is no question and no `prompts`."""
     arguments = ["--model", model]
     arguments += ["--prompts", prompts] if prompts else []
     arguments += ["--answers", answers] if answers else []
@@ -157,8 +159,14 @@ def infer_arguments(
     return [*arguments, "--", *questions] if questions or prompts else [*arguments, "--interactive"]
 
 
+def require_libraries_for(recipe: Recipe, store: Store) -> None:
+    """Raise LlamaRefineError if a stage of a pinned recipe is due and a library that it needs is not installed."""
+    if missing_libraries() and any(stage.state != "there" for stage in plan(recipe, store)):
+        require_train_extra()
+
+
 def require_train_extra() -> None:
-    """Raise in one line where what stages stand on is not installed. Imports none of it."""
+    """Raise LlamaRefineError if a library that stages need is not installed. Imports none of them."""
     missing = missing_libraries()
     if missing:
         raise LlamaRefineError(
@@ -168,35 +176,35 @@ def require_train_extra() -> None:
 
 
 def missing_libraries() -> list[str]:
-    """What stages stand on and this Python lacks."""
+    """Return the libraries that stages need and that are not installed here."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
-    """This process's environment, and what a stage on this machine is told on top."""
+    """Return the environment of a stage on this machine: a changed copy of this process's, with `more` added."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
-    # A stage imports thousands of modules: 5 s when they are compiled, 14 s when each process compiles them anew.
+    # A stage imports thousands of modules: 5 s if they are compiled, 14 s if each process compiles them again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment.pop(SIGNING_KEY, None)  # it is the driver's alone
+    environment.pop(SIGNING_KEY, None)  # only the driver signs
     if recipe.cpu_threads:
         environment["OMP_NUM_THREADS"] = str(recipe.cpu_threads)
     return environment
 
 
-def _ended_by_signal(stage: str, number: int, asked: bool) -> LlamaRefineError:
-    if asked:
-        return PreemptedError(f"{stage} was ended before it had saved")
+def _ended_by_signal(stage: str, number: int, cancelled: bool) -> LlamaRefineError:
+    if cancelled:
+        return PreemptedError(f"{stage} was killed before it saved a checkpoint")
     if number == signal.SIGKILL:
         return LlamaRefineError(
-            f"{stage} was killed by signal 9 (SIGKILL), often for lack of memory: a smaller micro_batch_rows or "
-            "max_length_tokens needs less, and the same command goes on from the last checkpoint"
+            f"{stage} was killed by signal 9 (SIGKILL), often because memory ran out: lower micro_batch_rows or "
+            "max_length_tokens and rerun the same command; it resumes from the last checkpoint"
         )
-    return LlamaRefineError(f"{stage} was ended by signal {number} ({signal.strsignal(number)}); its log may say more")
+    return LlamaRefineError(f"{stage} was killed by signal {number} ({signal.strsignal(number)}); see its log")
 
 
 @contextlib.contextmanager
-def _killed_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave no stage behind when following it fails here."""
+def _kill_on_exit(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the process if it is still running at the end, because reading its output failed."""
     try:
         yield
     finally:
@@ -209,10 +217,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stopping(stage: str) -> str:
-    return "stopping, a checkpoint is saved first" if STAGES[stage].has_checkpoints else "stopping"
+def _stopping_text(stage: str) -> str:
+    return "saving a checkpoint and stopping" if STAGES[stage].has_checkpoints else "stopping"
 
 
 def _text(line: bytes) -> str:
-    """A line as text, of a redrawn one what stood there last."""
+    """Return a line as text; of a line redrawn with carriage returns, only the last version."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()

@@ -1,7 +1,7 @@
-"""Run the stages that are due, in order. The same loop drives them on this machine and on a cluster.
+"""The loop that runs the stages which are due, in order, on this machine and on a cluster alike.
 
-The store decides what is due: a stage whose artifact is there is never run again, so the same command
-goes on wherever an earlier one ended. Who runs a stage, and where, is an `Executor`'s business.
+The store decides what is due: a stage whose artifact exists is never run again, so the same command resumes wherever an
+earlier one ended. An `Executor` decides where and how a stage runs.
 """
 
 import contextlib
@@ -30,59 +30,59 @@ from llamarefine_jobs.sources.fingerprints import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import provenance, signing
 from llamarefine_k8s.runs.plan import newest_checkpoint
-from llamarefine_k8s.runs.records import Journal, RunRecord
+from llamarefine_k8s.runs.records import RecordWriter, RunRecord
 from llamarefine_k8s.runs.results import Report, read_report
 
 RETRY_AFTER_S = (2.0, 10.0)
 
-READ_TO = "# read to "  # begins the last line of a log in a bucket
-_MARK_BYTES = 100  # is never as long
-_KEEP_EVERY_S, _KEEP_AT_MOST_BYTES = 15.0, 4 << 20  # a longer log goes when its stage ends
-_KNOWN_ANYWAY = ("error: ", "makes ", "published ")  # what the record says, a stage's log need not say again
+READ_TO = "# read to "  # begins the marker, the last line of a log in a bucket
+_MARKER_BYTES = 100  # more than the longest marker
+_UPLOAD_EVERY_S, _UPLOAD_AT_MOST_BYTES = 15.0, 4 << 20  # a longer log is uploaded only when its stage ends
+_IN_THE_RECORD = ("error: ", "makes ", "published ")  # log lines not shown as notes: the record holds the same
 
 
 @dataclass(frozen=True)
 class Task:
-    """One stage of one run, as an executor is given it. The recipe is pinned."""
+    """One stage of one run, for an executor to run. The recipe is pinned."""
 
     run: str
     stage: str
     key: str
     recipe: Recipe
     store_uri: str
-    oom_micro_batch_rows: tuple[int, ...] = ()  # micro-batches, in rows, that the kernel has killed it for
+    oom_micro_batch_rows: tuple[int, ...] = ()  # micro-batches, in rows, for which the kernel killed the stage
 
 
 class Executor(Protocol):
     """Runs one stage at a time."""
 
     read_to: str | None
-    """Up to when a stage's log was given, where its lines have times; set, it is where the next reading begins."""
+    """Time of the last log line that was passed on, if lines have times. Set it before a stage to continue there."""
 
     def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
-        """Run a stage to its end, giving each line of its log to `on_line`.
+        """Run a stage to its end and pass each line of its log to `on_line`.
 
-        Raises the kind of LlamaRefineError that the stage's exit code means, with the stage's own message.
+        Raises the LlamaRefineError that belongs to the stage's exit code, with the stage's own message.
         """
 
     def finish(self, task: Task, on_line: Callable[[str], None]) -> None:
-        """Give what is left to read of the log of a stage that is made, and whose driver did not live to read it."""
+        """Pass on the rest of the log of a stage that has finished, but whose driver died before it read all of it."""
 
     def cancel(self) -> bool:
-        """Ask the stage that runs to save and stop, the second time to stop at once; False where none runs.
+        """Request that the running stage saves and stops; a second call, that it stops at once. False if none runs.
 
-        Called from a signal handler: it only takes note. `execute` does the rest and raises PreemptedError.
+        Called from a signal handler, so it only records the request. `execute` acts on it and raises PreemptedError.
         """
 
 
 class RunObserver(Protocol):
-    """Shows a run to a person."""
+    """Shows a run while it is driven: implemented by the terminal's displays, and by a recorder in tests."""
 
     def show(self, record: RunRecord) -> None:
-        """The run as it now stands."""
+        """Called with the record after each change."""
 
     def note(self, stage: str, text: str) -> None:
-        """Something a stage says of itself."""
+        """Called with a message that a stage logged under its own name, once for each text."""
 
 
 class InterruptedRunError(PreemptedError):
@@ -93,7 +93,7 @@ class InterruptedRunError(PreemptedError):
 
 
 class Pipeline:
-    """One drive of one run. `recipe` is pinned."""
+    """Drives one run once. `recipe` is pinned."""
 
     def __init__(
         self,
@@ -109,148 +109,150 @@ class Pipeline:
         self.observer = observer
         self.retry_after_s = retry_after_s
         self.made: dict[str, Manifest] = {}
-        self._told: set[str] = set()
+        self._noted: set[str] = set()
 
     def drive(self) -> RunRecord:
-        """Bring every stage of the recipe into the store; the run's record, state `done`.
+        """Run every stage whose artifact is not in the store; return the run's record, with the state `done`.
 
-        Raises what the first failing stage raised, and InterruptedRunError after Ctrl-C or SIGTERM. Both leave
-        a store from which the next drive goes on, and a record that says how far this one came.
+        Raises the error of the first failing stage, or InterruptedRunError after Ctrl-C or SIGTERM. In both cases the
+        next drive resumes from what is in the store, and the record describes how far this one came.
         """
-        key = signing.find_key()  # one that cannot sign is told before a stage runs, not after the last
-        with Journal(self.store, self.recipe, self.observer.show) as self.journal:
+        key = signing.find_key()  # raises for an unusable key now, not after the last stage
+        with RecordWriter(self.store, self.recipe, self.observer.show) as self.record_writer:
             stage = SEQUENCE[0]
             try:
                 with _Signals(self.executor) as signals:
                     for stage in SEQUENCE:
                         signals.check()
-                        self.made[stage] = self._bring(stage)
-                    report = publish_report(self.store, self.journal.record.run, self.made["evaluate"])
-                    provenance.publish(self.store, self.journal.record, self.made, key)
+                        self.made[stage] = self._find_or_run(stage)
+                    report = publish_report(self.store, self.record_writer.record.run, self.made["evaluate"])
+                    provenance.publish(self.store, self.record_writer.record, self.made, key)
             except (KeyboardInterrupt, PreemptedError) as error:
-                asked = isinstance(error, KeyboardInterrupt) or signals.asked
-                raise self._end(stage, "interrupted", self._interruption(stage, asked)) from None
+                by_user = isinstance(error, KeyboardInterrupt) or signals.received
+                raise self._record_end(stage, "interrupted", self._interruption(stage, by_user)) from None
             except LlamaRefineError as error:
-                raise self._end(stage, "failed", error) from None
+                raise self._record_end(stage, "failed", error) from None
             except BaseException as error:
-                self._end(stage, "failed", LlamaRefineError(f"{type(error).__name__}: {error}"))
+                self._record_end(stage, "failed", LlamaRefineError(f"{type(error).__name__}: {error}"))
                 raise
             passed = all(gate.passed for gate in report.gates) if report.gates else None
-            self.journal.run(state="done", gates_passed=passed)
-        return self.journal.record
+            self.record_writer.run(state="done", gates_passed=passed)
+        return self.record_writer.record
 
-    def _bring(self, stage: str) -> Manifest:
-        """The manifest of `stage` for this recipe: the one that stands, or that of what runs now."""
+    def _find_or_run(self, stage: str) -> Manifest:
+        """Return the manifest of the stage's artifact for this recipe; run the stage first if there is none."""
         key = artifact_key(stage, self.recipe, {name: self.made[name] for name in STAGES[stage].reads})
-        standing = self.store.manifest(stage, key)
-        if standing:
+        existing = self.store.manifest(stage, key)
+        if existing:
             if not self.store.objects.keeps_checksums:
-                self.store.verify(standing)
-            if self.journal.was_left(stage, key):
-                self._finish(stage, key)
-            self.journal.stage(
-                stage, state="reused", key=key, started_at=standing.started_at, finished_at=standing.finished_at
+                self.store.verify(existing)
+            if self.record_writer.was_left_running(stage, key):
+                self._finish_log(stage, key)
+            self.record_writer.stage(
+                stage, state="reused", key=key, started_at=existing.started_at, finished_at=existing.finished_at
             )
-            return standing
-        self.journal.stage(stage, state="running", key=key, started_at=datetime.now(UTC))
+            return existing
+        self.record_writer.stage(stage, state="running", key=key, started_at=datetime.now(UTC))
         self._execute(stage, key)
         manifest = self.store.manifest(stage, key)
         if manifest is None:
             raise IntegrityError(
-                f"{stage} ended well, but {self.store.uri} has no artifact {short(key)} of it; "
-                "is it the same store, and the same version of llamarefine?"
+                f"{stage} exited with code 0, but {self.store.uri} has no artifact {short(key)} of it; "
+                "check that the stage uses the same store and the same version of llamarefine"
             )
-        self.journal.stage(stage, state="done", finished_at=datetime.now(UTC))
+        self.record_writer.stage(stage, state="done", finished_at=datetime.now(UTC))
         return manifest
 
     def _execute(self, stage: str, key: str) -> None:
-        """Run a stage, again after trouble that may pass by itself."""
+        """Run a stage. After an error that may be temporary, run it again after each pause of `retry_after_s`."""
         task = self._task(stage, key)
         with self._log(stage) as log:
 
             def on_line(line: str) -> None:
                 log.write(line, self.executor.read_to)
-                self._hear(stage, line)
+                self._handle_line(stage, line)
 
             for attempt, pause_s in enumerate((*self.retry_after_s, None), start=1):
-                self.journal.stage(stage, attempts=attempt)
+                self.record_writer.stage(stage, attempts=attempt)
                 try:
                     self.executor.execute(task, on_line)
                     return
                 except LlamaRefineError as error:
                     if error.disposition is not Disposition.RETRY or pause_s is None:
                         raise
-                    self.observer.note(stage, f"{error}; trying again in {pause_s:g} s")
+                    self.observer.note(stage, f"{error}; retrying in {pause_s:g} s")
                     time.sleep(pause_s)
 
-    def _finish(self, stage: str, key: str) -> None:
-        """Take along what a driver that was killed left unread."""
+    def _finish_log(self, stage: str, key: str) -> None:
+        """Complete the log of a finished stage with the lines that its killed driver did not read."""
         task = self._task(stage, key)
         with self._log(stage) as log:
             self.executor.finish(task, lambda line: log.write(line, self.executor.read_to))
 
     @contextlib.contextmanager
     def _log(self, stage: str) -> Iterator["StageLog"]:
-        """The log of a stage, to be gone on with; the record says where it lies and, when it ends, what it is."""
-        log = StageLog(self.store, self.journal.record.run, stage)
+        """Open the log of a stage for appending; record its path now, and its digest when it is closed."""
+        log = StageLog(self.store, self.record_writer.record.run, stage)
         try:
             with log:
-                self.journal.stage(stage, log=log.path, log_sha256=None)
+                self.record_writer.stage(stage, log=log.path, log_sha256=None)
                 self.executor.read_to = log.read_to
                 yield log
         finally:
-            self.journal.log_ends(stage, log.sha256)
+            self.record_writer.log_digest(stage, log.sha256)
 
     def _task(self, stage: str, key: str) -> Task:
-        return Task(self.journal.record.run, stage, key, self.recipe, self.store.uri)
+        return Task(self.record_writer.record.run, stage, key, self.recipe, self.store.uri)
 
-    def _hear(self, stage: str, line: str) -> None:
-        """Progress into the record, what the stage says of itself to the observer, once; the rest is the log's."""
-        now = progress.parse(line)
-        if now:
-            self.journal.progress(stage, now)
+    def _handle_line(self, stage: str, line: str) -> None:
+        """Record a line of progress; pass a message of the stage to the observer, once; ignore any other line."""
+        parsed = progress.parse(line)
+        if parsed:
+            self.record_writer.progress(stage, parsed)
             return
-        speaker, colon, text = line.partition(": ")
-        if not colon or speaker != stage or text.startswith(_KNOWN_ANYWAY):
+        prefix, colon, text = line.partition(": ")
+        if not colon or prefix != stage or text.startswith(_IN_THE_RECORD):
             return
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._noted:
+            self._noted.add(text)
             self.observer.note(stage, text)
 
-    def _interruption(self, stage: str, asked: bool) -> PreemptedError:
-        """What is kept, and how it goes on."""
-        key = self.journal.record.stages[stage].key
+    def _interruption(self, stage: str, by_user: bool) -> PreemptedError:
+        """Return the error of an interrupted run: what is kept, and how to resume."""
+        key = self.record_writer.record.stages[stage].key
         step = newest_checkpoint(self.store, stage, key) if key and STAGES[stage].has_checkpoints else None
         kept = [name for name in SEQUENCE if name in self.made]
         kept += [f"{stage}'s checkpoint at step {step}"] if step is not None and stage not in self.made else []
-        text = f"in {stage}; kept: {', '.join(kept) or 'nothing yet'}; the same command goes on from there"
-        if asked:
+        text = f"in {stage}; kept: {', '.join(kept) or 'nothing yet'}; rerun the same command to resume"
+        if by_user:
             return InterruptedRunError(f"interrupted {text}")
-        return PreemptedError(f"stopped from outside {text}")
+        return PreemptedError(f"preempted {text}")
 
-    def _end(self, stage: str, state: str, error: LlamaRefineError) -> LlamaRefineError:
-        """Write down how the run ended; the error, with the stage's name before it."""
-        shown = str(error) if isinstance(error, PreemptedError) else _named(stage, str(error))
-        with contextlib.suppress(StoreError):  # an outage that ends a run keeps its record from being written, too
+    def _record_end(self, stage: str, state: str, error: LlamaRefineError) -> LlamaRefineError:
+        """Record how the run ended; return the error with the stage's name in front."""
+        shown = str(error) if isinstance(error, PreemptedError) else _with_stage(stage, str(error))
+        with contextlib.suppress(StoreError):  # an outage that ends the run also prevents this write
             if stage not in self.made:
-                self.journal.stage(stage, retry=False, state=state, finished_at=datetime.now(UTC), error=shown)
-            self.journal.run(retry=False, state=state, error=shown)
+                self.record_writer.stage(stage, retry=False, state=state, finished_at=datetime.now(UTC), error=shown)
+            self.record_writer.run(retry=False, state=state, error=shown)
         return type(error)(shown)
 
 
 class StageLog:
-    """A stage's log of a run. In a folder it grows line by line; into a bucket it goes now and then, and when closed.
+    """The log of one stage of a run, ``runs/<run>/logs/<stage>.log``, open for appending.
 
-    There its last line says up to when the pod's log was read, so that whoever goes on neither loses nor repeats a
-    line: both are one object. A driver may vanish together with the pod, and then no more is left than what was kept.
+    In a folder it is written line by line. In a bucket it is uploaded every _UPLOAD_EVERY_S and when it is closed.
+    There its last line is a marker with the time up to which the pod's log was read, so that the next driver neither
+    loses nor repeats a line: log and marker are one object. If driver and pod vanish together, the lines since the last
+    upload are lost.
     """
 
     def __init__(self, store: Store, run: str, stage: str) -> None:
         self.path = run_path(run, "logs", f"{stage}.log")
         self.read_to: str | None = None
-        self.sha256: str | None = None  # once it is closed and kept
+        self.sha256: str | None = None  # set when it is closed and stored
         self._store = store
-        self._kept_s = time.monotonic()
+        self._uploaded_s = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-log-")
 
     def __enter__(self) -> Self:
@@ -261,46 +263,46 @@ class StageLog:
             self.file = Path(self._folder.name, "log")
             with self.file.open("wb") as into:
                 self._store.objects.download(self.path, into, lambda chunk: None)
-            self._cut_mark()
+            self._remove_marker()
         self._lines = self.file.open("a", encoding="utf-8", buffering=1)
         return self
 
     def write(self, line: str, read_to: str | None = None) -> None:
-        """Add a line, and up to when the log it came from was read."""
+        """Append a line. `read_to` is the time up to which the log that it came from was read."""
         self._lines.write(f"{line}\n")
         self.read_to = read_to
-        if time.monotonic() - self._kept_s > _KEEP_EVERY_S:
-            self._keep()
-            self._kept_s = time.monotonic()
+        if time.monotonic() - self._uploaded_s > _UPLOAD_EVERY_S:
+            self._upload()
+            self._uploaded_s = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._store.objects.root:
             self._lines.close()
             self.sha256 = file_sha256(self.file)
         else:
-            self._lines.write(self._mark())
+            self._lines.write(self._marker())
             self._lines.close()
-            # What ended the stage is to be told, not that its log could not be kept.
+            # If the stage failed, its own error is reported, not that its log could not be uploaded.
             with contextlib.suppress(*((StoreError,) if kind else ())):
                 self._store.objects.upload(self.path, self.file, lambda chunk: None)
                 self.sha256 = file_sha256(self.file)
         self._folder.cleanup()
 
-    def _keep(self) -> None:
-        """Bring what there is to the bucket; where that does not go now, the next time will."""
-        if self._store.objects.root or self.file.stat().st_size > _KEEP_AT_MOST_BYTES:
+    def _upload(self) -> None:
+        """Upload the log so far with its marker; if that fails, the next upload includes it."""
+        if self._store.objects.root or self.file.stat().st_size > _UPLOAD_AT_MOST_BYTES:
             return
         with contextlib.suppress(LlamaRefineError):
-            self._store.write(self.path, self.file.read_bytes() + self._mark().encode(), retry=False)
+            self._store.write(self.path, self.file.read_bytes() + self._marker().encode(), retry=False)
 
-    def _mark(self) -> str:
+    def _marker(self) -> str:
         return f"{READ_TO}{self.read_to}\n" if self.read_to else ""
 
-    def _cut_mark(self) -> None:
-        """Take the last line for what it is."""
+    def _remove_marker(self) -> None:
+        """Read the marker from the last line and remove that line, if it is one."""
         with self.file.open("r+b") as log:
             size_bytes = log.seek(0, 2)
-            log.seek(max(0, size_bytes - _MARK_BYTES))
+            log.seek(max(0, size_bytes - _MARKER_BYTES))
             *_, last = log.read().splitlines(keepends=True) or [b""]
             if last.startswith(READ_TO.encode()):
                 self.read_to = last[len(READ_TO) :].decode(errors="replace").strip()
@@ -308,11 +310,11 @@ class StageLog:
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP go to the stage that runs; where none does, they are a KeyboardInterrupt."""
+    """Turns SIGINT, SIGTERM and SIGHUP into a cancel of the running stage, or KeyboardInterrupt if none is running."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.asked = False
+        self.received = False
 
     def __enter__(self) -> Self:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -324,18 +326,18 @@ class _Signals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.received = True
         if not self._executor.cancel():
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Stop before the next stage: the signal came when the last one was all but done."""
-        if self.asked:
+        """Raise KeyboardInterrupt if a signal came when the last stage was about to end and could no longer stop."""
+        if self.received:
             raise KeyboardInterrupt
 
 
 def publish_report(store: Store, run: str, evaluate: Manifest) -> Report:
-    """Copy the report of an evaluation, verified, into the run's folder."""
+    """Copy the files of an evaluation's report, verified, into the run's folder; return the report."""
     with tempfile.TemporaryDirectory(prefix="llamarefine-report-") as folder:
         fetched = store.fetch(evaluate, Path(folder, "report"), *STAGES["evaluate"].writes)
         for name in STAGES["evaluate"].writes:
@@ -343,5 +345,6 @@ def publish_report(store: Store, run: str, evaluate: Manifest) -> Report:
     return read_report(store, run)
 
 
-def _named(stage: str, text: str) -> str:
+def _with_stage(stage: str, text: str) -> str:
+    """Return `text` with the stage's name in front, unless it is there already."""
     return text if text.startswith((f"{stage} ", f"{stage}: ")) else f"{stage}: {text}"

@@ -1,4 +1,4 @@
-"""What a run of a recipe would do: which stages are in the store, which are due, and why."""
+"""The plan of a recipe: which stages are in the store, which would run, and why."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs.records import RunRecord, all_runs, run_id
 
-_LATEST = 20  # runs of a recipe's name, among which one of the very recipe is looked for
+_LATEST = 20  # how many of the newest runs of the recipe's name are read
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a plan. A stage after one that is due has no key yet: it comes of what that one makes."""
+    """One stage of a plan. A stage whose parents are due has no key yet, because its key depends on their artifacts."""
 
     stage: str
     state: Literal["there", "due", "follows"]
     key: str | None
     reasons: tuple[str, ...]
-    took_s: float | None = None  # in the newest run of the recipe's name that ran it, waiting included
+    took_s: float | None = None  # in the newest run of the recipe's name that ran the stage, including time in a queue
 
 
 def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
-    """What `drive` would find and do for a pinned recipe, stage by stage. Reads manifests, no artifact's bytes."""
-    begun = all_runs(store, beginning=f"{recipe.name}-", limit=_LATEST)
-    runs = [record for record in begun if record.run.rpartition("-")[0] == recipe.name]
-    this = next((record for record in runs if record.run == run_id(recipe)), None)
-    last = next((record for record in runs if record is not this), None)
+    """Return what `Pipeline.drive` would do for a pinned recipe. Reads manifests and records, no other files."""
+    candidates = all_runs(store, beginning=f"{recipe.name}-", limit=_LATEST)
+    runs = [record for record in candidates if record.run.rpartition("-")[0] == recipe.name]
+    this_run = next((record for record in runs if record.run == run_id(recipe)), None)
+    last = next((record for record in runs if record is not this_run), None)
     found: dict[str, Manifest] = {}
     planned: list[PlannedStage] = []
     for stage in SEQUENCE:
-        waits_for = [name for name in STAGES[stage].reads if name not in found]
+        due_parents = [name for name in STAGES[stage].reads if name not in found]
         reasons: tuple[str, ...]
         changes = tuple(_changes(stage, recipe, last)) if last else ()
-        if waits_for:
-            reasons = changes or (f"runs after {waits_for[-1]}",)
+        if due_parents:
+            reasons = changes or (f"runs after {due_parents[-1]}",)
             planned.append(PlannedStage(stage, "follows", None, reasons, _took_s(stage, runs)))
             continue
         key = artifact_key(stage, recipe, found)
@@ -49,26 +49,27 @@ def plan(recipe: Recipe, store: Store) -> list[PlannedStage]:
             found[stage] = manifest
             planned.append(PlannedStage(stage, "there", key, (f"made {manifest.finished_at:%Y-%m-%d %H:%M} UTC",)))
         else:
-            reasons = _left_off(stage, key, this, store) or changes or _other_parents(stage, found, last)
-            planned.append(PlannedStage(stage, "due", key, reasons or (_unmade(key, last),), _took_s(stage, runs)))
+            reasons = _earlier_attempt(stage, key, this_run, store) or changes or _other_parents(stage, found, last)
+            reasons = reasons or (_missing_reason(key, last),)
+            planned.append(PlannedStage(stage, "due", key, reasons, _took_s(stage, runs)))
     return planned
 
 
 def newest_checkpoint(store: Store, stage: str, key: str) -> int | None:
-    """The step of the newest complete checkpoint of a training."""
+    """Return the step of a training's newest complete checkpoint; None if it has none."""
     prefix = f"{checkpoint_path(stage, key)}/"
     complete = [entry.path for entry in store.entries(prefix) if entry.path.endswith(f"/{MANIFEST}")]
     return max((int(path[len(prefix) :].split("/")[0]) for path in complete), default=None)
 
 
 def _changes(stage: str, recipe: Recipe, last: RunRecord) -> Iterator[str]:
-    """What differs from the last run of the same name in all that this stage's key is made of."""
+    """Yield the differences from the last run of the same name in everything that the stage's key depends on."""
     if last.package_version != __version__:
         yield f"llamarefine {last.package_version} → {__version__}"
     try:
         before = Recipe.model_validate(last.recipe)
     except ValidationError:
-        yield "the last run's recipe is of another version"
+        yield "the last run's recipe is from another version"
         return
     old, new = (dict(_flat(each.key_payload(stage))) for each in (before, recipe))
     for name in sorted(old | new):
@@ -76,39 +77,41 @@ def _changes(stage: str, recipe: Recipe, last: RunRecord) -> Iterator[str]:
             continue
         shown = name.removeprefix("common.")
         if name.endswith(".fingerprint"):
-            yield f"{shown.removesuffix('.fingerprint')} has another content"
+            yield f"{shown.removesuffix('.fingerprint')} has different content"
         elif name.endswith(".source") and None in (old.get(name), new.get(name)):
-            continue  # a source with a fingerprint is told by it
+            continue  # reported through its fingerprint
         else:
             yield f"{shown} {_text(old.get(name))} → {_text(new.get(name))}"
 
 
-def _left_off(stage: str, key: str, this: RunRecord | None, store: Store) -> tuple[str, ...]:
-    """How far an earlier drive of this very run came with the stage."""
+def _earlier_attempt(stage: str, key: str, this_run: RunRecord | None, store: Store) -> tuple[str, ...]:
+    """Return how an earlier drive of the same run left the stage: a checkpoint, a failure, an interruption."""
     step = newest_checkpoint(store, stage, key) if STAGES[stage].has_checkpoints else None
     if step is not None:
-        return (f"goes on from the checkpoint at step {step}",)
-    record = this.stages.get(stage) if this else None
+        return (f"resumes from the checkpoint at step {step}",)
+    record = this_run.stages.get(stage) if this_run else None
     if not record or record.state not in ("failed", "interrupted"):
         return ()
     return (f"failed before: {record.error}" if record.error else "was interrupted",)
 
 
 def _other_parents(stage: str, found: Mapping[str, Manifest], last: RunRecord | None) -> tuple[str, ...]:
-    """The parents that are not those of the last run."""
+    """Return which parents differ from those of the last run."""
     if not last:
         return ()
     others = [name for name in STAGES[stage].reads if name in last.stages and last.stages[name].key != found[name].key]
     return (f"{' and '.join(others)} changed",) if others else ()
 
 
-def _unmade(key: str, last: RunRecord | None) -> str:
+def _missing_reason(key: str, last: RunRecord | None) -> str:
+    """Return why the store has no artifact with this key although nothing changed."""
     stages = last.stages.values() if last else ()
-    was_there = any(stage.key == key and stage.state in ("done", "reused") for stage in stages)
-    return "its artifact is gone from the store" if was_there else "was never run"
+    existed = any(stage.key == key and stage.state in ("done", "reused") for stage in stages)
+    return "its artifact was deleted from the store" if existed else "never ran"
 
 
 def _took_s(stage: str, runs: Sequence[RunRecord]) -> float | None:
+    """Return how long the stage took in the newest run that ran it to its end."""
     for record in runs:
         ran = record.stages.get(stage)
         if ran and ran.state == "done" and ran.started_at and ran.finished_at:
@@ -117,6 +120,7 @@ def _took_s(stage: str, runs: Sequence[RunRecord]) -> float | None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values by their dotted keys."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

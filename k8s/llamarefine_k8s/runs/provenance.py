@@ -1,9 +1,9 @@
-"""What a run's model was made from, as a statement that travels with it: in-toto's form, SLSA's provenance v1.
+"""The statement of what a run's model was made from: an in-toto statement with SLSA's provenance v1 predicate.
 
-It is written when a run ends, ``runs/<run>/model.intoto.jsonl``, and comes beside the model when that is pulled, never
-into its folder: two equal runs make equal folders. All of it comes from the artifacts' manifests and the run's recipe,
-so the same artifacts give the same bytes; no name of a person, a machine or a local path is in it. Who vouches for it
-is whoever holds the key that it is signed with.
+It is written when a run ends, as ``runs/<run>/model.intoto.jsonl``. `pull` puts it beside the model's folder, never
+into it, so that equal runs give equal folders. Everything in it comes from the artifacts' manifests and the run's
+recipe, so the same artifacts give the same bytes; it contains no name of a person or a machine and no local path. A
+signature shows that the holder of the signing key vouches for it.
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
 """
 
@@ -30,10 +30,10 @@ FILE = "model.intoto.jsonl"
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
 _BUILD, _BUILDER = "urn:llamarefine:pipeline:1", "urn:llamarefine:driver"
 _MODEL = "model/"
-_RESULTS = ("merge", "evaluate")  # what is made of the others: the model's own artifact, and the report on it
+_RESULTS = ("merge", "evaluate")  # the model's own artifact and the report on it; the other stages are materials
 _NAME = "statement"
 _MATERIALS = "what it was made from"
-_AGAIN = "submit the same recipe again: nothing is trained anew, and the statement is written anew"
+_RESUBMIT = "submit the same recipe again: it rewrites the statement without training anything again"
 _DO_NOT_USE = "do not use this model"
 _PLACES = {
     "the model's files": ("subject",),
@@ -46,17 +46,17 @@ _PLACES = {
 
 
 class _Statement(NamedTuple):
-    """A run's statement as it was read, once: its bytes, what is signed of them, what that says."""
+    """A run's statement as read from the store, once: its bytes, the envelope in them, and its parsed payload."""
 
     data: bytes
-    line: signing.Line
-    said: Any
+    envelope: signing.Envelope
+    content: Any
 
 
 def statement(run: str, recipe: Mapping[str, Any], made: Mapping[str, Manifest]) -> bytes:
-    """The statement about a finished run's model: canonical JSON, one line. `made` is each stage's manifest."""
+    """Return the statement about a finished run's model: canonical JSON, one line. `made` is each stage's manifest."""
     parts = [(manifest, _artifact(manifest)) for manifest in made.values()]
-    said = {
+    content = {
         "_type": _STATEMENT,
         "predicateType": _PREDICATE,
         "subject": _files(made["merge"]),
@@ -84,11 +84,14 @@ def statement(run: str, recipe: Mapping[str, Any], made: Mapping[str, Manifest])
             },
         },
     }
-    return _canonical(said)
+    return _canonical(content)
 
 
 def publish(store: Store, record: RunRecord, made: Mapping[str, Manifest], key: "PrivateKey | None") -> None:
-    """Write the statement about a run, signed where there is a key. One that is signed is not replaced by its like."""
+    """Write the statement about a run, signed if there is a key.
+
+    Without a key, an existing statement with the same content is kept, because it may be signed.
+    """
     payload = statement(record.run, record.recipe, made)
     path = run_path(record.run, FILE)
     if key is None and (earlier := store.read(path)) is not None:
@@ -101,10 +104,11 @@ def publish(store: Store, record: RunRecord, made: Mapping[str, Manifest], key: 
 
 
 def require(store: Store, run: str, manifest: Manifest, key: "PublicKey") -> bytes:
-    """The statement about a run, if `key` signed it and it names all that `manifest` does; else IntegrityError.
+    """Return the bytes of a run's statement; IntegrityError unless `key` signed it and it matches `manifest`.
 
-    It names a model's files, and any other artifact's manifest, by their sha256. So what is fetched by this very
-    manifest is what was signed, whatever is in the store by then; the same goes for these bytes of the statement.
+    The statement names the sha256 of each of the model's files, and of every other artifact's manifest. So whatever is
+    fetched by this manifest object is what was signed, even if the store changes meanwhile; likewise, the returned
+    bytes are the checked ones.
     """
     try:
         found = _find(store, run)
@@ -112,36 +116,37 @@ def require(store: Store, run: str, manifest: Manifest, key: "PublicKey") -> byt
         raise IntegrityError(f"{run}: {error}; {_DO_NOT_USE}") from None
     if found is None:
         raise IntegrityError(
-            f"{run}: expected a statement signed by the key {short(signing.name_of(key))}, found none; {_DO_NOT_USE} "
-            f"before it has one: it comes when the run ends, signed where that has {signing.SIGNING_KEY}"
+            f"{run}: expected a statement signed by the key {short(signing.name_of(key))}, found none; {_DO_NOT_USE}: "
+            f"a run writes its statement when it ends, and signs it if {signing.SIGNING_KEY} is set"
         )
-    signature = _signature(found.line, key)
+    signature = _check_signature(found.envelope, key)
     if signature.state != "ok":
         raise IntegrityError(f"{run}: {signature.name} {signature}")
-    about = _at(found.said, _PLACES["the run"]) if _at(found.said, _PLACES["its form"]) == _PREDICATE else None
+    content = found.content
+    about = _at(content, _PLACES["the run"]) if _at(content, _PLACES["its form"]) == _PREDICATE else None
     if about != run:
         other = f"{about:.80}" if isinstance(about, str) else "something else"
         raise IntegrityError(f"{run}: expected a statement about this run, found one about {other}; {_DO_NOT_USE}")
     if manifest.stage == "merge":
-        signed, here = _digests(_at(found.said, _PLACES["the model's files"])), _digests(_files(manifest))
+        signed, here = _digests(_at(content, _PLACES["the model's files"])), _digests(_files(manifest))
     else:
         place = _PLACES["its artifacts" if manifest.stage in _RESULTS else _MATERIALS]
         here = _digests([_artifact(manifest)])
-        signed = {name: digest for name, digest in _digests(_at(found.said, place)).items() if name in here}
+        signed = {name: digest for name, digest in _digests(_at(content, place)).items() if name in here}
     for name in sorted(signed.keys() | here.keys()):
         expected, made = (f"sha256 {digests[name]!s:.64}" if name in digests else "none" for digests in (signed, here))
         if expected != made:
             raise IntegrityError(
-                f"{run}: {name}: expected {expected}, as it was signed, found {made}; {_DO_NOT_USE}: somebody changed "
-                "it in the store"
+                f"{run}: {name}: expected {expected}, as it was signed, found {made}; {_DO_NOT_USE}: it was "
+                "changed in the store"
             )
     return found.data
 
 
 def pull(store: Store, run: str, model: Path, signed: bytes | None = None) -> Path | None:
-    """Bring the statement about a run beside the folder `model`; None, and nothing done, where there is none.
+    """Write a run's statement beside the folder `model` and return its path; None if the run has no statement.
 
-    `signed` is the statement where `require` gave it: it is not read again.
+    `signed` is the statement that `require` returned, if it was called: it is not read again.
     """
     data = store.read(run_path(run, FILE)) if signed is None else signed
     if data is None:
@@ -161,80 +166,83 @@ def pull(store: Store, run: str, model: Path, signed: bytes | None = None) -> Pa
 def check(
     store: Store, record: RunRecord, made: Mapping[str, Manifest], key: "PublicKey | None" = None
 ) -> Iterator[Check]:
-    """Whether the statement is signed by `key`, and says what the artifacts are: `made`, as the store has them."""
+    """Check that a run's statement is signed by `key` and matches its artifacts, `made`, as they are in the store."""
     if record.state != "done" and key is None:
         return
     try:
         found = _find(store, record.run)
     except IntegrityError as error:
-        yield fail(_NAME, str(error), _AGAIN)
+        yield fail(_NAME, str(error), _RESUBMIT)
         return
     if found is None:
-        yield (fail if key else warning)(_NAME, "the run has none", _AGAIN)
+        yield (fail if key else warning)(_NAME, "the run has no statement", _RESUBMIT)
         return
-    yield _signature(found.line, key)
+    yield _check_signature(found.envelope, key)
     if {"merge", "prepare", "sft", "dpo", "evaluate"} - made.keys():
-        yield fail(_NAME, "cannot be compared: artifacts are missing", "see above")
+        yield fail(_NAME, "cannot be compared with the artifacts: some are missing", "see above")
         return
     try:
         expected = statement(record.run, record.recipe, made)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        yield fail(_NAME, "cannot be compared: the run's record holds no recipe", _AGAIN)
+        yield fail(_NAME, "cannot be compared with the artifacts: the run's record holds no recipe", _RESUBMIT)
         return
-    wrong = _differences(found.said, json.loads(expected))
-    if not wrong and record.package_version == __version__ and found.line.payload != expected:
-        wrong = ["words that are not of this version"]
+    content = found.content
+    wrong = _differences(content, json.loads(expected))
+    if not wrong and record.package_version == __version__ and found.envelope.payload != expected:
+        wrong = ["keys that this version does not write"]
     if wrong:
-        # An artifact that was made anew of the same bytes has another manifest: only who signed cares.
-        told = warning if wrong == [_MATERIALS] and key is None else fail
-        # With the key that would sign what is there now, whoever put it there.
-        yield told(_NAME, f"says otherwise than the artifacts: {', '.join(wrong)}", _DO_NOT_USE if key else _AGAIN)
+        # An artifact that was made again with the same bytes has another manifest; that matters only for a signature.
+        outcome = warning if wrong == [_MATERIALS] and key is None else fail
+        # With a key, resubmitting is no advice: it would sign what is in the store now, whoever put it there.
+        advice = _DO_NOT_USE if key else _RESUBMIT
+        yield outcome(_NAME, f"differs from the artifacts in {', '.join(wrong)}", advice)
     else:
-        count = len(found.said["subject"])
-        yield ok(_NAME, f"names the {count} files of the model and what they were made from, as they are")
+        count = len(content["subject"])
+        yield ok(_NAME, f"matches the {count} files of the model and what they were made from")
 
 
 def _find(store: Store, run: str) -> _Statement | None:
-    """The statement about a run, or None; IntegrityError for what is none."""
+    """Read the statement about a run; None if there is none, IntegrityError if it cannot be parsed."""
     data = store.read(run_path(run, FILE))
     if data is None:
         return None
     try:
-        line = signing.parse(data)
-        return _Statement(data, line, json.loads(line.payload))
+        envelope = signing.parse(data)
+        return _Statement(data, envelope, json.loads(envelope.payload))
     except IntegrityError as error:
         raise IntegrityError(f"{FILE} {error}") from None
     except (ValueError, RecursionError):
         raise IntegrityError(f"{FILE} holds no JSON") from None
 
 
-def _signature(line: signing.Line, key: "PublicKey | None") -> Check:
+def _check_signature(envelope: signing.Envelope, key: "PublicKey | None") -> Check:
     name = f"{_NAME} signature"
-    # A name is anybody's text, and there may be many.
-    by = ", ".join(short(keyid.encode("unicode_escape").decode()) or "nothing" for keyid, _ in line.signatures[:3])
+    # Names are untrusted text, and there may be many.
+    by = ", ".join(short(keyid.encode("unicode_escape").decode()) or "nothing" for keyid, _ in envelope.signatures[:3])
     if key is None:
         if not by:
-            return ok(name, f"there is none: the run had no {signing.SIGNING_KEY}")
-        return warning(name, f"by a key that calls itself {by}; not checked", "give --public-key")
-    if signing.is_signed_by(line, key):
+            return ok(name, f"not signed: the run had no {signing.SIGNING_KEY}")
+        return warning(name, f"by a key that claims the name {by}; not checked", "give --public-key")
+    if signing.is_signed_by(envelope, key):
         return ok(name, f"by the key {short(signing.name_of(key))}")
-    found = f"is by another key, which calls itself {by}, or of other bytes" if by else "is missing"
+    found = f"is by another key, which claims the name {by}, or over other bytes" if by else "is missing"
     return fail(name, f"{found}; expected one by {short(signing.name_of(key))}", _DO_NOT_USE)
 
 
-def _differences(said: Any, expected: Any) -> list[str]:
-    """The parts of a statement that are not as they should be. Words of a later version may be added, none changed."""
-    return [name for name, place in _PLACES.items() if _at(said, place) != _at(expected, place)]
+def _differences(content: Any, expected: Any) -> list[str]:
+    """Return the parts of a statement that differ from `expected`. Keys that a later version adds are ignored."""
+    return [name for name, place in _PLACES.items() if _at(content, place) != _at(expected, place)]
 
 
 def _at(value: Any, place: tuple[str, ...]) -> Any:
+    """Return the value at a path of keys in parsed JSON; None if the path does not exist."""
     for name in place:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
 def _digests(parts: Any) -> dict[str, Any]:
-    """sha256 by name, of files or artifacts as a statement lists them."""
+    """Return the sha256 by name of the files or artifacts in a list of a statement."""
     return {
         str(_at(part, ("name",))): _at(part, ("digest", "sha256"))
         for part in (parts if isinstance(parts, list) else ())
@@ -246,7 +254,7 @@ def _files(merge: Manifest) -> list[dict[str, Any]]:
 
 
 def _artifact(manifest: Manifest) -> dict[str, Any]:
-    about = {
+    annotations = {
         "package_version": manifest.package_version,
         "git_commit": manifest.git_commit,
         "image_digest": manifest.image_digest,
@@ -258,12 +266,12 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.stage,
         "uri": f"{artifact_path(manifest.stage, manifest.key)}/{MANIFEST}",
         "digest": {"sha256": manifest.sha256()},
-        "annotations": {name: value for name, value in about.items() if value},
+        "annotations": {name: value for name, value in annotations.items() if value},
     }
 
 
 def _sources(recipe: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the run read from outside the store. A path of one machine means nothing on another: its digest does."""
+    """Yield what the run read from outside the store, by digest if there is one (paths are local to a machine)."""
     for name in ("base", "questions", "preferences"):
         source = recipe["prepare"][name]
         kind, colon, value = str(source["fingerprint"] or "").rpartition(":")

@@ -1,7 +1,7 @@
-"""The record of a run, ``runs/<run>/run.json``: written by whoever drives the run, read by anybody.
+"""The record of a run, ``runs/<run>/run.json``: written by the process that drives the run, read by all commands.
 
-A record says how a run went, never what is there: that is the artifacts' own business. So a lost or
-stale record costs nothing but its story.
+A record describes how a run went. Whether an artifact exists is decided by its manifest alone, so a lost or stale
+record loses only that description.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.store import Store
 
 RECORD = "run.json"
-_SEAL = "record_sha256"
-PROGRESS_S = 2.0  # progress is written so often at most
-HEARTBEAT_S = 15.0  # and something so often at least, which proves that the driver lives
-STALE_S = 90.0
+_DIGEST = "record_sha256"
+PROGRESS_S = 2.0  # the shortest time between two writes of progress
+HEARTBEAT_S = 15.0  # the longest time without a write while the driver is alive
+STALE_S = 90.0  # a running record that is older has no living driver
 _NAME = re.compile(r"[a-z0-9-]+")
 _READERS = 8
-DRIVER_JOB = "LLAMAREFINE_DRIVER_JOB"  # the Job that this process is a pod of, where it drives inside a cluster
+DRIVER_JOB = "LLAMAREFINE_DRIVER_JOB"  # name of the driver Job, set in its pods
 
 
 class StageRecord(BaseModel):
-    """How one stage of a run went."""
+    """State and outcome of one stage of a run."""
 
     state: Literal["pending", "running", "reused", "done", "failed", "interrupted"] = "pending"
     key: Sha256 | None = None
@@ -50,7 +50,7 @@ class StageRecord(BaseModel):
     progress: Progress | None = None
     error: str | None = None
     log: str | None = None
-    log_sha256: Sha256 | None = None  # once the stage is over
+    log_sha256: Sha256 | None = None  # set when the stage has ended
 
 
 class Driver(BaseModel):
@@ -61,13 +61,13 @@ class Driver(BaseModel):
 
     @classmethod
     def this_process(cls) -> Self:
-        """The one that asks. A pod of a driver Job is the same driver as the pod before it."""
+        """Return this process as a driver. All pods of one driver Job count as the same driver."""
         job = os.environ.get(DRIVER_JOB)
         return cls(pid=1, host=job) if job else cls(pid=os.getpid(), host=platform.node())
 
 
 class RunRecord(BaseModel):
-    """How a run went, or goes."""
+    """State of a run and of its stages, with the pinned recipe that it runs."""
 
     format: Literal[1] = 1
     run: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
@@ -83,26 +83,26 @@ class RunRecord(BaseModel):
 
     @property
     def is_driven(self) -> bool:
-        """Whether its driver is alive: it wrote lately, and where it ran here its process is there."""
+        """Whether its driver is alive: it wrote within STALE_S and, if it is on this machine, its process exists."""
         if self.state != "running" or (datetime.now(UTC) - self.updated_at).total_seconds() > STALE_S:
             return False
         return self.driver.host != platform.node() or _is_alive(self.driver.pid)
 
     def to_bytes(self) -> bytes:
-        """The record as it lies in the store, its own digest as the last key."""
-        return add_self_digest(self.model_dump_json(indent=2), _SEAL)
+        """Return the record as JSON with its own digest as the last key, as it is stored."""
+        return add_self_digest(self.model_dump_json(indent=2), _DIGEST)
 
     def own_recipe(self) -> Recipe:
-        """The recipe as it was pinned; IntegrityError where it is none of this version's."""
+        """Return the recipe that the run was started with; IntegrityError if this version cannot read it."""
         try:
             return Recipe.model_validate(self.recipe)
         except ValidationError as error:
             raise IntegrityError(
-                f"{self.run}: its recorded recipe is none of this version: {error.errors()[0]['msg']}"
+                f"{self.run}: this version cannot read its recorded recipe: {error.errors()[0]['msg']}"
             ) from None
 
-    def settled(self) -> "RunRecord":
-        """This record, its state `interrupted` where it says `running` and nobody drives it any more."""
+    def without_dead_driver(self) -> "RunRecord":
+        """Return this record, with `interrupted` in place of `running` if its driver is no longer alive."""
         if self.state != "running" or self.is_driven:
             return self
         stages = {
@@ -113,20 +113,24 @@ class RunRecord(BaseModel):
 
 
 def run_id(recipe: Recipe) -> str:
-    """The run of a pinned recipe: the same recipe on the same version is the same run."""
+    """Return the run's name for a pinned recipe. The same recipe and package version give the same name."""
     payload = json.dumps({"recipe": recipe.model_dump(mode="json"), "package_version": __version__}, sort_keys=True)
     return f"{recipe.name}-{hashlib.sha256(payload.encode()).hexdigest()[:8]}"
 
 
 def find(store: Store, name: str | None) -> RunRecord:
-    """The run that `name` begins, the newest without a name. RecipeError where there is none or more than one."""
+    """Return the run whose name begins with `name`, or the newest run without a name.
+
+    Raises RecipeError if no run or more than one matches, IntegrityError if the record of the named run is damaged.
+    Without a name, damaged records are skipped.
+    """
     if name and _NAME.fullmatch(name) and (exact := load(store, name)):
         return exact
     found = newest_names(store, name or "")
     if name and len(found) > 1:
         raise RecipeError(f"`{name}` begins {len(found)} runs: {', '.join(found[:5])}; give more of the name")
     for run in found:
-        with contextlib.suppress(*([] if name else [IntegrityError])):  # of one that is asked for it is to be told
+        with contextlib.suppress(*([] if name else [IntegrityError])):  # a run that was named must report its damage
             if record := load(store, run):
                 return record
     names = newest_names(store) if name else found
@@ -136,7 +140,7 @@ def find(store: Store, name: str | None) -> RunRecord:
 
 
 def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str, ...]]:
-    """The run that the first word names, and the other words; the newest run and all words where it names none."""
+    """Return the run that the first word names and the other words; if it names none, the newest run and all words."""
     if words and _NAME.fullmatch(words[0]):
         names_one = len(newest_names(store, words[0])) == 1
         if names_one or re.search(r"-[0-9a-f]{8}$", words[0]):
@@ -145,7 +149,7 @@ def find_first(store: Store, words: Sequence[str]) -> tuple[RunRecord, tuple[str
 
 
 def newest_names(store: Store, beginning: str = "") -> list[str]:
-    """The names of all runs that begin so, the one last driven first. One listing; no record is read."""
+    """Return the names of all runs with this beginning, the last written first. Lists once; reads no record."""
     if beginning and not _NAME.fullmatch(beginning):
         return []
     written = {
@@ -157,7 +161,10 @@ def newest_names(store: Store, beginning: str = "") -> list[str]:
 
 
 def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> list[RunRecord]:
-    """Every run whose record can be read, as it stands now, the one last driven first; the newest `limit` of them."""
+    """Return the records of the newest `limit` runs (all without a limit), the last written first.
+
+    Records that cannot be read are left out.
+    """
 
     def load_readable(run: str) -> RunRecord | None:
         with contextlib.suppress(IntegrityError):
@@ -170,33 +177,36 @@ def all_runs(store: Store, *, beginning: str = "", limit: int | None = None) -> 
 
 
 def load(store: Store, run: str) -> RunRecord | None:
-    """The record of a run as it stands now, or None; IntegrityError where it cannot be read, or a byte was changed."""
+    """Return the record of a run, `interrupted` if its driver died; None if there is none.
+
+    Raises IntegrityError if it cannot be read, or if it does not match its own digest.
+    """
     data = store.read(run_path(run, RECORD))
     if data is None:
         return None
     place = where(store, run_path(run, RECORD))
     try:
-        record = RunRecord.model_validate_json(read_self_digest(data, _SEAL) or data)
+        record = RunRecord.model_validate_json(read_self_digest(data, _DIGEST) or data)
     except ValidationError:
-        raise IntegrityError(f"{place}: is no run record of this version") from None
+        raise IntegrityError(f"{place}: is not a run record of this version") from None
     except ValueError as error:
-        raise IntegrityError(f"{place}: {error}; run the recipe again: the record is written anew") from None
+        raise IntegrityError(f"{place}: {error}; run the recipe again to rewrite the record") from None
     if record.run != run:
         raise IntegrityError(f"{place}: is the record of another run, {record.run}")
-    return record.settled()
+    return record.without_dead_driver()
 
 
 def has_valid_digest(store: Store, run: str) -> bool:
-    """Whether the record says by itself that no byte of it was changed."""
+    """Whether the stored record has a digest of its own and matches it."""
     with contextlib.suppress(ValueError):
-        return read_self_digest(store.read(run_path(run, RECORD)) or b"", _SEAL) is not None
+        return read_self_digest(store.read(run_path(run, RECORD)) or b"", _DIGEST) is not None
     return False
 
 
 def where(store: Store, path: str) -> str:
-    """Where an object lies, as a person types it: a path, from here where it is below, or the bucket's URI.
+    """Return where an object is, for a user to open: its URI in a bucket, or its path in a folder.
 
-    The path "." is the store itself.
+    The path is relative to the working directory if it is below it. The path "." stands for the store itself.
     """
     if not store.objects.root:
         return store.uri if path == "." else f"{store.uri}/{path}"
@@ -204,73 +214,73 @@ def where(store: Store, path: str) -> str:
     return os.path.relpath(place) if place.is_relative_to(os.getcwd()) else str(place)
 
 
-class Journal:
-    """The writer of a run's record while it is driven.
+class RecordWriter:
+    """Writes the record of a run while it is driven.
 
-    Each change is written at once, progress within PROGRESS_S, and every HEARTBEAT_S a sign of life.
-    `on_change` is called with the record after each change, in the caller's thread.
+    Each change is written at once, progress within PROGRESS_S. Every HEARTBEAT_S the record is written even if nothing
+    changed. `on_change` is called with the record after each change, in the caller's thread.
     """
 
     def __init__(self, store: Store, recipe: Recipe, on_change: Callable[[RunRecord], None]) -> None:
         now = datetime.now(UTC)
         run = run_id(recipe)
         self._store = store
-        self._before = self._earlier(run)
+        self._before = self._read_earlier(run)
         self.record = RunRecord(
             run=run,
             created_at=self._before.created_at if self._before else now,
             updated_at=now,
             driver=Driver.this_process(),
-            # What an earlier driver left stays in sight: this one may be killed before it comes so far.
-            stages={name: self._left(name) or self._known(name) for name in SEQUENCE},
+            # Keep what an earlier driver recorded: this one may be killed before it reaches that stage.
+            stages={name: self._unfinished(name) or self._with_known_key(name) for name in SEQUENCE},
             recipe=recipe.model_dump(mode="json"),
         )
         self._on_change = on_change
         self._changing = threading.RLock()
-        self._writing = threading.Lock()  # apart: an outage shall not keep the run from going on
+        self._writing = threading.Lock()  # separate: a write that is retried during an outage must not block the run
         self._closed = threading.Event()
         self._unwritten = False
         self._written_at_s = 0.0
-        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._write_regularly, daemon=True)
 
     def __enter__(self) -> Self:
         if self._before is None and not self._store.objects.create(self._path, self._data()):
-            self._before = self._earlier(self.record.run)  # another driver was a moment earlier
+            self._before = self._read_earlier(self.record.run)  # another driver was faster
         self.run()
-        self._heart.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._closed.set()
-        self._heart.join()
+        self._heartbeat.join()
 
-    def was_left(self, stage: str, key: str) -> bool:
-        """Whether an earlier driver began this very stage and did not live to write down its end."""
-        there = self._left(stage)
-        return there is not None and there.key == key
+    def was_left_running(self, stage: str, key: str) -> bool:
+        """Whether an earlier driver started this stage with this key and died before it recorded the end."""
+        left = self._unfinished(stage)
+        return left is not None and left.key == key
 
     def run(self, *, retry: bool = True, **changes: Any) -> None:
-        """Change and write the run's own fields; where not `retry`, StoreError at once in an outage."""
+        """Change the run's own fields and write the record. Without `retry`, an outage raises StoreError at once."""
         with self._changing:
             self.record = self.record.model_copy(update=changes)
         self._write(retry=retry)
         self._on_change(self.record)
 
     def stage(self, name: str, *, retry: bool = True, **changes: Any) -> None:
-        """Change and write a stage's fields; where not `retry`, StoreError at once in an outage."""
+        """Change a stage's fields and write the record. Without `retry`, an outage raises StoreError at once."""
         with self._changing:
             self._update(name, changes)
         self._write(retry=retry)
         self._on_change(self.record)
 
-    def log_ends(self, name: str, sha256: str | None) -> None:
-        """Take note of the log of a stage that is over; it is written with how the stage ended."""
+    def log_digest(self, name: str, sha256: str | None) -> None:
+        """Record the digest of an ended stage's log; the write of the stage's final state includes it."""
         with self._changing:
             self._update(name, {"log_sha256": sha256})
             self._unwritten = True
 
     def progress(self, name: str, progress: Progress) -> None:
-        """Take note of a stage's progress; it is written soon."""
+        """Record a stage's progress; it is written within PROGRESS_S."""
         with self._changing:
             self._update(name, {"progress": progress})
             self._unwritten = True
@@ -280,27 +290,29 @@ class Journal:
     def _path(self) -> str:
         return run_path(self.record.run, RECORD)
 
-    def _left(self, stage: str) -> StageRecord | None:
-        """The record of a stage that an earlier driver did not see end."""
-        there = self._before.stages.get(stage) if self._before else None
-        if there is None or there.state not in ("running", "interrupted"):
+    def _unfinished(self, stage: str) -> StageRecord | None:
+        """Return the record of a stage that an earlier driver started but did not see end."""
+        earlier = self._before.stages.get(stage) if self._before else None
+        if earlier is None or earlier.state not in ("running", "interrupted"):
             return None
-        return there.model_copy(update={"state": "interrupted"})
+        return earlier.model_copy(update={"state": "interrupted"})
 
-    def _known(self, stage: str) -> StageRecord:
-        """What an earlier driver made or found: gc shall not miss it before this one has found it again."""
-        there = self._before.stages.get(stage) if self._before else None
-        return StageRecord(key=there.key, log=there.log, log_sha256=there.log_sha256) if there else StageRecord()
+    def _with_known_key(self, stage: str) -> StageRecord:
+        """Return a pending stage with the key and log of an earlier driver, so that gc keeps its artifact meanwhile."""
+        earlier = self._before.stages.get(stage) if self._before else None
+        if earlier is None:
+            return StageRecord()
+        return StageRecord(key=earlier.key, log=earlier.log, log_sha256=earlier.log_sha256)
 
-    def _earlier(self, run: str) -> RunRecord | None:
-        """What an earlier driver wrote; LlamaRefineError where it still drives."""
+    def _read_earlier(self, run: str) -> RunRecord | None:
+        """Return the record of an earlier driver; LlamaRefineError if that driver is still alive."""
         before = None
         with contextlib.suppress(IntegrityError):
             before = load(self._store, run)
         if before and before.is_driven and before.driver != Driver.this_process():
             raise LlamaRefineError(
-                f"{run} is being driven already, by process {before.driver.pid} on {before.driver.host}; "
-                f"`llamarefine status {run}` shows how far it is"
+                f"{run} is already being driven by process {before.driver.pid} on {before.driver.host}; "
+                f"`llamarefine status {run}` shows its progress"
             )
         return before
 
@@ -309,7 +321,7 @@ class Journal:
         self.record = self.record.model_copy(update={"stages": stages})
 
     def _data(self) -> bytes:
-        """The record as it now stands, with the time of now."""
+        """Return the current record as bytes, with updated_at set to now."""
         with self._changing:
             self._unwritten = False
             self.record = self.record.model_copy(update={"updated_at": datetime.now(UTC)})
@@ -320,12 +332,12 @@ class Journal:
             self._store.write(self._path, self._data(), retry=retry)
             self._written_at_s = time.monotonic()
 
-    def _beat(self) -> None:
+    def _write_regularly(self) -> None:
         while not self._closed.wait(PROGRESS_S):
             if self._writing.locked():
                 continue
             if self._unwritten or time.monotonic() - self._written_at_s > HEARTBEAT_S:
-                with contextlib.suppress(LlamaRefineError):  # the next change meets the same trouble and says so
+                with contextlib.suppress(LlamaRefineError):  # the next change retries, and reports the error
                     self._write(retry=False)
 
 

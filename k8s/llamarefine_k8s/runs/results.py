@@ -1,4 +1,4 @@
-"""What a run leaves: its report read, its model and adapters brought to a folder of this machine."""
+"""Results of a run: read its report, and copy its model, adapters and report to folders on this machine."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -20,9 +20,13 @@ from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.sources.fingerprints import file_sha256
 from llamarefine_jobs.store import Store
 from llamarefine_jobs.untrusted.remote_code import refuse_programs
+from llamarefine_k8s.runs import provenance
 from llamarefine_k8s.runs.records import RunRecord, where
 
-# What `pull` brings: the stage that made it, and its folder there ("" is the artifact itself).
+if TYPE_CHECKING:
+    from llamarefine_k8s.runs.signing import PublicKey
+
+# What `pull` copies: the stage whose artifact holds it, and its folder there ("" is the whole artifact).
 PARTS = {
     "model": ("merge", "model/"),
     "sft": ("sft", "adapter/"),
@@ -36,7 +40,7 @@ Model = Literal["base", "sft", "merged"]
 
 
 class Interval(BaseModel):
-    """A measured value and where it may truly lie; no `low` and `high` where too few test rows allow no interval."""
+    """A measured value and its confidence interval; without `low` and `high` if there are too few test rows."""
 
     value: float
     low: float | None = None
@@ -44,7 +48,7 @@ class Interval(BaseModel):
 
 
 class Change(Interval):
-    """From one model to another."""
+    """The change of a metric from one model to another, with the verdict."""
 
     source: Model = Field(alias="from")
     target: Model = Field(alias="to")
@@ -52,7 +56,7 @@ class Change(Interval):
 
 
 class Metric(BaseModel):
-    """One line of the comparison."""
+    """One metric of the comparison: its value for each model, and the changes between models."""
 
     name: str
     title: str
@@ -65,7 +69,7 @@ class Metric(BaseModel):
 
 
 class Example(BaseModel):
-    """A held-out question, and what each model answers."""
+    """A held-out question, its reference answer, and each model's answer."""
 
     question: str
     reference: str
@@ -73,7 +77,7 @@ class Example(BaseModel):
 
 
 class GateResult(BaseModel):
-    """A quality gate of the recipe, measured."""
+    """A quality gate of the recipe, with the measured value."""
 
     metric: str
     model: Model
@@ -83,7 +87,7 @@ class GateResult(BaseModel):
 
 
 class Report(BaseModel):
-    """As much of report.json as the launcher shows."""
+    """The part of report.json that the launcher shows."""
 
     models: list[Model]
     metrics: list[Metric]
@@ -94,23 +98,26 @@ class Report(BaseModel):
 
 
 def read_report(store: Store, run: str) -> Report:
-    """The comparison that a finished run ended with."""
+    """Read the report of a finished run.
+
+    Raises DataError if the run has no report yet, IntegrityError if this version cannot read it.
+    """
     path = run_path(run, "report", "report.json")
     data = store.read(path)
     if data is None:
-        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
+        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows its progress")
     try:
         return Report.model_validate_json(data)
     except ValidationError as error:
         raise IntegrityError(
-            f"{where(store, path)}: is no report of this version: {error.errors()[0]['msg']}"
+            f"{where(store, path)}: is not a report of this version: {error.errors()[0]['msg']}"
         ) from None
 
 
 def check_gates(report: Report) -> None:
-    """Raise GateError where a quality gate of the recipe does not hold."""
+    """Raise GateError if a quality gate of the recipe failed."""
     failed = [
-        f"{gate.metric} of {gate.model} is {gate.value:.4g}, not {_words(gate)}"
+        f"{gate.metric} of {gate.model} is {gate.value:.4g}, not {gate.bound.replace('_', ' ')}"
         for gate in report.gates
         if not gate.passed
     ]
@@ -118,23 +125,19 @@ def check_gates(report: Report) -> None:
         raise GateError(f"quality gate: {'; '.join(failed)}; model and report are kept")
 
 
-def _words(gate: GateResult) -> str:
-    return gate.bound.replace("_", " ")
-
-
 def report_text(store: Store, run: str) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown; DataError if the run has none yet."""
     data = store.read(run_path(run, "report", "report.md"))
     if data is None:
-        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
+        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows its progress")
     return data.decode(errors="replace")
 
 
 def report_page(store: Store, run: str) -> Path:
-    """The report as a page on this machine.
+    """Return the path of the report as an HTML page on this machine; DataError if the run has none yet.
 
-    From a bucket it comes into a temporary folder, inside a frame that runs no script, opens no window and asks for
-    nothing: the page asks for none of that, but whoever may write the bucket may have put another one there.
+    The page of a bucket is downloaded to a temporary folder, inside a frame that runs no scripts, opens no windows and
+    loads nothing. Our own page needs none of that, but anyone who can write to the bucket may have replaced it.
     """
     path = run_path(run, "report", "report.html")
     place = Path(where(store, path))
@@ -142,7 +145,7 @@ def report_page(store: Store, run: str) -> Path:
         return place
     data = store.read(path)
     if data is None:
-        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows how far it is")
+        raise DataError(f"{run} has no report yet; `llamarefine status {run}` shows its progress")
     page = Path(tempfile.mkdtemp(prefix="llamarefine-"), f"{run}.html")
     page.write_text(_FRAME.format(run=run, page=html.escape(data.decode(errors="replace"))), encoding="utf-8")
     return page
@@ -159,33 +162,34 @@ _FRAME = """\
 
 
 def part_of(store: Store, record: RunRecord, what: str) -> Manifest:
-    """The manifest of the artifact that holds `what` of a run."""
+    """Return the manifest of the artifact that holds `what` (of PARTS) of a run; DataError if none exists yet."""
     stage = PARTS[what][0]
     key = record.stages[stage].key if stage in record.stages else None
     manifest = store.manifest(stage, key) if key else None
     if manifest is None:
         raise DataError(
-            f"{record.run} has no {what} yet: {stage} is not done; `llamarefine status {record.run}` shows more"
+            f"{record.run} has no {what} yet: {stage} is not done; `llamarefine status {record.run}` shows its progress"
         )
     return manifest
 
 
 def part_place(store: Store, manifest: Manifest, what: str) -> str:
-    """Where `what` lies in the store."""
+    """Return where `what` is in the store, as a path or URI for a user to open."""
     return where(store, f"{manifest.folder}/{PARTS[what][1]}".rstrip("/"))
 
 
 def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool = False) -> None:
-    """Bring `what` of an artifact to the folder `into`, each byte verified, all at once or not at all.
+    """Copy `what` of an artifact to the folder `into`, every byte verified, completely or not at all.
 
-    A folder that is there is replaced only where nothing is lost: it is empty, or holds exactly an artifact of
-    this store, or `force` says so. DataError otherwise, IntegrityError where it is one but for some bytes; then
-    nothing is changed. A pull that was killed is made good by the next one: what it had moved away is put back.
+    An existing folder is replaced only if nothing is lost: if it is empty, or holds exactly an artifact of this store,
+    or with `force`. Otherwise nothing is changed, and DataError is raised, or IntegrityError if the folder holds an
+    artifact of this store of which some bytes changed. After a pull that was killed, the next one restores the folder
+    that the killed one had moved away.
     """
     into = into.absolute()
     with _os_errors(), _work_folder(into) as folder:
-        here = check_replaceable(store, what, into, force=force)
-        if here is not None and here == _listing(manifest, what):
+        existing = check_replaceable(store, what, into, force=force)
+        if existing is not None and existing == _listing(manifest, what):
             return
         fetched = store.fetch(manifest, folder / "new", *([PARTS[what][1]] if PARTS[what][1] else []))
         if what != "report":
@@ -197,34 +201,37 @@ def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool
 
 @contextlib.contextmanager
 def _work_folder(into: Path) -> Iterator[Path]:
-    """A folder beside `into` that one pull has at a time, always of the same name: what a killed one left is found."""
+    """A folder beside `into` that one pull at a time may use.
+
+    Its name is always the same, so that a pull finds and cleans up what a killed one left.
+    """
     folder = into.with_name(f".{into.name}.pulling")
-    lock = _locked(folder, into)
+    lock = _lock(folder, into)
     try:
-        _tidy(folder, into)
+        _clean_up(folder, into)
         yield folder
     finally:
-        _tidy(folder, into)
+        _clean_up(folder, into)
         folder.rmdir()
         os.close(lock)
 
 
-def _locked(folder: Path, into: Path) -> int:
-    """The folder, made where it is missing, opened and locked until it is closed or this process ends."""
+def _lock(folder: Path, into: Path) -> int:
+    """Create the folder if it is missing and lock it; return the file descriptor, whose closing releases the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return lock  # of a file system that has no locks
+            return lock  # the file system has no locks
         os.close(lock)
-        raise DataError(f"{into}: another pull is bringing something there; wait until it is done") from None
+        raise DataError(f"{into}: another pull is writing there; wait until it has finished") from None
     return lock
 
 
-def _tidy(folder: Path, into: Path) -> None:
-    """Put back what was moved away and not replaced, and remove the rest."""
+def _clean_up(folder: Path, into: Path) -> None:
+    """Restore the old folder if it was moved away but not replaced, then empty the work folder."""
     old = folder / _OLD
     if old.exists() and not into.exists():
         old.rename(into)
@@ -232,8 +239,30 @@ def _tidy(folder: Path, into: Path) -> None:
         shutil.rmtree(left)
 
 
+def pull_verified(
+    store: Store, record: RunRecord, what: str, into: Path, key: "PublicKey | None", *, force: bool = False
+) -> tuple[Manifest, Path | None]:
+    """Copy `what` of a run to the folder `into`, and the run's statement beside a model.
+
+    With a `key`, raises IntegrityError before anything is copied unless the key signed the run's statement and the
+    statement matches the artifact. Returns the artifact's manifest and the statement's path, if there is one.
+    """
+    manifest = part_of(store, record, what)
+    signed = provenance.require(store, record.run, manifest, key) if key else None
+    pull(store, manifest, what, into, force=force)
+    statement = provenance.pull(store, record.run, into, signed) if what == "model" else None
+    return manifest, statement
+
+
+def pull_model_and_report(store: Store, record: RunRecord, into: Path) -> None:
+    """Copy a run's model to ``into/model``, its statement beside that, and its report into `into`."""
+    pull(store, part_of(store, record, "model"), "model", into / "model")
+    provenance.pull(store, record.run, into / "model")
+    pull_report(store, part_of(store, record, "report"), into)
+
+
 def pull_report(store: Store, manifest: Manifest, into: Path) -> None:
-    """Bring the three files of a report into a folder that may hold other things, each verified, then renamed."""
+    """Copy the three files of a report, verified, into a folder that may hold others; each is replaced atomically."""
     with _os_errors():
         into.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=into) as folder:
@@ -242,30 +271,32 @@ def pull_report(store: Store, manifest: Manifest, into: Path) -> None:
                 os.replace(fetched / name, into / name)
 
 
-def check_replaceable(store: Store, what: str, into: Path, *, force: bool = False) -> "dict[str, str] | None":
-    """Refuse a folder that `pull` would not replace; what it holds, sha256 by path, where there is one."""
+def check_replaceable(store: Store, what: str, into: Path, *, force: bool = False) -> dict[str, str] | None:
+    """Return the sha256 by path of the files in `into`, None if it does not exist.
+
+    Raises the errors of `pull` if it must not replace the folder.
+    """
     with _os_errors():
         if not into.exists():
             return None
         if not into.is_dir():
             raise DataError(f"{into}: expected a folder, found a file; choose another place")
-        holds = {
+        digests = {
             path.relative_to(into).as_posix(): file_sha256(path) for path in sorted(into.rglob("*")) if path.is_file()
         }
-    if force or not holds:
-        return holds
-    others = []
+    if force or not digests:
+        return digests
+    differences = []
     for manifest in _artifacts(store, PARTS[what][0]):
         listing = _listing(manifest, what)
-        if holds == listing:
-            return holds
-        if holds.keys() == listing.keys():
-            others.append([path for path in holds if holds[path] != listing[path]])
-    changed = min(others, key=len, default=[])
-    if 0 < len(changed) < len(holds):
+        if digests == listing:
+            return digests
+        if digests.keys() == listing.keys():
+            differences.append([path for path in digests if digests[path] != listing[path]])
+    changed = min(differences, key=len, default=[])
+    if 0 < len(changed) < len(digests):
         raise IntegrityError(
-            f"{into}: {', '.join(changed[:3])} changed since it was brought there, or was damaged; choose another "
-            "folder, or replace it by --force"
+            f"{into}: {', '.join(changed[:3])} changed since the pull; choose another folder, or replace it by --force"
         )
     raise DataError(
         f"{into}: holds files that are not from this store; choose another folder, or replace it by --force"
@@ -276,13 +307,13 @@ def _artifacts(store: Store, stage: str) -> Iterator[Manifest]:
     for entry in store.entries(f"artifacts/{stage}/"):
         _, _, key, *rest = entry.path.split("/")
         if rest == [MANIFEST]:
-            with contextlib.suppress(IntegrityError):  # of one that nobody asked for
+            with contextlib.suppress(IntegrityError):  # a damaged manifest of another artifact is no reason to fail
                 if manifest := store.manifest(stage, key):
                     yield manifest
 
 
 def _listing(manifest: Manifest, what: str) -> dict[str, str]:
-    """sha256 by path, as `what` of the artifact lies in a folder of its own."""
+    """Return the sha256 by path of the files that `pull` copies for `what`."""
     folder = PARTS[what][1]
     return {file.path[len(folder) :]: file.sha256 for file in manifest.part(*([folder] if folder else []))}
 

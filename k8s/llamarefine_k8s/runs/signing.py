@@ -1,7 +1,8 @@
-"""A statement in a signed envelope (DSSE, https://github.com/secure-systems-lab/dsse), by an Ed25519 or ECDSA key.
+"""Sign a statement with an Ed25519 or ECDSA key, and check the signature of one.
 
-The envelope is a few lines of JSON; what must be right, the signature, is `cryptography`'s. The signature is over the
-payload's type and its exact bytes, so nothing has to be written twice in the same form to be checked.
+Signed statements are DSSE envelopes (https://github.com/secure-systems-lab/dsse): a small JSON object, built here; the
+library `cryptography` signs and verifies. The signature covers the payload's type and its exact bytes,
+so a statement need not be serialized again, byte for byte the same, to be checked.
 """
 
 import base64
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
     PrivateKey = Ed25519PrivateKey | EllipticCurvePrivateKey
     PublicKey = Ed25519PublicKey | EllipticCurvePublicKey
 
-SIGNING_KEY = "LLAMAREFINE_SIGNING_KEY"  # a PEM file's path, or, as a Secret gives it, the PEM itself
+SIGNING_KEY = "LLAMAREFINE_SIGNING_KEY"  # the path of a PEM file, or the PEM itself, as from a Secret
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _KINDS = "an Ed25519 or ECDSA key in PEM"
 _LIMIT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Line:
-    """A statement's bytes as they lie in a .intoto.jsonl file, and the signatures over them; none for a bare one."""
+class Envelope:
+    """One line of an .intoto.jsonl file: a statement's bytes and its signatures, none if it was not signed."""
 
     payload: bytes
-    signatures: tuple[tuple[str, bytes], ...] = ()  # (key's name, signature)
+    signatures: tuple[tuple[str, bytes], ...] = ()  # (name of the key, as the envelope claims; signature)
 
 
 def find_key() -> "PrivateKey | None":
-    """The key that the environment names, None where it names none; AccessError where it is no such key."""
+    """Return the private key that LLAMAREFINE_SIGNING_KEY gives; None if unset, AccessError if unusable."""
     given = os.environ.get(SIGNING_KEY, "")
     if not given.strip():
         return None
@@ -47,9 +48,7 @@ def find_key() -> "PrivateKey | None":
 
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (
-        Exception
-    ) as error:  # ValueError, TypeError for one with a password, UnsupportedAlgorithm; none names the key
+    except Exception as error:  # ValueError, UnsupportedAlgorithm, TypeError for a password; none quotes the key
         raise AccessError(f"{SIGNING_KEY}: expected {_KINDS}, without a password ({type(error).__name__})") from None
     if not isinstance(key, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey):
         raise AccessError(f"{SIGNING_KEY}: expected {_KINDS}, found {type(key).__name__.strip('_')}")
@@ -57,7 +56,7 @@ def find_key() -> "PrivateKey | None":
 
 
 def read_public_key(path: Path) -> "PublicKey":
-    """The public key in a PEM file; AccessError where it holds none of the two kinds."""
+    """Return the public key in a PEM file; AccessError if it holds no Ed25519 or ECDSA public key."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -73,7 +72,7 @@ def read_public_key(path: Path) -> "PublicKey":
 
 
 def name_of(key: "PublicKey") -> str:
-    """A key's name: the sha256 of its public half in DER."""
+    """Return a key's name: the sha256 of the public key in DER."""
     from cryptography.hazmat.primitives import serialization
 
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -81,7 +80,7 @@ def name_of(key: "PublicKey") -> str:
 
 
 def sign(payload: bytes, key: "PrivateKey") -> bytes:
-    """An envelope, one line, with `payload` and the signature of `key`."""
+    """Return an envelope, as one line, with `payload` and its signature by `key`."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -98,34 +97,34 @@ def sign(payload: bytes, key: "PrivateKey") -> bytes:
     return json.dumps(envelope, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def parse(line: bytes) -> Line:
-    """What a line of a .intoto.jsonl file holds: an envelope, or a bare statement; IntegrityError for neither."""
+def parse(line: bytes) -> Envelope:
+    """Parse one line of an .intoto.jsonl file: an envelope, or a statement without one; else IntegrityError."""
     try:
         found: Any = json.loads(line)
         if isinstance(found, dict) and "payloadType" not in found and "_type" in found:
-            return Line(line.rstrip(b"\n"))
+            return Envelope(line.rstrip(b"\n"))
         if found["payloadType"] != PAYLOAD_TYPE:
             raise ValueError
         signatures = tuple(
             (str(each["keyid"]), base64.b64decode(each["sig"], validate=True)) for each in found["signatures"]
         )
-        return Line(base64.b64decode(found["payload"], validate=True), signatures)
+        return Envelope(base64.b64decode(found["payload"], validate=True), signatures)
     except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
         raise IntegrityError("is neither a statement nor an envelope around one") from None
 
 
-def is_signed_by(line: Line, key: "PublicKey") -> bool:
-    """Whether one of the signatures is that of `key` over these very bytes. A name proves nothing, so none is asked."""
+def is_signed_by(envelope: Envelope, key: "PublicKey") -> bool:
+    """Whether one of the signatures is by `key` over exactly these bytes. The claimed names of keys are ignored."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-    for _, signature in line.signatures:
+    for _, signature in envelope.signatures:
         try:
             if isinstance(key, ed25519.Ed25519PublicKey):
-                key.verify(signature, _encoded(line.payload))
+                key.verify(signature, _encoded(envelope.payload))
             else:
-                key.verify(signature, _encoded(line.payload), ec.ECDSA(hashes.SHA256()))
+                key.verify(signature, _encoded(envelope.payload), ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
             continue
         return True
@@ -133,7 +132,7 @@ def is_signed_by(line: Line, key: "PublicKey") -> bool:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding: what is signed."""
+    """Return DSSE's pre-authentication encoding of a payload: the bytes that are signed."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 

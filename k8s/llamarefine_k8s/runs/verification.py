@@ -1,4 +1,4 @@
-"""What a run left in the store, read again: every byte against its digest, every digest against what names it."""
+"""Verification of a finished or unfinished run: read everything it left in the store and compare all digests."""
 
 import hashlib
 import os
@@ -20,17 +20,17 @@ from llamarefine_k8s.runs.records import RunRecord
 if TYPE_CHECKING:
     from llamarefine_k8s.runs.signing import PublicKey
 
-_AGAIN = "run the recipe again: nothing is trained anew, and it is written anew"
+_RERUN = "run the recipe again: it rewrites this without training anything again"
 
 
 def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> Iterator[Check]:
-    """One check after the other, each as soon as it is done. Goes on after what is wrong; raises where the store does.
+    """Yield each check as soon as it is done, and continue after a failed one. Raises what the store raises.
 
-    With a `key`, a run without a statement that it signed is wrong.
+    With a `key`, a run fails unless its statement is signed by that key.
     """
     made: dict[str, Manifest] = {}
     if not records.has_valid_digest(store, record.run):
-        yield fail("record", "was changed after it was written, or another version wrote it", _AGAIN)
+        yield fail("record", "was changed after it was written, or was written by another version", _RERUN)
     for stage in SEQUENCE:
         yield from _artifact(store, record, stage, made)
     for stage in SEQUENCE:
@@ -44,22 +44,22 @@ def verify(store: Store, record: RunRecord, key: "PublicKey | None" = None) -> I
 
 
 def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manifest]) -> Iterator[Check]:
-    """The manifest's own digest, and every file's size and sha256; a good manifest is added to `made`."""
-    about = record.stages.get(stage)
-    is_made = record.state == "done" or (about is not None and about.state in ("done", "reused"))
-    if is_made and (about is None or about.key is None):
-        yield fail(stage, "the record does not name its artifact", _AGAIN)
+    """Check a manifest's own digest and its files' sizes and digests. Adds a manifest that can be read to `made`."""
+    recorded = record.stages.get(stage)
+    is_made = record.state == "done" or (recorded is not None and recorded.state in ("done", "reused"))
+    if is_made and (recorded is None or recorded.key is None):
+        yield fail(stage, "the record does not name its artifact", _RERUN)
         return
-    if about is None or about.key is None or not is_made:
-        yield warning(stage, f"not made yet: the run is {record.state}")
+    if recorded is None or recorded.key is None or not is_made:
+        yield warning(stage, f"does not exist yet: the run is {record.state}")
         return
     try:
-        manifest = store.manifest(stage, about.key)
+        manifest = store.manifest(stage, recorded.key)
     except IntegrityError as error:
         yield fail(stage, str(error))
         return
     if manifest is None:
-        yield fail(stage, f"the store has no artifact {short(about.key)}", "run the recipe again: it is made anew")
+        yield fail(stage, f"the store has no artifact {short(recorded.key)}", "run the recipe again to make it again")
         return
     made[stage] = manifest
     faults = store.faults(manifest)
@@ -68,7 +68,8 @@ def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manif
     added = [entry.path for entry in store.entries(f"{manifest.folder}/") if entry.path not in listed]
     if added:
         yield warning(
-            f"{stage} folder", f"{len(added)} files that its manifest does not list, as {added[0]}: nothing reads them"
+            f"{stage} folder",
+            f"{len(added)} files that its manifest does not list, such as {added[0]}: nothing reads them",
         )
     if not faults:
         size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
@@ -76,19 +77,19 @@ def _artifact(store: Store, record: RunRecord, stage: str, made: dict[str, Manif
 
 
 def _lineage(store: Store, record: RunRecord, manifest: Manifest, made: dict[str, Manifest]) -> Iterator[Check]:
-    """The parents that the manifest names are those of this run, byte for byte where the stage reads them."""
+    """Check that the manifest's parents are this run's: the same manifests, or the same bytes in the files it reads."""
     name, reads = f"{manifest.stage} parents", STAGES[manifest.stage].reads
     missing = [parent for parent in reads if parent not in made]
     if missing:
         yield fail(name, f"{' and '.join(missing)} cannot be read", "see above")
         return
     parents = {parent: made[parent] for parent in reads}
-    named = {parent: manifest.parents.get(parent) for parent in reads}
-    if all(known and known.manifest_sha256 == parents[parent].sha256() for parent, known in named.items()):
+    recorded = {parent: manifest.parents.get(parent) for parent in reads}
+    if all(known and known.manifest_sha256 == parents[parent].sha256() for parent, known in recorded.items()):
         if parents:
             yield ok(name, f"made from this run's {', '.join(parents)}")
     elif _key(record, manifest.stage, parents) == manifest.key:
-        yield ok(name, f"made from the same bytes as this run's {', '.join(parents)}, which were made again since")
+        yield ok(name, f"made from the same bytes as this run's {', '.join(parents)}, which have been made again since")
     else:
         yield fail(
             name,
@@ -98,7 +99,7 @@ def _lineage(store: Store, record: RunRecord, manifest: Manifest, made: dict[str
 
 
 def _key(record: RunRecord, stage: str, parents: dict[str, Manifest]) -> str | None:
-    """The key that this version gives the stage; None for a run of another version."""
+    """Return the key that this version computes for the stage; None for a run of another version."""
     if record.package_version != __version__:
         return None
     try:
@@ -108,18 +109,18 @@ def _key(record: RunRecord, stage: str, parents: dict[str, Manifest]) -> str | N
 
 
 def _checkpoints(store: Store, record: RunRecord, stage: str) -> Iterator[Check]:
-    """Each checkpoint of a training: complete and right, or named."""
-    about = record.stages.get(stage)
-    for step in store.checkpoint_steps(stage, about.key) if about and about.key else ():
+    """Check the files of each checkpoint of a training."""
+    recorded = record.stages.get(stage)
+    for step in store.checkpoint_steps(stage, recorded.key) if recorded and recorded.key else ():
         name = f"{stage} checkpoint at step {step}"
         try:
-            manifest = store.checkpoint_manifest(stage, str(about and about.key), step)
+            manifest = store.checkpoint_manifest(stage, str(recorded and recorded.key), step)
             faults = store.faults(manifest, step) if manifest else []
         except IntegrityError as error:
             yield fail(name, str(error))
             continue
         if manifest is None:
-            yield warning(name, "is not complete, so it is never used", "gc removes it when it is a day old")
+            yield warning(name, "is incomplete, so it is never used", "gc removes it when it is a day old")
         elif faults:
             yield from (fail(name, fault) for fault in faults)
         else:
@@ -127,25 +128,25 @@ def _checkpoints(store: Store, record: RunRecord, stage: str) -> Iterator[Check]
 
 
 def _logs(store: Store, record: RunRecord) -> Iterator[Check]:
-    """The logs of stages that are over are as they were when each ended."""
-    told = {name: about for name, about in record.stages.items() if about.log and about.state != "running"}
+    """Check that the log of each ended stage has the digest that was recorded at its end."""
+    ended = {name: stage for name, stage in record.stages.items() if stage.log and stage.state != "running"}
     wrong = []
-    for name, about in told.items():
+    for name, stage in ended.items():
         digest = hashlib.sha256()
         with open(os.devnull, "wb") as nowhere:
-            is_there = store.objects.download(str(about.log), nowhere, digest.update)
+            is_there = store.objects.download(str(stage.log), nowhere, digest.update)
         if not is_there:
-            wrong.append(f"{about.log} is missing")
-        elif about.log_sha256 and digest.hexdigest() != about.log_sha256:
-            wrong.append(f"{about.log} is not as {name} left it")
+            wrong.append(f"{stage.log} is missing")
+        elif stage.log_sha256 and digest.hexdigest() != stage.log_sha256:
+            wrong.append(f"{stage.log} was changed after {name} ended")
     if wrong:
-        yield fail("logs", "; ".join(wrong), "nothing is made of them; what a stage said is lost")
-    elif told:
-        yield ok("logs", f"of {', '.join(told)}, as they were when each ended")
+        yield fail("logs", "; ".join(wrong), "no artifact depends on logs, but their text is lost")
+    elif ended:
+        yield ok("logs", f"of {', '.join(ended)}: unchanged since each stage ended")
 
 
 def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Iterator[Check]:
-    """The run's copy of the report is evaluate's."""
+    """Check that the run's copy of the report equals the report in the artifact of evaluate."""
     if evaluate is None:
         return
     wrong = []
@@ -156,8 +157,8 @@ def _report(store: Store, record: RunRecord, evaluate: Manifest | None) -> Itera
             wrong.append(str(error))
             continue
         if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
-            wrong.append(f"{file.path} {'is missing' if data is None else 'is not that of evaluate'}")
+            wrong.append(f"{file.path} {'is missing' if data is None else 'differs from the artifact of evaluate'}")
     if wrong:
-        yield fail("report", "; ".join(wrong), _AGAIN)
+        yield fail("report", "; ".join(wrong), _RERUN)
     else:
-        yield ok("report", "the run's report is that of evaluate")
+        yield ok("report", "equals the report of evaluate")

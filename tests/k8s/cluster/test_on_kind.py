@@ -220,7 +220,7 @@ def test_corrected_settings_replace_the_stage_that_failed_and_nothing_before_it(
     assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in said
     code, said = on.run("submit", str(recipe_file))
     assert code == 0, said
-    assert "prepare: was in the store already" in said
+    assert "prepare: already in the store" in said
     assert "sft: done" in said
 
 

@@ -150,7 +150,7 @@ def test_a_clock_that_is_far_off_is_told(s3_uri: str, s3: S3Server, monkeypatch:
 
 def test_a_clock_that_is_a_little_off_is_a_warning(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_probe, "_SKEW_S", -1.0)  # every clock is off by more
-    assert "the bucket, which refuses requests that are 900 s off; set the clock right" in bucket(s3_uri)
+    assert "the bucket, which refuses requests that are 900 s off; correct the clock" in bucket(s3_uri)
 
 
 @pytest.mark.parametrize("kind", [FolderObjects, S3Objects])

@@ -186,5 +186,5 @@ def test_the_second_of_two_new_drivers_is_told_who_drives(
     monkeypatch.setenv(records.DRIVER_JOB, "another")
     second.record = second.record.model_copy(update={"driver": records.Driver.this_process()})
     monkeypatch.delenv(records.DRIVER_JOB)
-    with second, pytest.raises(LlamaRefineError, match="is being driven already, by process 1 on another"):
+    with second, pytest.raises(LlamaRefineError, match="is already being driven by process 1 on another"):
         first.__enter__()

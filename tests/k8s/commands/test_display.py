@@ -1,4 +1,4 @@
-"""How a run looks: on a terminal, in words, in numbers."""
+"""How the progress of a run is displayed, on a terminal and in plain lines."""
 
 import io
 from datetime import UTC, datetime, timedelta
@@ -9,8 +9,8 @@ from rich.console import Console
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_k8s.commands.display import (
-    Lines,
-    Screen,
+    LiveTable,
+    PlainLines,
     duration,
     open_display,
     progress_text,
@@ -28,15 +28,15 @@ def record(**stages: StageRecord) -> RunRecord:
     return RunRecord(run="run-12345678", created_at=now, updated_at=now, driver=driver, stages=every, recipe={})
 
 
-def test_a_terminal_gets_the_living_table_and_anything_else_plain_lines() -> None:
+def test_a_terminal_gets_a_live_table_and_anything_else_plain_lines() -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "xterm"})
-    assert isinstance(open_display(terminal, str), Screen)
-    assert isinstance(open_display(Console(file=io.StringIO()), str), Lines)
+    assert isinstance(open_display(terminal, str), LiveTable)
+    assert isinstance(open_display(Console(file=io.StringIO()), str), PlainLines)
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    assert isinstance(open_display(dumb, str), Lines)
+    assert isinstance(open_display(dumb, str), PlainLines)
 
 
-def test_the_table_says_of_each_stage_what_matters() -> None:
+def test_the_table_shows_progress_keys_errors_and_logs() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None, _environ={"TERM": "xterm"})
     began = datetime.now(UTC) - timedelta(seconds=34)
@@ -52,25 +52,25 @@ def test_the_table_says_of_each_stage_what_matters() -> None:
             )
         )
     shown = screen.getvalue()
-    for words in (
-        *("packing is off", "0123456789ab  was in the store already, made in 34 s", "step 40/100, loss 4.5", "✗  dpo"),
+    for text in (
+        *("packing is off", "0123456789ab  already in the store, made in 34 s", "step 40/100, loss 4.5", "✗  dpo"),
         *("·  merge", "log: /store/runs/r/logs/dpo.log"),
     ):
-        assert words in shown
+        assert text in shown
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (34, "34 s"), (59.7, "1 min 00 s"), (245, "4 min 05 s"), (7800, "2 h 10 min")],
 )
-def test_times_read_as_people_say_them(seconds: float, text: str) -> None:
+def test_durations_are_shown_in_seconds_minutes_and_hours(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_progress_leaves_out_what_is_not_known() -> None:
+def test_progress_leaves_out_unknown_values() -> None:
     assert progress_text(Progress("sft", 1, 9)) == "step 1/9"
     assert progress_text(Progress("evaluate", 1, 9, phase="base:answers")) == "base answers 1/9"
 
 
-def test_a_log_does_not_command_the_screen() -> None:
+def test_escape_sequences_are_removed_from_logs() -> None:
     assert strip_control_characters("\x1b[2J\x1b]0;title\x07red\x1b[31m") == "]0;titlered"

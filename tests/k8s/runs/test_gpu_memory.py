@@ -1,4 +1,4 @@
-"""The estimate of a GPU's memory, for the base that a recipe names, wherever that lies."""
+"""Estimated GPU memory for a recipe's base model, wherever it is read from."""
 
 import functools
 import json
@@ -32,13 +32,13 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    """A server of this folder, as the Hub would be."""
+    """The URL of a web server of tmp_path/web, in place of the Hub."""
 
-    class Quiet(SimpleHTTPRequestHandler):
+    class QuietHandler(SimpleHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "web")))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -65,11 +65,11 @@ def test_a_folder_a_bucket_and_the_hub_give_the_same_estimate(
     assert estimates(several, "store")["sft"] > expected["sft"], "several processes train without Unsloth"
 
 
-def test_the_tiny_base_fits_any_card(recipe: Callable[..., Recipe]) -> None:
+def test_tiny_llama_has_no_estimate(recipe: Callable[..., Recipe]) -> None:
     assert estimates(recipe(), "store") == {}
 
 
-def test_a_base_without_a_config_is_told_and_one_out_of_reach_is_not_known(
+def test_base_config_raises_without_a_config_or_a_connection_and_estimates_are_empty(
     tmp_path: Path, web: str, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match=r"holds no config.json"):
@@ -84,14 +84,14 @@ def test_a_base_without_a_config_is_told_and_one_out_of_reach_is_not_known(
 
 
 @pytest.mark.parametrize(("card_gib", "state"), [(40, "ok"), (30, "warning"), (22, "warning"), (20, "FAIL")])
-def test_an_unmeasured_estimate_refuses_only_what_is_far_over_the_card(card_gib: int, state: str) -> None:
+def test_only_an_estimate_far_over_the_card_is_refused(card_gib: int, state: str) -> None:
     check = check_card("sft", 31 * 2**30, card_gib * 2**30, "here")
     assert check.state == state
     assert "never measured on a card" in str(check)
     assert ("sft.micro_batch_rows" in str(check)) is (state != "ok")
 
 
-def test_plan_shows_it(base: Path, recipe_file: Path, launcher: Launcher) -> None:
+def test_plan_shows_the_estimate(base: Path, recipe_file: Path, launcher: Launcher) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(base)))
     code, out, err = launcher.run("plan", str(recipe_file))
     assert code == 0, err
@@ -100,8 +100,8 @@ def test_plan_shows_it(base: Path, recipe_file: Path, launcher: Launcher) -> Non
     assert [stage["estimated_gpu_memory_bytes"] is not None for stage in planned] == [False, True, True, False, False]
 
 
-NO_OBJECT = ["", "[]", "[1]", "1", "NaN", '"x"', '{"a"', "\0", "[" * 100_000, '{"a":' * 100_000, "1" + "0" * 5000]
-NO_SIZES = [
+NOT_AN_OBJECT = ["", "[]", "[1]", "1", "NaN", '"x"', '{"a"', "\0", "[" * 100_000, '{"a":' * 100_000, "1" + "0" * 5000]
+WRONG_SIZES = [
     *({name: value} for name in TINYLLAMA for value in (0, -1, "1", [1], {}, True, 1.5, 1 << 40, 10**400)),
     {"hidden_size": float("nan")},
     {"vocab_size": float("inf")},
@@ -110,18 +110,18 @@ NO_SIZES = [
 ]
 
 
-@pytest.mark.parametrize("text", [*NO_OBJECT, *(json.dumps(TINYLLAMA | wrong) for wrong in NO_SIZES)])
-def test_a_base_of_nonsense_is_one_of_unknown_size(text: str, base: Path, recipe: Callable[..., Recipe]) -> None:
+@pytest.mark.parametrize("text", [*NOT_AN_OBJECT, *(json.dumps(TINYLLAMA | wrong) for wrong in WRONG_SIZES)])
+def test_a_base_with_a_nonsensical_config_has_no_estimate(text: str, base: Path, recipe: Callable[..., Recipe]) -> None:
     pinned = recipe().with_sources({"base": Base(source=str(base))})
     assert set(estimates(pinned, "store")) == {"sft", "dpo"}
     (base / "config.json").write_text(text)
     assert estimates(pinned, "store") == {}
 
 
-def test_the_base_that_is_prepared_already_is_asked_unless_somebody_put_another_config_there(
+def test_the_stored_base_is_used_unless_its_config_was_replaced(
     base: Path, recipe: Callable[..., Recipe], store: Store, tmp_path: Path
 ) -> None:
-    """Whoever may write the bucket can; the stage that fetches the base refuses it."""
+    """Anyone who can write to the bucket can replace it; the stage that fetches the base refuses it."""
     pinned = pin(recipe().with_sources({"base": Base(source=str(base))}))
     expected = estimates(pinned, store.uri)
     prepared = tmp_path / "prepared"
@@ -129,20 +129,20 @@ def test_the_base_that_is_prepared_already_is_asked_unless_somebody_put_another_
     manifest = publish_folder(store, prepared, "prepare", pinned, {})
     shutil.rmtree(base)
     assert estimates(pinned, store.uri) == expected
-    for text in (json.dumps(TINYLLAMA | {"hidden_size": 64}), *NO_OBJECT):
+    for text in (json.dumps(TINYLLAMA | {"hidden_size": 64}), *NOT_AN_OBJECT):
         store.write(f"{manifest.folder}/base/config.json", text.encode())
         assert estimates(pinned, store.uri) == {}
 
 
-@pytest.mark.parametrize("text", NO_OBJECT)
-def test_a_base_whose_config_is_no_object_is_told_in_one_line(text: str, base: Path) -> None:
+@pytest.mark.parametrize("text", NOT_AN_OBJECT)
+def test_a_base_whose_config_is_not_an_object_is_a_one_line_error(text: str, base: Path) -> None:
     (base / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"config\.json .*; expected a model's folder$") as caught:
         base_config(Base(source=str(base)))
     assert "\n" not in str(caught.value)
 
 
-def test_plan_goes_on_without_what_it_cannot_know(base: Path, recipe_file: Path, launcher: Launcher) -> None:
+def test_plan_works_without_an_estimate(base: Path, recipe_file: Path, launcher: Launcher) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(base)))
     for text in ("[" * 100_000, json.dumps(TINYLLAMA | {"head_dim": "x"})):
         (base / "config.json").write_text(text)

@@ -1,4 +1,4 @@
-"""The loop over the stages: what runs, what is known already, what stops it. Artifacts are real, stages act."""
+"""The loop over the stages: what runs, what is reused, what stops it. Stages are fake, their artifacts are real."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs.pipeline import InterruptedRunError, Pipeline
 from llamarefine_k8s.runs.records import RunRecord, find
-from tests.k8s.acting import Acting, fail
+from tests.k8s.acting import FakeExecutor, fail
 
 
-class Seen:
-    """A observer that remembers."""
+class RecordingObserver:
+    """An observer that keeps every record and note."""
 
     def __init__(self) -> None:
         self.records: list[RunRecord] = []
@@ -37,10 +37,12 @@ class Seen:
         self.notes.append((stage, text))
 
 
-def drive(recipe: Recipe, store: Store, executor: Acting | None = None, seen: Seen | None = None) -> list[str]:
-    """Drive a run; the stages that ran."""
-    executor = executor or Acting()
-    Pipeline(recipe, store, executor, seen or Seen(), retry_after_s=(0.01, 0.01)).drive()
+def drive(
+    recipe: Recipe, store: Store, executor: FakeExecutor | None = None, observer: RecordingObserver | None = None
+) -> list[str]:
+    """Drive a run; return the stages that ran."""
+    executor = executor or FakeExecutor()
+    Pipeline(recipe, store, executor, observer or RecordingObserver(), retry_after_s=(0.01, 0.01)).drive()
     return executor.ran
 
 
@@ -68,27 +70,27 @@ def test_every_stage_runs_once_in_sequence(recipe: Callable[..., Recipe], store:
         ("name=another", []),
     ],
 )
-def test_a_change_runs_what_it_can_change_and_no_more(
+def test_a_changed_recipe_runs_only_the_stages_that_depend_on_the_change(
     recipe: Callable[..., Recipe], store: Store, change: str, due: list[str]
 ) -> None:
     drive(recipe(), store)
     assert drive(recipe(change), store) == due
 
 
-def test_going_back_runs_nothing(recipe: Callable[..., Recipe], store: Store) -> None:
+def test_returning_to_an_earlier_recipe_runs_nothing(recipe: Callable[..., Recipe], store: Store) -> None:
     drive(recipe(), store)
     drive(recipe("dpo.beta=0.2"), store)
     assert drive(recipe(), store) == []
 
 
-def test_without_its_manifest_an_artifact_is_not_there(recipe: Callable[..., Recipe], store: Store) -> None:
+def test_an_artifact_without_its_manifest_is_made_again(recipe: Callable[..., Recipe], store: Store) -> None:
     drive(recipe(), store)
     manifests(store, "sft")[0].unlink()
-    assert drive(recipe(), store) == ["sft"], "the same bytes came out again, so nothing after it is due"
+    assert drive(recipe(), store) == ["sft"], "it made the same bytes again, so no later stage is due"
 
 
 @pytest.mark.parametrize("stage", SEQUENCE)
-def test_a_flipped_byte_is_named_though_nothing_would_run(
+def test_a_flipped_bit_in_an_existing_artifact_is_reported(
     recipe: Callable[..., Recipe], store: Store, stage: str
 ) -> None:
     drive(recipe(), store)
@@ -97,7 +99,7 @@ def test_a_flipped_byte_is_named_though_nothing_would_run(
             continue
         data = file.read_bytes()
         file.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-        executor = Acting()
+        executor = FakeExecutor()
         with pytest.raises(IntegrityError) as caught:
             drive(recipe(), store, executor)
         assert file.name in str(caught.value)
@@ -106,16 +108,18 @@ def test_a_flipped_byte_is_named_though_nothing_would_run(
     assert drive(recipe(), store) == []
 
 
-def test_what_a_stage_says_is_told_once_and_the_rest_is_the_logs(recipe: Callable[..., Recipe], store: Store) -> None:
-    def talk(on_line: Callable[[str], None]) -> None:
+def test_a_message_of_a_stage_is_shown_once_and_every_line_is_logged(
+    recipe: Callable[..., Recipe], store: Store
+) -> None:
+    def log_lines(on_line: Callable[[str], None]) -> None:
         on_line("sft: packing is off")
         on_line("sft: packing is off")
         on_line("UserWarning: of a library")
         on_line("progress stage=sft step=2 steps=4 loss=3.5 tokens_per_s=100 eta_s=1")
 
-    seen = Seen()
-    drive(recipe(), store, Acting(sft=talk), seen)
-    assert seen.notes == [("prepare", "backend: acting"), ("sft", "packing is off")]
+    observer = RecordingObserver()
+    drive(recipe(), store, FakeExecutor(sft=log_lines), observer)
+    assert observer.notes == [("prepare", "backend: acting"), ("sft", "packing is off")]
     log = store.read(f"runs/{find(store, None).run}/logs/sft.log")
     assert log is not None
     assert log.decode().splitlines()[-4:-1] == [
@@ -129,10 +133,10 @@ def test_what_a_stage_says_is_told_once_and_the_rest_is_the_logs(recipe: Callabl
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.reason)
-def test_a_failed_stage_stops_the_run_with_its_own_kind_of_error(
+def test_a_failed_stage_stops_the_run_with_the_same_kind_of_error(
     recipe: Callable[..., Recipe], store: Store, kind: type[LlamaRefineError]
 ) -> None:
-    executor = Acting(sft=fail(kind("it did not work")))
+    executor = FakeExecutor(sft=fail(kind("it did not work")))
     with pytest.raises(kind) as caught:
         drive(recipe(), store, executor)
     assert "sft" in str(caught.value)
@@ -142,75 +146,75 @@ def test_a_failed_stage_stops_the_run_with_its_own_kind_of_error(
     assert record.stages["prepare"].state == "done"
     assert record.stages["dpo"].state == "pending"
     assert set(executor.ran) == {"prepare", "sft"}
-    assert drive(recipe(), store) == ["sft", "dpo", "merge", "evaluate"], "the next run goes on"
+    assert drive(recipe(), store) == ["sft", "dpo", "merge", "evaluate"], "the next run resumes"
 
 
-def test_trouble_with_the_store_is_tried_three_times(recipe: Callable[..., Recipe], store: Store) -> None:
-    executor = Acting(sft=fail(StoreError("the bucket answered 503")))
-    seen = Seen()
+def test_a_store_error_is_retried_twice(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = FakeExecutor(sft=fail(StoreError("the bucket answered 503")))
+    observer = RecordingObserver()
     with pytest.raises(StoreError):
-        drive(recipe(), store, executor, seen)
+        drive(recipe(), store, executor, observer)
     assert executor.ran == ["prepare", "sft", "sft", "sft"]
     assert find(store, None).stages["sft"].attempts == 3
-    assert ("sft", "the bucket answered 503; trying again in 0.01 s") in seen.notes
+    assert ("sft", "the bucket answered 503; retrying in 0.01 s") in observer.notes
 
 
-def test_trouble_that_passes_is_forgotten(recipe: Callable[..., Recipe], store: Store) -> None:
+def test_a_run_succeeds_after_a_store_error_that_does_not_recur(recipe: Callable[..., Recipe], store: Store) -> None:
     failures = [StoreError("the bucket answered 503")]
 
-    def stumble(on_line: Callable[[str], None]) -> None:
+    def fail_once(on_line: Callable[[str], None]) -> None:
         if failures:
             raise failures.pop()
 
-    executor = Acting(sft=stumble)
+    executor = FakeExecutor(sft=fail_once)
     assert drive(recipe(), store, executor) == ["prepare", "sft", "sft", "dpo", "merge", "evaluate"]
     assert find(store, None).state == "done"
 
 
-def test_no_other_failure_is_tried_again(recipe: Callable[..., Recipe], store: Store) -> None:
-    executor = Acting(sft=fail(DivergedError("NaN")))
+def test_no_other_error_is_retried(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = FakeExecutor(sft=fail(DivergedError("NaN")))
     with pytest.raises(DivergedError, match=r"^sft: NaN$"):
         drive(recipe(), store, executor)
     assert executor.ran == ["prepare", "sft"]
 
 
-def test_a_stage_that_publishes_nothing_is_found_out(recipe: Callable[..., Recipe], store: Store) -> None:
-    class Idle(Acting):
+def test_a_stage_that_publishes_nothing_is_an_error(recipe: Callable[..., Recipe], store: Store) -> None:
+    class Idle(FakeExecutor):
         def execute(self, task: object, on_line: Callable[[str], None]) -> None:
             return
 
-    with pytest.raises(IntegrityError, match=r"prepare ended well, but .* has no artifact"):
+    with pytest.raises(IntegrityError, match=r"prepare exited with code 0, but .* has no artifact"):
         drive(recipe(), store, Idle())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_goes_to_the_stage_that_runs(
+def test_a_signal_cancels_the_running_stage(
     recipe: Callable[..., Recipe], store: Store, number: signal.Signals
 ) -> None:
-    def interrupted(on_line: Callable[[str], None]) -> None:
+    def interrupt(on_line: Callable[[str], None]) -> None:
         os.kill(os.getpid(), number)
         raise PreemptedError("saved")
 
-    executor = Acting(sft=interrupted)
+    executor = FakeExecutor(sft=interrupt)
     before = signal.getsignal(number)
     with pytest.raises(InterruptedRunError) as caught:
         drive(recipe(), store, executor)
     assert executor.cancelled == 1
-    assert str(caught.value) == "interrupted in sft; kept: prepare; the same command goes on from there"
+    assert str(caught.value) == "interrupted in sft; kept: prepare; rerun the same command to resume"
     assert caught.value.exit_code == 130
     assert find(store, None).state == "interrupted"
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_came_too_late_stops_before_the_next_stage(recipe: Callable[..., Recipe], store: Store) -> None:
-    executor = Acting(sft=lambda on_line: os.kill(os.getpid(), signal.SIGINT))
+def test_a_signal_too_late_for_its_stage_stops_before_the_next_one(recipe: Callable[..., Recipe], store: Store) -> None:
+    executor = FakeExecutor(sft=lambda on_line: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(InterruptedRunError, match="kept: prepare, sft;"):
         drive(recipe(), store, executor)
     assert executor.ran == ["prepare", "sft"]
     assert find(store, None).stages["sft"].state == "done"
 
 
-def test_the_report_comes_into_the_runs_folder(recipe: Callable[..., Recipe], store: Store) -> None:
+def test_the_report_is_copied_to_the_runs_folder(recipe: Callable[..., Recipe], store: Store) -> None:
     drive(recipe("evaluate.gates=[{metric: loss, at_most: 1.0}]"), store)
     record = find(store, None)
     names = {entry.path for entry in store.entries(f"runs/{record.run}/report/")}
@@ -219,16 +223,16 @@ def test_the_report_comes_into_the_runs_folder(recipe: Callable[..., Recipe], st
     assert record.gates_passed is False
 
 
-def test_a_mistake_of_ours_is_written_down_and_not_hidden(recipe: Callable[..., Recipe], store: Store) -> None:
-    def stumble(on_line: Callable[[str], None]) -> None:
-        raise ZeroDivisionError("ours")
+def test_an_unexpected_exception_is_recorded_and_raised(recipe: Callable[..., Recipe], store: Store) -> None:
+    def divide_by_zero(on_line: Callable[[str], None]) -> None:
+        raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
-        drive(recipe(), store, Acting(sft=stumble))
-    assert find(store, None).stages["sft"].error == "sft: ZeroDivisionError: ours"
+        drive(recipe(), store, FakeExecutor(sft=divide_by_zero))
+    assert find(store, None).stages["sft"].error == "sft: ZeroDivisionError: a bug"
 
 
-def test_the_same_loop_drives_a_run_in_a_bucket(recipe: Callable[..., Recipe], s3_uri: str) -> None:
+def test_a_run_works_the_same_in_a_bucket(recipe: Callable[..., Recipe], s3_uri: str) -> None:
     store = Store(s3_uri)
     assert drive(recipe(), store) == list(SEQUENCE)
     assert drive(recipe(), store) == []

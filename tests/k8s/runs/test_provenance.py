@@ -1,4 +1,4 @@
-"""A run ends with a statement of what its model was made from; who has the key can tell whether it is right."""
+"""The statement of what a run's model was made from: its content, its signature, and its checks."""
 
 import base64
 import json
@@ -16,15 +16,15 @@ from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import provenance, signing, verification
 from llamarefine_k8s.runs.pipeline import Pipeline
 from llamarefine_k8s.runs.records import RunRecord
-from tests.k8s.acting import Acting
+from tests.k8s.acting import FakeExecutor
 from tests.k8s.conftest import Launcher
-from tests.k8s.runs.test_pipeline import Seen
+from tests.k8s.runs.test_pipeline import RecordingObserver
 
 KEYS = {"ed25519": ed25519.Ed25519PrivateKey.generate, "ecdsa": lambda: ec.generate_private_key(ec.SECP256R1())}
 
 
 def write_keys(folder: Path, kind: str = "ed25519", name: str = "key") -> tuple[Path, Path]:
-    """A key pair as two PEM files: private, public."""
+    """Write a key pair as two PEM files; return the paths of the private and the public key."""
     key = KEYS[kind]()
     private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
     private.write_bytes(
@@ -37,7 +37,7 @@ def write_keys(folder: Path, kind: str = "ed25519", name: str = "key") -> tuple[
 
 
 def drive(recipe: Recipe, store: Store) -> RunRecord:
-    return Pipeline(recipe, store, Acting(), Seen(), retry_after_s=()).drive()
+    return Pipeline(recipe, store, FakeExecutor(), RecordingObserver(), retry_after_s=()).drive()
 
 
 def statement_of(store: Store, run: str) -> bytes:
@@ -47,7 +47,7 @@ def statement_of(store: Store, run: str) -> bytes:
 
 
 def states(store: Store, record: RunRecord, public: Path | None = None) -> dict[str, str]:
-    """How the checks of the statement end, by name."""
+    """Return the states of the checks of the statement, by name."""
     key = signing.read_public_key(public) if public else None
     checks = [check for check in verification.verify(store, record, key) if check.name.startswith("statement")]
     assert checks
@@ -66,22 +66,22 @@ def test_a_signed_run_verifies_by_its_public_key_and_by_no_other(
     assert states(store, record, other)["statement signature"] == "FAIL"
 
 
-def test_the_statement_names_the_models_files_and_what_they_were_made_from(
+def test_the_statement_names_the_models_files_and_its_materials(
     recipe: Callable[..., Recipe], store: Store, tmp_path: Path
 ) -> None:
     pinned = recipe()
     record = drive(pinned, store)
-    said = json.loads(statement_of(store, record.run))
+    content = json.loads(statement_of(store, record.run))
     merge = store.manifest("merge", str(record.stages["merge"].key))
     assert merge
-    assert [(each["name"], each["digest"]["sha256"]) for each in said["subject"]] == [
+    assert [(each["name"], each["digest"]["sha256"]) for each in content["subject"]] == [
         (file.path.removeprefix("model/"), file.sha256) for file in merge.part("model/")
     ]
-    made_from = {part["name"]: part for part in said["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    made_from = {part["name"]: part for part in content["predicate"]["buildDefinition"]["resolvedDependencies"]}
     assert set(made_from) == {"base source", "questions source", "preferences source", "prepare", "sft", "dpo"}
     assert made_from["questions source"]["digest"] == {"sha256": pinned.prepare.questions.fingerprint.split(":")[1]}
-    assert said["predicate"]["runDetails"]["metadata"]["invocationId"] == record.run
-    assert str(tmp_path) not in json.dumps(said), "a path of this machine is nobody's business"
+    assert content["predicate"]["runDetails"]["metadata"]["invocationId"] == record.run
+    assert str(tmp_path) not in json.dumps(content), "local paths stay out of the statement"
 
 
 def test_the_same_artifacts_give_the_same_statement(recipe: Callable[..., Recipe], store: Store) -> None:
@@ -99,7 +99,7 @@ def test_driving_a_signed_run_again_without_the_key_keeps_its_signature(
     assert states(store, drive(recipe(), store), public) == {"statement signature": "ok", "statement": "ok"}
 
 
-def test_a_changed_statement_is_named_signed_or_not(
+def test_a_changed_statement_fails_signed_or_not(
     recipe: Callable[..., Recipe], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private, public = write_keys(tmp_path)
@@ -107,9 +107,9 @@ def test_a_changed_statement_is_named_signed_or_not(
     record = drive(recipe(), store)
     path = run_path(record.run, provenance.FILE)
     envelope = json.loads(statement_of(store, record.run))
-    said = json.loads(base64.b64decode(envelope["payload"]))
-    said["subject"][0]["digest"]["sha256"] = "0" * 64
-    changed = json.dumps(said).encode()
+    content = json.loads(base64.b64decode(envelope["payload"]))
+    content["subject"][0]["digest"]["sha256"] = "0" * 64
+    changed = json.dumps(content).encode()
     store.write(path, json.dumps(envelope | {"payload": base64.b64encode(changed).decode()}).encode())
     assert states(store, record, public) == {"statement signature": "FAIL", "statement": "FAIL"}
     store.write(path, changed)
@@ -117,10 +117,10 @@ def test_a_changed_statement_is_named_signed_or_not(
     assert states(store, record)["statement"] == "FAIL"
 
 
-def test_a_model_that_was_replaced_with_a_good_manifest_is_no_longer_the_signed_one(
+def test_a_replaced_model_with_a_valid_manifest_fails_against_the_signed_statement(
     recipe: Callable[..., Recipe], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may write the bucket can write manifests, but not sign."""
+    """Anyone who can write to the bucket can write manifests, but not sign."""
     private, public = write_keys(tmp_path)
     monkeypatch.setenv(signing.SIGNING_KEY, str(private))
     record = drive(recipe(), store)
@@ -133,8 +133,8 @@ def test_a_model_that_was_replaced_with_a_good_manifest_is_no_longer_the_signed_
     store.publish(tmp_path / "evil", merge.model_copy(update={"files": (), "attempt": "unpublished"}))
     assert states(store, record, public) == {"statement signature": "ok", "statement": "FAIL"}
     key = signing.read_public_key(public)
-    told = next(check for check in verification.verify(store, record, key) if check.name == "statement")
-    assert told.to_do == "do not use this model", "to sign anew would be to sign what somebody put there"
+    failed = next(check for check in verification.verify(store, record, key) if check.name == "statement")
+    assert failed.to_do == "do not use this model", "resubmitting would sign what someone put there"
 
 
 @pytest.mark.parametrize(
@@ -149,19 +149,19 @@ def test_a_model_that_was_replaced_with_a_good_manifest_is_no_longer_the_signed_
         {"predicate": []},
     ],
 )
-def test_what_the_key_signed_for_something_else_vouches_for_no_model(
+def test_another_statement_signed_by_the_key_is_not_accepted_for_the_model(
     changes: dict[str, object], recipe: Callable[..., Recipe], store: Store, tmp_path: Path
 ) -> None:
     private, public = write_keys(tmp_path)
     record, key = drive(recipe(), store), signing.read_public_key(public)
     merge = store.manifest("merge", str(record.stages["merge"].key))
     assert merge
-    said = json.loads(statement_of(store, record.run))
-    for each in ({}, changes):
-        payload = json.dumps(said | each).encode()
+    content = json.loads(statement_of(store, record.run))
+    for applied in ({}, changes):
+        payload = json.dumps(content | applied).encode()
         line = signing.sign(payload, serialization.load_pem_private_key(private.read_bytes(), None))  # type: ignore[arg-type]
         store.write(run_path(record.run, provenance.FILE), line)
-        if not each:
+        if not applied:
             assert provenance.require(store, record.run, merge, key) == line
             continue
         with pytest.raises(IntegrityError, match="do not use this model"):
@@ -169,29 +169,31 @@ def test_what_the_key_signed_for_something_else_vouches_for_no_model(
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"payloadType": 1}', b"[" * 100_000, b'{"_type": 1}', b"\xff"])
-def test_a_statement_that_is_none_is_one_failed_check(text: bytes, recipe: Callable[..., Recipe], store: Store) -> None:
+def test_a_file_that_is_not_a_statement_is_one_failed_check(
+    text: bytes, recipe: Callable[..., Recipe], store: Store
+) -> None:
     record = drive(recipe(), store)
     store.write(run_path(record.run, provenance.FILE), text)
     assert states(store, record)["statement"] == "FAIL"
 
 
-def test_a_key_that_cannot_sign_is_told_before_a_stage_runs(
+def test_an_unusable_signing_key_is_an_error_before_any_stage_runs(
     recipe: Callable[..., Recipe], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfit = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    acting = Acting()
+    executor = FakeExecutor()
     for given in (unfit.decode(), "-----BEGIN nonsense", str(tmp_path / "missing.pem")):
         monkeypatch.setenv(signing.SIGNING_KEY, given)
         with pytest.raises(AccessError) as caught:
-            Pipeline(recipe(), store, acting, Seen(), retry_after_s=()).drive()
+            Pipeline(recipe(), store, executor, RecordingObserver(), retry_after_s=()).drive()
         assert "PRIVATE" not in str(caught.value)
         assert unfit.decode()[40:80] not in str(caught.value)
-    assert acting.ran == []
+    assert executor.ran == []
 
 
-def test_pull_brings_the_statement_beside_the_model_and_verify_checks_it(
+def test_pull_writes_the_statement_beside_the_model_and_verify_checks_it(
     launcher: Launcher, recipe_file: Path, tmp_path: Path
 ) -> None:
     private, public = write_keys(tmp_path)
@@ -213,7 +215,7 @@ def test_pull_brings_the_statement_beside_the_model_and_verify_checks_it(
     "recipe_of_record",
     [{"name": "x"}, {"prepare": []}, {"prepare": {"base": 1}}, {"x": float("inf")}],
 )
-def test_a_record_that_holds_no_recipe_is_one_failed_check(
+def test_a_record_without_a_recipe_is_one_failed_check(
     recipe_of_record: dict[str, object], recipe: Callable[..., Recipe], store: Store
 ) -> None:
     record = drive(recipe(), store)
@@ -225,7 +227,7 @@ def forged(line: bytes, **changes: object) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_no_envelope_that_the_key_did_not_sign_passes(kind: str, tmp_path: Path) -> None:
+def test_only_an_envelope_signed_by_the_key_passes(kind: str, tmp_path: Path) -> None:
     keys = {
         name: write_keys(tmp_path, each, name) for name, each in (("own", kind), ("ed", "ed25519"), ("ec", "ecdsa"))
     }
@@ -237,9 +239,9 @@ def test_no_envelope_that_the_key_did_not_sign_passes(kind: str, tmp_path: Path)
     claimed = [other | {"keyid": own["keyid"]} for other in others]
     assert signing.is_signed_by(signing.parse(line), public)
     assert signing.is_signed_by(signing.parse(forged(line, signatures=[*others, own])), public), (
-        "one of several is ours"
+        "one of several signatures is by the key"
     )
-    bare = {"keyid": own["keyid"], "sig": base64.b64encode(private_signature(private["own"], b'{"a": 1}')).decode()}
+    bare = {"keyid": own["keyid"], "sig": base64.b64encode(sign_without_type(private["own"], b'{"a": 1}')).decode()}
     for signatures in ([], others, claimed, [own | {"sig": ""}], [own | {"sig": own["sig"][:-8] + "AAAAAA=="}], [bare]):
         assert not signing.is_signed_by(signing.parse(forged(line, signatures=signatures)), public)
     other_bytes = base64.b64encode(b'{"a": 2}').decode()
@@ -249,8 +251,8 @@ def test_no_envelope_that_the_key_did_not_sign_passes(kind: str, tmp_path: Path)
             signing.parse(forged(line, **changes))
 
 
-def private_signature(key: object, message: bytes) -> bytes:
-    """Over the payload alone, without its type: not what DSSE signs."""
+def sign_without_type(key: object, message: bytes) -> bytes:
+    """Sign the payload alone, without its type: not what DSSE signs."""
     from cryptography.hazmat.primitives import hashes
 
     if isinstance(key, ed25519.Ed25519PrivateKey):

@@ -1,4 +1,4 @@
-"""Run records: names, finding one, and a driver that died."""
+"""Run records: names, finding a run, and a driver that died."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs.records import (
     Driver,
-    Journal,
+    RecordWriter,
     RunRecord,
     StageRecord,
     all_runs,
@@ -23,10 +23,11 @@ from llamarefine_k8s.runs.records import (
     where,
 )
 
-NOBODY = Driver(pid=2**22 + 1, host=platform.node())  # above Linux's largest process id
+DEAD_DRIVER = Driver(pid=2**22 + 1, host=platform.node())  # above the largest process id of Linux
 
 
 def record(store: Store, run: str, **changes: object) -> RunRecord:
+    """Write a run record; return it."""
     now = datetime.now(UTC)
     values = {"created_at": now, "updated_at": now, "driver": Driver.this_process(), "recipe": {}}
     made = RunRecord(run=run, **(values | changes))
@@ -44,7 +45,7 @@ def test_the_same_recipe_is_the_same_run(recipe: Callable[..., Recipe], monkeypa
     assert run_id(recipe()) != run
 
 
-def test_a_changed_source_is_another_run(recipe: Callable[..., Recipe]) -> None:
+def test_a_changed_source_gives_another_run(recipe: Callable[..., Recipe]) -> None:
     before = recipe()
     with open(before.prepare.questions.source, "a") as file:
         file.write("What is helm?,A packager.\n")
@@ -71,7 +72,7 @@ def test_without_a_name_the_run_driven_last_is_meant(store: Store) -> None:
     assert [each.run for each in all_runs(store)] == ["new-22222222", "old-11111111"]
 
 
-def test_a_question_is_told_from_a_run(store: Store) -> None:
+def test_find_first_distinguishes_a_run_from_a_question(store: Store) -> None:
     record(store, "docs-11111111")
     assert find_first(store, ("docs", "What?"))[1] == ("What?",)
     assert find_first(store, ("What is kind?",))[1] == ("What is kind?",)
@@ -81,49 +82,49 @@ def test_a_question_is_told_from_a_run(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "signs_of_death",
-    [{"driver": NOBODY}, {"updated_at": datetime.now(UTC) - timedelta(minutes=5)}],
-    ids=["process is gone", "silent for minutes"],
+    "changes",
+    [{"driver": DEAD_DRIVER}, {"updated_at": datetime.now(UTC) - timedelta(minutes=5)}],
+    ids=["its process ended", "no write for minutes"],
 )
-def test_a_run_whose_driver_died_is_interrupted(store: Store, signs_of_death: dict[str, object]) -> None:
+def test_a_run_whose_driver_died_is_interrupted(store: Store, changes: dict[str, object]) -> None:
     stages = {"sft": StageRecord(state="running"), "prepare": StageRecord(state="done")}
-    record(store, "run-11111111", stages=stages, **signs_of_death)
+    record(store, "run-11111111", stages=stages, **changes)
     found = find(store, None)
     assert found.state == "interrupted"
     assert {name: stage.state for name, stage in found.stages.items()} == {"sft": "interrupted", "prepare": "done"}
 
 
-def test_a_run_of_another_machine_lives_while_it_writes(store: Store) -> None:
+def test_a_driver_on_another_machine_is_alive_while_it_writes(store: Store) -> None:
     record(store, "run-11111111", driver=Driver(pid=1, host="elsewhere"))
     assert find(store, None).state == "running"
 
 
-def test_a_run_that_is_driven_is_not_driven_twice(store: Store, recipe: Callable[..., Recipe]) -> None:
+def test_a_second_driver_of_a_running_run_is_refused(store: Store, recipe: Callable[..., Recipe]) -> None:
     parent = Driver(pid=os.getppid(), host=platform.node())
     record(store, run_id(recipe()), driver=parent)
-    with pytest.raises(LlamaRefineError, match=f"is being driven already, by process {parent.pid}"):
-        Journal(store, recipe(), lambda record: None)
+    with pytest.raises(LlamaRefineError, match=f"is already being driven by process {parent.pid}"):
+        RecordWriter(store, recipe(), lambda record: None)
 
 
-def test_an_unreadable_record_hides_nothing_and_stops_nothing(store: Store, recipe: Callable[..., Recipe]) -> None:
+def test_an_unreadable_record_hides_no_other_run_and_is_rewritten(store: Store, recipe: Callable[..., Recipe]) -> None:
     record(store, "run-11111111")
     store.write("runs/broken-22222222/run.json", b"{")
     assert [each.run for each in all_runs(store)] == ["run-11111111"]
     assert find(store, None).run == "run-11111111"
-    with pytest.raises(IntegrityError, match="is no run record of this version"):
+    with pytest.raises(IntegrityError, match="is not a run record of this version"):
         find(store, "broken")
     store.write(f"runs/{run_id(recipe())}/run.json", b"[]")
-    with Journal(store, recipe(), lambda record: None):
+    with RecordWriter(store, recipe(), lambda record: None):
         assert load(store, run_id(recipe())) is not None
 
 
-def test_the_first_date_of_a_run_stays(store: Store, recipe: Callable[..., Recipe]) -> None:
+def test_created_at_is_kept_when_a_run_is_driven_again(store: Store, recipe: Callable[..., Recipe]) -> None:
     first = datetime.now(UTC) - timedelta(days=3)
     record(store, run_id(recipe()), created_at=first, state="done")
-    assert Journal(store, recipe(), lambda record: None).record.created_at == first
+    assert RecordWriter(store, recipe(), lambda record: None).record.created_at == first
 
 
-def test_a_place_in_a_bucket_is_its_uri_and_the_store_itself_has_no_dot(s3_uri: str) -> None:
+def test_where_returns_uris_in_a_bucket_and_the_bare_uri_for_the_store_itself(s3_uri: str) -> None:
     store = Store(s3_uri)
     assert where(store, ".") == s3_uri
     assert where(store, "runs/one/report/report.html") == f"{s3_uri}/runs/one/report/report.html"

@@ -1,4 +1,4 @@
-"""Bringing a model, an adapter or a report to a folder."""
+"""Copying a model, an adapter or a report to a folder."""
 
 import multiprocessing
 import os
@@ -17,8 +17,8 @@ from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs.pipeline import Pipeline
 from llamarefine_k8s.runs.records import RunRecord
 from llamarefine_k8s.runs.results import PARTS, _work_folder, check_gates, part_of, pull, pull_report, read_report
-from tests.k8s.acting import Acting
-from tests.k8s.runs.test_pipeline import Seen
+from tests.k8s.acting import FakeExecutor
+from tests.k8s.runs.test_pipeline import RecordingObserver
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["llamarefine_k8s.runs.results", __name__])
@@ -26,7 +26,7 @@ PROCESSES.set_forkserver_preload(["llamarefine_k8s.runs.results", __name__])
 
 @pytest.fixture
 def record(recipe: Callable[..., Recipe], store: Store) -> RunRecord:
-    return Pipeline(recipe(), store, Acting(), Seen()).drive()
+    return Pipeline(recipe(), store, FakeExecutor(), RecordingObserver()).drive()
 
 
 @pytest.fixture
@@ -36,23 +36,25 @@ def model(record: RunRecord, store: Store) -> Manifest:
 
 @pytest.fixture
 def newer(record: RunRecord, store: Store, recipe: Callable[..., Recipe]) -> Manifest:
-    """Another model of the same store."""
-    return part_of(store, Pipeline(recipe("merge.dtype=float32"), store, Acting(), Seen()).drive(), "model")
+    """Another model in the same store."""
+    return part_of(
+        store, Pipeline(recipe("merge.dtype=float32"), store, FakeExecutor(), RecordingObserver()).drive(), "model"
+    )
 
 
-def holds(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("what", PARTS)
-def test_each_part_comes_as_a_folder_of_its_own(record: RunRecord, store: Store, tmp_path: Path, what: str) -> None:
+def test_each_part_is_copied_to_a_folder_of_its_own(record: RunRecord, store: Store, tmp_path: Path, what: str) -> None:
     pull(store, part_of(store, record, what), what, tmp_path / "deep" / "here")
     expected = ["report.html", "report.json", "report.md"] if what == "report" else ["content.txt"]
-    assert holds(tmp_path / "deep" / "here") == expected
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["here"], "nothing else stays"
+    assert files_in(tmp_path / "deep" / "here") == expected
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["here"], "no temporary file is left"
 
 
-def test_a_folder_that_holds_the_same_is_left_alone(model: Manifest, store: Store, tmp_path: Path) -> None:
+def test_a_folder_with_the_same_content_is_not_touched(model: Manifest, store: Store, tmp_path: Path) -> None:
     pull(store, model, "model", tmp_path / "model")
     before = (tmp_path / "model" / "content.txt").stat()
     pull(store, model, "model", tmp_path / "model")
@@ -65,29 +67,29 @@ def test_another_model_of_the_store_is_replaced(model: Manifest, newer: Manifest
     assert "float32" in (tmp_path / "model" / "content.txt").read_text()
 
 
-def test_files_of_anybody_else_are_not_replaced(model: Manifest, store: Store, tmp_path: Path) -> None:
+def test_foreign_files_are_not_replaced_without_force(model: Manifest, store: Store, tmp_path: Path) -> None:
     pull(store, model, "model", tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"holds files that are not from this store; .* --force"):
         pull(store, model, "model", tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     pull(store, model, "model", tmp_path / "model", force=True)
-    assert holds(tmp_path / "model") == ["content.txt"]
+    assert files_in(tmp_path / "model") == ["content.txt"]
 
 
 def test_an_empty_folder_is_filled(model: Manifest, store: Store, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     pull(store, model, "model", tmp_path / "model")
-    assert holds(tmp_path / "model") == ["content.txt"]
+    assert files_in(tmp_path / "model") == ["content.txt"]
 
 
-def test_a_file_in_the_way_is_named(model: Manifest, store: Store, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(model: Manifest, store: Store, tmp_path: Path) -> None:
     (tmp_path / "model").write_text("")
     with pytest.raises(DataError, match="expected a folder, found a file"):
         pull(store, model, "model", tmp_path / "model")
 
 
-def test_a_wrong_byte_leaves_the_old_folder_as_it_was(
+def test_a_damaged_artifact_leaves_the_old_folder_unchanged(
     model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
     pull(store, model, "model", tmp_path / "model")
@@ -99,15 +101,15 @@ def test_a_wrong_byte_leaves_the_old_folder_as_it_was(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".model")] == []
 
 
-def test_a_report_may_lie_beside_other_things(record: RunRecord, store: Store, tmp_path: Path) -> None:
+def test_a_report_is_copied_beside_other_files(record: RunRecord, store: Store, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine.txt").write_text("mine")
     for _ in range(2):
         pull_report(store, part_of(store, record, "report"), tmp_path / "demo")
-    assert holds(tmp_path / "demo") == ["mine.txt", "report.html", "report.json", "report.md"]
+    assert files_in(tmp_path / "demo") == ["mine.txt", "report.html", "report.json", "report.md"]
 
 
-def test_what_is_not_made_yet_is_said(store: Store, record: RunRecord) -> None:
+def test_a_missing_model_or_report_is_an_error(store: Store, record: RunRecord) -> None:
     stages = record.stages | {"merge": record.stages["merge"].model_copy(update={"key": None})}
     with pytest.raises(DataError, match="has no model yet: merge is not done"):
         part_of(store, record.model_copy(update={"stages": stages}), "model")
@@ -115,29 +117,29 @@ def test_what_is_not_made_yet_is_said(store: Store, record: RunRecord) -> None:
         read_report(store, "nowhere-12345678")
 
 
-def test_a_failed_gate_says_metric_bound_and_value(recipe: Callable[..., Recipe], store: Store) -> None:
+def test_the_error_of_a_failed_gate_names_metric_bound_and_value(recipe: Callable[..., Recipe], store: Store) -> None:
     gates = "evaluate.gates=[{metric: loss, at_most: 1.0}, {metric: loss, at_most: 3.0}]"
-    record = Pipeline(recipe(gates), store, Acting(), Seen()).drive()
+    record = Pipeline(recipe(gates), store, FakeExecutor(), RecordingObserver()).drive()
     with pytest.raises(GateError) as caught:
         check_gates(read_report(store, record.run))
     assert str(caught.value) == "quality gate: loss of merged is 2, not at most 1.0; model and report are kept"
 
 
 def pull_and_die(uri: str, manifest: Manifest, place: Path, steps: int) -> None:
-    """A pull that is killed before it changes a folder for the `steps`th time."""
+    """Pull, and kill this process before it has changed the file system `steps` times."""
 
-    def step(event: str, arguments: Any) -> None:
+    def count(event: str, arguments: Any) -> None:
         nonlocal steps
         if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"):
             steps -= 1
             if steps < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(step)
+    sys.addaudithook(count)
     pull(Store(uri), manifest, "model", place)
 
 
-def test_a_pull_killed_before_any_of_its_steps_loses_nothing_and_the_next_one_ends_the_work(
+def test_a_pull_killed_at_any_step_loses_nothing_and_the_next_one_finishes(
     model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
     place = tmp_path / "here" / "model"
@@ -155,7 +157,7 @@ def test_a_pull_killed_before_any_of_its_steps_loses_nothing_and_the_next_one_en
         assert process.exitcode == -signal.SIGKILL
         if not place.exists():
             moved_away += 1
-            with pytest.raises(IntegrityError):  # though the next one fails, too
+            with pytest.raises(IntegrityError):  # the next pull fails, and still restores the folder
                 pull(store, newer.model_copy(update={"attempt": "nowhere"}), "model", place)
             assert (place / "content.txt").read_bytes() == old
         assert (place / "content.txt").read_bytes() in (old, new)
@@ -167,16 +169,14 @@ def test_a_pull_killed_before_any_of_its_steps_loses_nothing_and_the_next_one_en
     assert steps < 99
 
 
-def test_of_two_pulls_to_one_place_the_second_is_told(model: Manifest, store: Store, tmp_path: Path) -> None:
-    with _work_folder(tmp_path / "model"), pytest.raises(DataError, match="another pull is bringing something there"):
+def test_a_second_pull_to_the_same_folder_is_refused(model: Manifest, store: Store, tmp_path: Path) -> None:
+    with _work_folder(tmp_path / "model"), pytest.raises(DataError, match="another pull is writing there"):
         pull(store, model, "model", tmp_path / "model")
     pull(store, model, "model", tmp_path / "model")
 
 
-def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(
-    model: Manifest, newer: Manifest, store: Store, tmp_path: Path
-) -> None:
-    """What was fetched is gone, as when somebody tidies up beside it."""
+def test_a_failed_rename_leaves_the_old_model(model: Manifest, newer: Manifest, store: Store, tmp_path: Path) -> None:
+    """The fetched folder is missing, as if someone had deleted it."""
     pull(store, model, "model", tmp_path / "model")
     before = (tmp_path / "model" / "content.txt").read_bytes()
     without_files = newer.model_copy(update={"files": ()})
@@ -185,22 +185,22 @@ def test_a_model_that_cannot_be_moved_into_place_leaves_the_old_one(
     assert (tmp_path / "model" / "content.txt").read_bytes() == before
 
 
-def test_a_byte_that_changed_after_a_pull_is_named(record: RunRecord, store: Store, tmp_path: Path) -> None:
+def test_a_file_that_changed_after_a_pull_is_named(record: RunRecord, store: Store, tmp_path: Path) -> None:
     manifest = part_of(store, record, "report")
     pull(store, manifest, "report", tmp_path / "report")
     page = tmp_path / "report" / "report.html"
     data = page.read_bytes()
     page.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(IntegrityError, match=r"report\.html changed since it was brought there, or was damaged"):
+    with pytest.raises(IntegrityError, match=r"report\.html changed since the pull"):
         pull(store, manifest, "report", tmp_path / "report")
     pull(store, manifest, "report", tmp_path / "report", force=True)
     assert page.read_bytes() == data
 
 
-def test_a_damaged_manifest_of_another_model_does_not_keep_this_one(
+def test_a_damaged_manifest_of_another_model_does_not_prevent_a_pull(
     model: Manifest, newer: Manifest, store: Store, tmp_path: Path
 ) -> None:
-    first, second = sorted((model, newer), key=lambda manifest: manifest.key)  # as they are looked through
+    first, second = sorted((model, newer), key=lambda manifest: manifest.key)  # in the order in which pull reads them
     pull(store, second, "model", tmp_path / "model")
     store.write(f"{first.folder.rpartition('/')[0]}/manifest.json", b"{}")
     pull(store, second, "model", tmp_path / "model")
@@ -216,13 +216,13 @@ def test_a_damaged_manifest_of_another_model_does_not_keep_this_one(
         ("config.json", '{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}'),
     ],
 )
-def test_a_model_of_the_buckets_writer_that_brings_code_is_not_pulled(
+def test_a_model_with_code_or_pickles_is_not_pulled(
     model: Manifest, store: Store, tmp_path: Path, name: str, text: str
 ) -> None:
     folder = tmp_path / "evil"
     (folder / "model" / name).parent.mkdir(parents=True)
     (folder / "model" / name).write_text(text)
-    theirs = store.publish(folder, model.model_copy(update={"key": "e" * 64, "files": ()}))
+    evil = store.publish(folder, model.model_copy(update={"key": "e" * 64, "files": ()}))
     with pytest.raises(IntegrityError):
-        pull(store, theirs, "model", tmp_path / "out/here")
+        pull(store, evil, "model", tmp_path / "out/here")
     assert not any((tmp_path / "out").iterdir())
