@@ -194,7 +194,7 @@ def submit(
             record = submission.drive(cluster, pinned, given, display)
         _print_end(opened, record, given.store, None)
         return
-    job = submission.start(cluster, pinned, given, progress.print)
+    job = submission.start(cluster, pinned, given, progress.print, command=command())
     if detach:
         progress.print(f"{command()} logs -f {run}   follows it")
         return
@@ -242,10 +242,15 @@ def logs(
 
     It comes from the cluster while a stage's pod is there, afterwards from the store.
     """
+    from llamarefine_k8s import settings
     from llamarefine_k8s.cluster import run_status
 
     name, stage = run_status.run_and_stage(run_and_stage)
-    for line in run_status.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
+    give_up_after_s = settings.load(store=store).give_up_after_s
+    lines = run_status.all_lines(
+        open_store(store), name, stage, context, namespace, follow=follow, give_up_after_s=give_up_after_s
+    )
+    for line in lines:
         print_text(line)
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError
-from llamarefine_k8s.cluster.api import Cluster, Object
+from llamarefine_k8s.cluster import KubeObject
+from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.api_errors import grant_advice
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
@@ -64,8 +65,8 @@ def _is_granted(cluster: Cluster, verb: str, what: str, user: str | None) -> boo
     resource, _, part = resource.partition("/")
     attributes = {"namespace": cluster.namespace, "verb": verb, "group": group, "resource": resource}
     attributes["subresource"] = part
-    review: Object = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-    spec: Object = {"resourceAttributes": attributes}
+    review: KubeObject = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+    spec: KubeObject = {"resourceAttributes": attributes}
     if user:
         groups = ["system:serviceaccounts", f"system:serviceaccounts:{cluster.namespace}", "system:authenticated"]
         review |= {"kind": "LocalSubjectAccessReview", "metadata": {"namespace": cluster.namespace}}

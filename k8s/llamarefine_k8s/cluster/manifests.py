@@ -23,11 +23,10 @@ from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.process.out_of_memory import OOM_VARIABLE
 from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_k8s.cluster import KubeObject
 from llamarefine_k8s.runs.pipeline import InterruptedRunError, Task
 from llamarefine_k8s.runs.signing import SIGNING_KEY
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
-
-Manifest = dict[str, Any]
 
 RUN, STAGE, KEY = "llamarefine/run", "llamarefine/stage", "llamarefine/key"
 TEMPLATE_DIGEST = (
@@ -42,10 +41,10 @@ _DRIVER_RETRIES = 3
 _MEETING_PORT = 29500  # agent.py's, where a training's processes meet
 
 
-def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
+def stage_job(task: Task, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
     """The Job of one stage; a pod for each of its nodes."""
     nodes = nodes_of(task.recipe, task.stage)
-    spec: Manifest = {
+    spec: KubeObject = {
         # One lost node ends the pods of all, and they are counted one by one.
         "backoffLimit": settings.retries * nodes,
         "podFailurePolicy": pod_failure_policy(CONTAINER),
@@ -73,7 +72,7 @@ def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> 
     return patched(job, {"metadata": {"annotations": {TEMPLATE_DIGEST: made_from}}})
 
 
-def stage_service(task: Task, owner: Manifest | None = None) -> Manifest | None:
+def stage_service(task: Task, owner: KubeObject | None = None) -> KubeObject | None:
     """What gives the pods of a training on several nodes names; None for a stage in one pod.
 
     It goes with the run, not with the Job: a Job that is made anew needs it again at once.
@@ -117,7 +116,7 @@ def gpus_of(recipe: Recipe, stage: str, settings: Settings) -> int:
     return section.gpus
 
 
-def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
+def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
     """The Job that drives a run inside the cluster."""
     labels = _labels(run, DRIVER)
     container = {
@@ -161,7 +160,7 @@ def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> M
     return patched(job, settings.patches.get(DRIVER, {}))
 
 
-def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: Manifest | None = None) -> Manifest:
+def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
     """The ConfigMap of a run: its pinned recipe, and the settings as they were when it was submitted."""
     pinned = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
     files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(pinned, sort_keys=False)}
@@ -178,13 +177,13 @@ def stage_job_name(run: str, stage: str) -> str:
     return f"{run}-{stage}"
 
 
-def owner_reference(kind: str, name: str, uid: str) -> Manifest:
+def owner_reference(kind: str, name: str, uid: str) -> KubeObject:
     """What makes an object go when `name` goes."""
     version = {"Job": "batch/v1", "ConfigMap": "v1"}[kind]
     return {"apiVersion": version, "kind": kind, "name": name, "uid": uid, "controller": False}
 
 
-def pod_failure_policy(container: str) -> Manifest:
+def pod_failure_policy(container: str) -> KubeObject:
     """errors.py's dispositions as the Job controller's rules; the first that fits decides.
 
     A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts, 137
@@ -205,7 +204,7 @@ def pod_failure_policy(container: str) -> Manifest:
     return {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, *rules]}
 
 
-def patched(manifest: Manifest, patch: Manifest) -> Manifest:
+def patched(manifest: KubeObject, patch: KubeObject) -> KubeObject:
     """`patch` merged into `manifest`: keys one by one, null removes a key.
 
     Lists whose items have a `mountPath`, else a `name`, are merged by it (containers, env, volumes, volumeMounts);
@@ -229,16 +228,16 @@ def _all_have(items: Any, key: str) -> bool:
     return isinstance(items, list) and bool(items) and all(isinstance(item, dict) and key in item for item in items)
 
 
-def _stage_pod(task: Task, settings: Settings) -> Manifest:
+def _stage_pod(task: Task, settings: Settings) -> KubeObject:
     gpus = gpus_of(task.recipe, task.stage, settings)
     name, service = stage_job_name(task.run, task.stage), _service_name(task)
     is_one_pod = nodes_of(task.recipe, task.stage) == 1
-    mounts: list[Manifest] = [
+    mounts: list[KubeObject] = [
         {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
         {"name": "scratch", "mountPath": _SCRATCH},
     ]
     scratch = {"sizeLimit": settings.scratch} if settings.scratch else {}
-    volumes: list[Manifest] = [
+    volumes: list[KubeObject] = [
         {
             "name": "recipe",
             "configMap": {"name": task.run, "items": [{"key": "recipe.yaml", "path": "recipe.yaml"}]},
@@ -270,7 +269,7 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
-    placement: Manifest = {}
+    placement: KubeObject = {}
     if settings.stage_service_account:
         placement["serviceAccountName"] = settings.stage_service_account
     if settings.node_selector:
@@ -301,9 +300,9 @@ _POD_SECURITY = {
 }
 
 
-def _pod(settings: Settings, container: Manifest) -> Manifest:
+def _pod(settings: Settings, container: KubeObject) -> KubeObject:
     """What every pod of ours has."""
-    pod: Manifest = {
+    pod: KubeObject = {
         "restartPolicy": "Never",
         "enableServiceLinks": False,  # a variable for each service of the namespace is nobody's wish
         "securityContext": _POD_SECURITY,
@@ -316,7 +315,7 @@ def _pod(settings: Settings, container: Manifest) -> Manifest:
     return pod
 
 
-def _environment(settings: Settings) -> list[Manifest]:
+def _environment(settings: Settings) -> list[KubeObject]:
     """Where the bucket is, its credentials by reference, and a place to write under a read-only root."""
     plain = {"AWS_REGION": settings.s3_region}
     if settings.s3_endpoint:
@@ -332,22 +331,22 @@ def _environment(settings: Settings) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in plain.items()] + secret
 
 
-def _signing_key(settings: Settings) -> list[Manifest]:
+def _signing_key(settings: Settings) -> list[KubeObject]:
     if not settings.signing_secret_name:
         return []
     reference = {"name": settings.signing_secret_name, "key": "signing-key.pem"}
     return [{"name": SIGNING_KEY, "valueFrom": {"secretKeyRef": reference}}]
 
 
-def _from_label(variable: str, label: str) -> Manifest:
+def _from_label(variable: str, label: str) -> KubeObject:
     return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
 
 
-def _resources(settings: Settings, name: str, gpus: int = 0) -> Manifest:
+def _resources(settings: Settings, name: str, gpus: int = 0) -> KubeObject:
     asked = settings.resources_of(name)
     gpu = {str(settings.gpu_resource): str(gpus)} if gpus else {}
     limits: Mapping[str, str] = asked.limits | gpu
-    resources: Manifest = {"requests": dict(asked.requests)}
+    resources: KubeObject = {"requests": dict(asked.requests)}
     return resources | ({"limits": dict(limits)} if limits else {})
 
 
@@ -366,6 +365,6 @@ def _labels(run: str, component: str | None = None) -> dict[str, str]:
     return labels
 
 
-def _metadata(name: str, labels: Mapping[str, str], owner: Manifest | None = None) -> Manifest:
-    metadata: Manifest = {"name": name, "labels": dict(labels)}
+def _metadata(name: str, labels: Mapping[str, str], owner: KubeObject | None = None) -> KubeObject:
+    metadata: KubeObject = {"name": name, "labels": dict(labels)}
     return metadata | ({"ownerReferences": [owner]} if owner else {})

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from kubernetes.utils.quantity import parse_quantity
-
-Object = dict[str, Any]
+from llamarefine_k8s.cluster import KubeObject
+from llamarefine_k8s.cluster.api import parse_quantity
 
 # Labels of node pools that often grow by themselves when a pod waits.
 _GROWING = (
@@ -44,7 +43,7 @@ def requests_of(pod: Mapping[str, Any]) -> dict[str, Decimal]:
     return asked
 
 
-def free_of(node: Object, pods: Iterable[Object]) -> dict[str, Decimal]:
+def free_of(node: KubeObject, pods: Iterable[KubeObject]) -> dict[str, Decimal]:
     """What a node has left beside the pods that are on it."""
     free = {name: parse_quantity(much) for name, much in (node["status"].get("allocatable") or {}).items()}
     for pod in pods:
@@ -54,12 +53,12 @@ def free_of(node: Object, pods: Iterable[Object]) -> dict[str, Decimal]:
     return free
 
 
-def candidates(pod: Mapping[str, Any], nodes: Sequence[Object]) -> list[Object]:
+def candidates(pod: Mapping[str, Any], nodes: Sequence[KubeObject]) -> list[KubeObject]:
     """The nodes that a pod may be put on, whatever is on them now."""
     return [node for node in nodes if not why_not(pod, node)]
 
 
-def why_not(pod: Mapping[str, Any], node: Object) -> str | None:
+def why_not(pod: Mapping[str, Any], node: KubeObject) -> str | None:
     """What keeps a pod from an empty node; None where nothing does."""
     labels = node["metadata"].get("labels") or {}
     wrong = [f"{name}={value}" for name, value in (pod.get("nodeSelector") or {}).items() if labels.get(name) != value]
@@ -87,7 +86,7 @@ def lacks(pod: Mapping[str, Any], free: Mapping[str, Decimal]) -> str | None:
     return f"has {'; '.join(short)}" if short else None
 
 
-def over_quota(pod: Mapping[str, Any], quota: Object) -> str | None:
+def over_quota(pod: Mapping[str, Any], quota: KubeObject) -> str | None:
     """What a pod asks for beyond what a ResourceQuota has left; None where it fits. Scopes are not looked at."""
     hard, used = ((quota.get("status") or {}).get(part) or {} for part in ("hard", "used"))
     asked = requests_of(pod)
@@ -100,12 +99,12 @@ def over_quota(pod: Mapping[str, Any], quota: Object) -> str | None:
     return "; ".join(short) or None
 
 
-def may_grow(nodes: Iterable[Object]) -> bool:
+def may_grow(nodes: Iterable[KubeObject]) -> bool:
     """Whether some node is of a pool that may grow by itself."""
     return any(label in (node["metadata"].get("labels") or {}) for node in nodes for label in _GROWING)
 
 
-def card_bytes(node: Object, gpu_resource: str) -> int | None:
+def card_bytes(node: KubeObject, gpu_resource: str) -> int | None:
     """The memory of one GPU of a node, as its labels or the resource's name say; None where they do not."""
     labels = node["metadata"].get("labels") or {}
     for label in (f"{gpu_resource}.memory", *_MIB_LABELS):  # the first is GPU feature discovery's, slices included
@@ -118,7 +117,7 @@ def card_bytes(node: Object, gpu_resource: str) -> int | None:
     return _GKE_GB[product] * 10**9 if product in _GKE_GB else None
 
 
-def on_node(image: str, nodes: Iterable[Object]) -> Iterator[str]:
+def on_node(image: str, nodes: Iterable[KubeObject]) -> Iterator[str]:
     """The names of the nodes that say they have an image. A node says it of its fifty largest."""
     for node in nodes:
         names = {name for each in node["status"].get("images") or () for name in each.get("names") or ()}
@@ -126,11 +125,11 @@ def on_node(image: str, nodes: Iterable[Object]) -> Iterator[str]:
             yield node["metadata"]["name"]
 
 
-def _holds(pod: Object) -> bool:
+def _holds(pod: KubeObject) -> bool:
     return pod["status"].get("phase") not in ("Succeeded", "Failed")
 
 
-def _tolerated(taint: Object, tolerations: Iterable[Object]) -> bool:
+def _tolerated(taint: KubeObject, tolerations: Iterable[KubeObject]) -> bool:
     if taint.get("effect") == "PreferNoSchedule":
         return True
     return any(

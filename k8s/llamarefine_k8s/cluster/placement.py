@@ -7,8 +7,8 @@ from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, OutO
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.cluster import nodes
-from llamarefine_k8s.cluster.api import Cluster, Object
+from llamarefine_k8s.cluster import KubeObject, nodes
+from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.manifests import run_config_map
 from llamarefine_k8s.cluster.reasons import why_refused
 from llamarefine_k8s.cluster.submission import bring_sources, objects_of
@@ -71,7 +71,7 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, say: Calla
         say(f"{check.name}: {check}")
 
 
-def _card(stage: str, given: Settings, jobs: dict[str, Object], seen: list[Object] | None) -> int | None:
+def _card(stage: str, given: Settings, jobs: dict[str, KubeObject], seen: list[KubeObject] | None) -> int | None:
     """Bytes of the largest GPU that a stage may be put on; None where it gets none, or nothing says."""
     if not (given.gpu_resource and given.gpus_of(stage)):
         return None
@@ -79,23 +79,23 @@ def _card(stage: str, given: Settings, jobs: dict[str, Object], seen: list[Objec
     return max((card for node in fitting if (card := nodes.card_bytes(node, given.gpu_resource))), default=None)
 
 
-def _jobs(recipe: Recipe, given: Settings) -> dict[str, Object]:
+def _jobs(recipe: Recipe, given: Settings) -> dict[str, KubeObject]:
     """The Jobs of a run, by stage or `driver`."""
     return {name_of(job): job for job in objects_of(recipe, given) if job["kind"] == "Job"}
 
 
-def name_of(job: Object) -> str:
+def name_of(job: KubeObject) -> str:
     """The stage that a Job is of, or `driver`."""
     return str(job["metadata"]["labels"].get("llamarefine/stage", DRIVER))
 
 
-def pod_of(job: Object) -> Object:
+def pod_of(job: KubeObject) -> KubeObject:
     """The spec of a Job's pods."""
-    pod: Object = job["spec"]["template"]["spec"]
+    pod: KubeObject = job["spec"]["template"]["spec"]
     return pod
 
 
-def _references(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
+def _references(cluster: Cluster, jobs: dict[str, KubeObject]) -> Iterator[Check]:
     """The Secrets that pods refer to, and the keys in them. No value is looked at, let alone shown."""
     wanted: dict[str, set[str]] = {}
     for job in jobs.values():
@@ -119,7 +119,7 @@ def _references(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
             yield ok(label, f"is there, with {', '.join(sorted(keys))}" if keys else "is there")
 
 
-def _secrets_of(pod: Object) -> Iterator[tuple[str, str | None]]:
+def _secrets_of(pod: KubeObject) -> Iterator[tuple[str, str | None]]:
     """Name and key of each Secret that a pod cannot start without; no key where any will do."""
     for secret in pod.get("imagePullSecrets") or ():
         yield secret["name"], None
@@ -138,7 +138,7 @@ def _secrets_of(pod: Object) -> Iterator[tuple[str, str | None]]:
                 yield source["name"], None
 
 
-def _images(jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Check]:
+def _images(jobs: dict[str, KubeObject], seen: list[KubeObject] | None) -> Iterator[Check]:
     """Each image's name is one, and where a node has it already. Whether a registry has it only a pull tells."""
     containers = {name: pod_of(job)["containers"][0] for name, job in jobs.items()}
     wrong = [each["image"] for each in containers.values() if not _IMAGE.fullmatch(each["image"])]
@@ -155,14 +155,14 @@ def _images(jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Chec
         yield ok("images", f"to be pulled, which is not tried: {names}")
 
 
-def _admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str, Object]) -> Iterator[Check]:
+def _admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str, KubeObject]) -> Iterator[Check]:
     """What the API server would say to each object: schema, Pod Security, limit ranges, quota, webhooks."""
     objects = {"ConfigMap": run_config_map(run_id(recipe), recipe, given)} | jobs
     refused = 0
     pods_tried = True
     for name, manifest in objects.items():
         try:
-            warnings = cluster.try_out(manifest)
+            warnings = cluster.dry_run_create(manifest)
             if manifest["kind"] == "Job" and pods_tried:
                 pods_tried = _try_pod(cluster, manifest)
         except AccessError as error:
@@ -185,12 +185,12 @@ def _admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str
         yield from _quota(cluster, jobs)
 
 
-def _try_pod(cluster: Cluster, job: Object) -> bool:
+def _try_pod(cluster: Cluster, job: KubeObject) -> bool:
     """Have the server check a Job's pod; False where the asker may make no pods, as a submitter need not."""
     template = job["spec"]["template"]
     metadata = {"name": f"{job['metadata']['name']}-preflight"[:63], "labels": template["metadata"]["labels"]}
     try:
-        cluster.try_out({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]})
+        cluster.dry_run_create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]})
     except AccessError as error:
         if " may not create pods " in str(error):
             return False
@@ -198,7 +198,7 @@ def _try_pod(cluster: Cluster, job: Object) -> bool:
     return True
 
 
-def _quota(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
+def _quota(cluster: Cluster, jobs: dict[str, KubeObject]) -> Iterator[Check]:
     """Room in the namespace's quotas for each stage's pod: where pods cannot be tried, they are added up."""
     try:
         quotas = cluster.objects("ResourceQuota")
@@ -217,7 +217,9 @@ def _quota(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
         yield ok("quota", f"{len(quotas)} in namespace {cluster.namespace}, none in the way")
 
 
-def _room(cluster: Cluster, given: Settings, jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Check]:
+def _room(
+    cluster: Cluster, given: Settings, jobs: dict[str, KubeObject], seen: list[KubeObject] | None
+) -> Iterator[Check]:
     """A node for each stage: one that could take it at all, and whether it has room now."""
     if seen is None:
         yield warning("nodes", "you may not list nodes", "if a stage finds none, `llamarefine status` says why")
@@ -242,7 +244,7 @@ def _room(cluster: Cluster, given: Settings, jobs: dict[str, Object], seen: list
             yield warning(label, text, "it starts when others end")
 
 
-def _asked(ask: Callable[[], list[Object]]) -> list[Object] | None:
+def _asked(ask: Callable[[], list[KubeObject]]) -> list[KubeObject] | None:
     """What was asked for; None where the asker may not."""
     try:
         return ask()

@@ -89,7 +89,7 @@ def test_a_pod_that_outlives_its_grace_period_is_declared_failed_and_then_remove
     ]
     finish(server, running)
     assert running.error is None
-    assert running.lines.count("sft: the node gone does not answer; its pod one is given up") == 1
+    assert running.lines.count("sft: the node gone does not answer; its pod one is abandoned") == 1
     assert "step 1" in running.lines
 
 
@@ -100,7 +100,7 @@ def test_a_pod_that_nobody_told_to_stop_or_that_said_how_it_ended_is_left_alone(
     put_pod(server, "one", status, **metadata)
     with job_feed.JobFeed(cluster, server.objects["jobs", JOB], "stage") as its_feed:
         eventually(lambda: its_feed.pods or list(its_feed.lines(0.1)))
-        its_feed._told_s = dict.fromkeys(its_feed._told_s, -1e9)  # long ago
+        its_feed._deleting_since_s = dict.fromkeys(its_feed._deleting_since_s, -1e9)  # long ago
         assert its_feed.lost_pods() == []
 
 
@@ -109,7 +109,7 @@ def test_a_role_that_forbids_it_is_named_and_the_stage_goes_on_once_the_pod_is_g
 ) -> None:
     server.faults.append(Fault(r"PATCH .*/pods/one/status", status=403, times=100))
     put_pod(server, "one", RUNNING, **TOLD_TO_STOP)
-    eventually(lambda: any("cannot be given up" in line for line in running.lines))
+    eventually(lambda: any("cannot be abandoned" in line for line in running.lines))
     server.remove("pods", "one")
     finish(server, running)
     assert running.error is None
@@ -129,14 +129,14 @@ def test_whoever_follows_a_driver_whose_node_is_gone_gives_its_pod_up(server: Ap
     server.change("jobs", JOB, {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})
     following.join(60)
     assert not following.is_alive()
-    assert said == ["the node gone does not answer; its pod one is given up"]
+    assert said == ["the node gone does not answer; its pod one is abandoned"]
 
 
 def test_status_tells_of_a_node_that_does_not_answer(server: ApiServer, cluster: Cluster, running: Running) -> None:
     unready = RUNNING | {"conditions": [{"type": "Ready", "status": "False"}]}
     put_pod(server, "one", unready)
     server.change("pods", "one", {"metadata": {"labels": {"llamarefine/run": RUN}}})
-    (found,) = run_status.look(cluster, RUN)
+    (found,) = run_status.stage_statuses(cluster, RUN)
     assert found.state == "waits"
     assert "the node gone does not answer" in str(found.reason)
 

@@ -141,9 +141,9 @@ def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named
     code, said = on.run("submit", str(recipe_file))
     assert code == 14
     assert said.splitlines()[-1] == (
-        "error: sft was killed for want of memory: it may use 300Mi; raise resources.sft.limits.memory"
+        "error: sft was killed because it ran out of memory: its limit is 300Mi; raise resources.sft.limits.memory"
     )
-    assert "another one goes on" not in said
+    assert "another pod continues" not in said
 
 
 def test_a_stage_over_its_memory_limit_goes_on_with_half_the_micro_batch_where_the_recipe_says_so(
@@ -215,7 +215,7 @@ def test_corrected_settings_replace_the_stage_that_failed_and_nothing_before_it(
     assert code == 0, said
     on.act("{}")
     code, said = on.run("submit", str(recipe_file))
-    assert "it goes on with the settings it began with; for other ones, `llamarefine cancel small-" in said
+    assert "it keeps the settings it was submitted with; to change them, `llamarefine cancel small-" in said
     assert code != 0
     assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in said
     code, said = on.run("submit", str(recipe_file))

@@ -140,10 +140,10 @@ def test_what_keeps_a_stage_from_running_is_named_with_what_to_do(
 ) -> None:
     reason = why_waiting("sft", JOB, pods, events)
     assert reason is not None
-    assert reason.word == word
+    assert reason.name == word
     assert said in reason.text
     assert to_do in reason.hint
-    assert not reason.patient
+    assert not reason.is_expected
     assert "\n" not in str(reason)
 
 
@@ -162,7 +162,7 @@ def test_a_queue_and_a_node_that_comes_are_waited_for() -> None:
             "sft", JOB, [unscheduled("Insufficient nvidia.com/gpu")], [event("TriggeredScaleUp", "1->2", "Pod")]
         ),
     ]
-    assert all(reason and reason.patient for reason in reasons)
+    assert all(reason and reason.is_expected for reason in reasons)
     assert "gpus" in str(reasons[0])
 
 
@@ -212,7 +212,7 @@ def test_a_node_that_cannot_start_is_told_while_another_runs() -> None:
     waits = of(unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), 0, made=0)
     reason = why_waiting("sft", JOB, [waits, of(pod("Running"), 1, made=1)], [])
     assert reason is not None
-    assert reason.word == "Unschedulable"
+    assert reason.name == "Unschedulable"
 
 
 def test_lines_of_other_nodes_than_the_first_name_it() -> None:
@@ -227,7 +227,7 @@ def of(pod: Object, index: int, made: int = 0) -> Object:
 
 
 def test_a_pod_that_was_replaced_is_explained() -> None:
-    assert why_replaced(ended(30)) == "its pod was told to stop"
+    assert why_replaced(ended(30)) == "its pod was stopped"
     assert why_replaced(ended(20)) == "its pod ended with exit code 20 (store)"
     drained = pod("Failed", conditions=({"type": "DisruptionTarget", "status": "True"},))
-    assert why_replaced(drained) == "its pod was taken off its node"
+    assert why_replaced(drained) == "its pod was evicted from its node"

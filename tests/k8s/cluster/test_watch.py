@@ -11,7 +11,7 @@ import pytest
 
 from llamarefine_jobs.contract.errors import AccessError, StoreError
 from llamarefine_jobs.contract.retry import RetryPolicy
-from llamarefine_k8s.cluster import api
+from llamarefine_k8s.cluster import api_requests, api_watch
 from llamarefine_k8s.cluster.api import Cluster
 from tests.k8s.api_server import ApiServer, Fault, eventually, use
 
@@ -21,7 +21,8 @@ WATCHES = r"GET .*watch=true"
 @pytest.fixture
 def cluster(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     use(server.kubeconfig(tmp_path), monkeypatch)
-    monkeypatch.setattr(api, "_PAUSES_S", (0.02, 0.05, 0.1))
+    monkeypatch.setattr(api_watch, "_PAUSES_S", (0.02, 0.05, 0.1))
+    monkeypatch.setattr(api_requests, "_STARTING_PAUSE_S", 0.1)
     return Cluster(retry_policy=RetryPolicy(20))
 
 
@@ -112,8 +113,8 @@ def test_an_error_inside_the_watch_leads_to_a_new_list(
     server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = iter([b'{"type": "ERROR", "object": {"code": 410, "reason": "Expired"}}\n'])
-    real = api._lines
-    monkeypatch.setattr(api, "_lines", lambda response: _before(first, real(response)))
+    real = api_watch.response_lines
+    monkeypatch.setattr(api_watch, "response_lines", lambda response: _before(first, real(response)))
     server.put("jobs", job("first", "there"))
     seen = Seen(cluster)
     eventually(lambda: server.count(r"jobs\?*$") >= 2)
@@ -128,8 +129,8 @@ def _before(first: Iterator[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def test_silence_is_a_broken_line(server: ApiServer, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_WATCH_S", 1)
-    monkeypatch.setattr(api, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(api_watch, "WATCH_S", 1)
+    monkeypatch.setattr(api_watch, "SILENCE_S", 0.5)
     server.put("jobs", job("first", "there"))
     eventually(lambda: "first" in seen.state)
     server.faults = [Fault(WATCHES, silent=True, times=2)]
