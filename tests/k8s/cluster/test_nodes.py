@@ -59,7 +59,7 @@ def test_a_limit_without_a_request_is_what_is_asked_for() -> None:
         (node(), {}, None),
         (node(ready="False"), {}, "is not ready"),
         (node() | {"spec": {"unschedulable": True}}, {}, "cordoned"),
-        (node(gpu="a100"), {"nodeSelector": {"gpu": "h200"}}, "has not the label gpu=h200"),
+        (node(gpu="a100"), {"nodeSelector": {"gpu": "h200"}}, "does not have the label gpu=h200"),
         (node(gpu="h200"), {"nodeSelector": {"gpu": "h200"}}, None),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_quota_counts_what_is_left() -> None:
     quota = {"status": status}
     assert nodes.over_quota(pod({"memory": "3Gi"}, {GPU: "1"})["spec"], quota) is None
     assert nodes.over_quota(pod({"memory": "4Gi"})["spec"], quota) == (
-        "has 3.0Gi of requests.memory left, asked for is 4.0Gi"
+        "has 3.0Gi of requests.memory left, the pod requests 4.0Gi"
     )
     assert GPU in (nodes.over_quota(pod({}, {GPU: "2"})["spec"], quota) or "")
 

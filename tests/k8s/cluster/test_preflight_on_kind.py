@@ -181,7 +181,7 @@ def test_a_quota_in_the_way_is_told(team: Namespace, wrong: Callable[..., dict[s
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"node_selector": {"disk": "fast"}}, "has not the label disk=fast"),
+        ({"node_selector": {"disk": "fast"}}, "does not have the label disk=fast"),
         ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 2 nvidia.com/gpu, not 8"),
         ({"gpu_resource": "amd.com/gpu"}, "has 0 amd.com/gpu, not 1"),
     ],
@@ -191,7 +191,7 @@ def test_a_stage_that_no_node_could_take_is_named(
 ) -> None:
     team.settle(**settings)
     assert said in wrong()["node for sft"]
-    assert wrong()["node for sft"].startswith("FAIL none of 1 could take it")
+    assert wrong()["node for sft"].startswith("FAIL it fits on none of 1")
     team.settle(**settings, queue="gpus")
     assert wrong()["node for sft"].startswith("warning")
 
