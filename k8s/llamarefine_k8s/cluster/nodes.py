@@ -109,10 +109,8 @@ def may_grow(nodes: Iterable[KubeObject]) -> bool:
 def card_bytes(node: KubeObject, gpu_resource: str) -> int | None:
     """Return the memory of one GPU of a node, from its labels or the resource's name; None if neither contains it."""
     labels = node["metadata"].get("labels") or {}
-    for label in (
-        f"{gpu_resource}.memory",
-        *_MIB_LABELS,
-    ):  # the first is GPU feature discovery's; it covers MIG slices too
+    # The first label is GPU feature discovery's; it covers MIG slices too.
+    for label in (f"{gpu_resource}.memory", *_MIB_LABELS):
         if str(labels.get(label, "")).isdecimal():
             return int(labels[label]) << 20
     product = labels.get("cloud.google.com/gke-accelerator", "")
