@@ -164,7 +164,7 @@ def test_two_pods_of_one_driver_both_succeed(
     """The driver's node was marked as lost but works: the driver's pod runs beside its replacement."""
     node = ActingNode(api, recipe(), Store(s3_uri), seed=2)
     first = start()
-    eventually(lambda: node.made)
+    eventually(lambda: node.made, 60)
     second = start()
     for driver in (first, second):
         driver.join(120)
