@@ -139,7 +139,7 @@ def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
     wall, cpu = [], []
     for _ in range(times):
         began_s, before_s = time.perf_counter(), time.thread_time()
-        run_status.look(cluster, run_status.find_run(cluster, run))
+        run_status.stage_statuses(cluster, run_status.find_run(cluster, run))
         wall.append(time.perf_counter() - began_s)
         cpu.append(time.thread_time() - before_s)
     return statistics.median(wall), statistics.median(cpu)
@@ -147,7 +147,7 @@ def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
 
 def requests(cluster: Cluster) -> float:
     """How many requests the API server has had for what the launcher asks for."""
-    text = cluster._call("GET", "/metrics").data.decode()
+    text = cluster._requests.call("GET", "/metrics").data.decode()
     of_ours = r'^apiserver_request_total{[^}]*resource="(?:jobs|pods|events|configmaps)"[^}]*} (\S+)$'
     return sum(float(found) for found in re.findall(of_ours, text, re.MULTILINE))
 

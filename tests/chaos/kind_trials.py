@@ -31,7 +31,7 @@ _BEGINS = re.compile(rf"{STAGE}: begins as (\S+)")
 _TRAINER_BEGINS = re.compile(rf"{STAGE}: makes ")
 _RESUMES = re.compile(r"goes on from the checkpoint at step (\d+)")
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
-_DRIVERS_WORDS = re.compile(rf"^{STAGE}: (waits, |.*another one goes on$|.*its pod \S+ is given up$)|^llamarefine: ")
+_DRIVERS_WORDS = re.compile(rf"^{STAGE}: (waits: |.*another pod continues$|.*its pod \S+ is abandoned$)|^llamarefine: ")
 
 
 @dataclass

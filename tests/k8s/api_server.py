@@ -1,7 +1,7 @@
-"""A small API server of our own: lists, watches, logs and changes objects as the real one does, and fails on demand.
+"""A fake API server: lists, watches, changes objects and streams logs as the real one does, and fails on demand.
 
-It speaks what `api.py` asks for, over real HTTP: chunked watches from a resource version, 410 for a forgotten one,
-bookmarks left out, bearer tokens. `faults` are tried on each request, in order, and used up one by one.
+It implements the requests of `api.py` over real HTTP: chunked watches from a resource version, 410 for an expired
+version, bearer tokens; no bookmarks. Each request uses up the first matching fault of `faults`.
 """
 
 import contextlib
@@ -34,31 +34,31 @@ _PATH = re.compile(r"/api(?:s/batch)?/v1/namespaces/default/(\w+)(?:/([\w.-]+))?
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose method and address match `of`."""
+    """A failure of the next `times` requests whose method and address match the pattern `request`."""
 
-    of: str
+    request: str
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # bytes of the body
-    is_clean: bool = False  # whether the cut looks like the body's end
-    silent: bool = False  # answers nothing, and does not close
-    deaf: bool = False  # does what is asked, then closes without an answer
+    is_clean: bool = False  # whether the cut looks like the end of the body
+    hangs: bool = False  # sends no response and keeps the connection open
+    drops_response: bool = False  # performs the request, then closes the connection without a response
     times: int = 1
 
 
 class ApiServer:
-    """Objects, their history, and the HTTP server before them."""
+    """Objects, their history, and the HTTP server that serves them."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], Object] = {}
         self.history: list[tuple[int, str, Object]] = []
-        self.logs: dict[str, list[bytes]] = {}  # by pod; each line with its time and its end
-        self.ended: set[str] = set()  # pods whose log will not grow
+        self.logs: dict[str, list[bytes]] = {}  # by pod; each line with its timestamp and its newline
+        self.ended: set[str] = set()  # pods whose log is complete
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.token: str | None = None
         self.version = 1
-        self.forgotten = 0  # versions up to here are gone
+        self.expired = 0  # watches from a version below this one get 410 Gone
         self.changed = threading.Condition(threading.RLock())
         self._server: _Server | None = None
         self.port = 0
@@ -68,23 +68,23 @@ class ApiServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen, on the same port as before."""
+        """Listen; after `stop`, on the same port as before."""
         self._server = _Server(("127.0.0.1", self.port), _Handler)
         self._server.api, self.port = self, self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Stop listening, and drop every connection in whatever it is."""
+        """Stop listening and cut every connection."""
         if self._server:
             server, self._server = self._server, None
             server.shutdown()
             server.server_close()
-            server.drop()
+            server.cut_connections()
             with self.changed:
                 self.changed.notify_all()
 
     def kubeconfig(self, folder: Path, token: str = "first", **user: Any) -> Path:
-        """A kubeconfig that names this server."""
+        """Write a kubeconfig for this server and return its path."""
         path = folder / "kubeconfig"
         config = {
             "apiVersion": "v1",
@@ -98,51 +98,51 @@ class ApiServer:
         return path
 
     def count(self, pattern: str) -> int:
-        """How many requests matched."""
+        """Return how many requests match a pattern."""
         return sum(bool(re.search(pattern, request)) for request in list(self.requests))
 
-    # What a controller does
+    # Changes that a controller or a node makes
 
     def put(self, plural: str, item: Object) -> Object:
-        """Make or replace an object."""
+        """Create or replace an object."""
         with self.changed:
             name = item["metadata"]["name"]
-            there = self.objects.get((plural, name))
+            existing = self.objects.get((plural, name))
             metadata = {"uid": str(uuid.uuid4()), "creationTimestamp": _now()} | item["metadata"]
             metadata |= {"resourceVersion": str(self.version + 1), "namespace": "default"}
             item = {"kind": KINDS[plural], "status": {}} | item | {"metadata": metadata}
             self.objects[plural, name] = item
-            self._tell("MODIFIED" if there else "ADDED", item)
+            self._record("MODIFIED" if existing else "ADDED", item)
             return item
 
     def change(self, plural: str, name: str, patch: Object) -> Object | None:
         """Merge a patch into an object."""
         with self.changed:
-            there = self.objects.get((plural, name))
-            return self.put(plural, _merged(there, patch)) if there else None
+            existing = self.objects.get((plural, name))
+            return self.put(plural, _merged(existing, patch)) if existing else None
 
     def remove(self, plural: str, name: str) -> None:
-        """Remove an object, and what it owns."""
+        """Remove an object and the objects that it owns."""
         with self.changed:
-            gone = self.objects.pop((plural, name), None)
-            if gone is None:
+            removed = self.objects.pop((plural, name), None)
+            if removed is None:
                 return
-            gone = gone | {"metadata": gone["metadata"] | {"resourceVersion": str(self.version + 1)}}
-            self._tell("DELETED", gone)
+            removed = removed | {"metadata": removed["metadata"] | {"resourceVersion": str(self.version + 1)}}
+            self._record("DELETED", removed)
             for kind, other in list(self.objects):
-                owners = self.objects.get((kind, other), gone)["metadata"].get("ownerReferences") or ()
-                if any(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
+                owners = self.objects.get((kind, other), removed)["metadata"].get("ownerReferences") or ()
+                if any(owner["uid"] == removed["metadata"]["uid"] for owner in owners):
                     self.remove(kind, other)
 
     def write_log(self, pod: str, line: str) -> None:
-        """Add a line to a container's log, with the time of now."""
+        """Add a line to a container's log, with the current time as its timestamp."""
         now_ns = time.time_ns()
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now_ns // 10**9))
         with self.changed:
             self.logs.setdefault(pod, []).append(f"{at}.{now_ns % 10**9:09d}Z {line}\n".encode())
             self.changed.notify_all()
 
-    def _tell(self, change: str, item: Object) -> None:
+    def _record(self, change: str, item: Object) -> None:
         self.version += 1
         plural = next(plural for plural, kind in KINDS.items() if kind == item["kind"])
         self.history.append((self.version, change, item | {"_plural": plural}))
@@ -164,14 +164,13 @@ class _Server(ThreadingHTTPServer):
         self.open.add(request)
         super().process_request(request, client_address)
 
-    def drop(self) -> None:
-        """Cut every connection."""
+    def cut_connections(self) -> None:
         for each in list(self.open):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *arguments: Any) -> None:
-        """A client that has gone is no news."""
+        """Print nothing: tests cut connections on purpose."""
 
 
 class _CutError(Exception):
@@ -192,35 +191,35 @@ class _Handler(BaseHTTPRequestHandler):
         address = f"{self.command} {self.path}"
         with api.changed:
             api.requests.append(address)
-            fault = next((each for each in api.faults if each.times and re.search(each.of, address)), Fault(""))
+            fault = next((each for each in api.faults if each.times and re.search(each.request, address)), Fault(""))
             fault.times -= 1
         self._left, self._clean = fault.cut_after, fault.is_clean
         try:
-            if fault.silent:
-                self._idle(3600)
+            if fault.hangs:
+                self._hang()
             elif fault.status:
                 self._answer(fault.status, {"message": f"fault {fault.status}"}, fault.headers)
             elif api.token and self.headers.get("Authorization", "").partition(" ")[2] != api.token:
                 self._answer(401, {"message": "Unauthorized"})
-            elif fault.deaf:
-                self._discard(body)
+            elif fault.drops_response:
+                self._perform_without_response(body)
             else:
-                self._do(body)
+                self._perform(body)
         except (_CutError, ConnectionError):
             self.close_connection = True
 
     do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815 http.server's names
 
-    def _discard(self, body: Any) -> None:
+    def _perform_without_response(self, body: Any) -> None:
         self._answer = lambda *arguments: None  # type: ignore[method-assign]
-        self._do(body)
+        self._perform(body)
         self.close_connection = True
 
-    def _do(self, body: Any) -> None:
+    def _perform(self, body: Any) -> None:
         parts = urlsplit(self.path)
         found, query, api = _PATH.fullmatch(parts.path), dict(parse_qsl(parts.query)), self.server.api
         if not found:
-            self._answer(403, {"message": f"{self.path} is forbidden: only one namespace is yours"})
+            self._answer(403, {"message": f"{self.path} is forbidden: only the namespace `default` is allowed"})
             return
         plural, name, log = found.groups()
         if log and (plural, name) in api.objects:
@@ -241,30 +240,30 @@ class _Handler(BaseHTTPRequestHandler):
         if name is None:
             items = [item for (kind, _), item in api.objects.items() if kind == plural and _selected(item, query)]
             return 200, {"items": items, "metadata": {"resourceVersion": str(api.version)}}
-        there = api.objects.get((plural, name))
-        if there is None:
+        existing = api.objects.get((plural, name))
+        if existing is None:
             return 404, {"message": f"{plural} {name!r} not found"}
         if self.command == "PATCH":
-            there = api.change(plural, name, body)
+            existing = api.change(plural, name, body)
         if self.command == "DELETE":
             api.remove(plural, name)
-        return 200, there
+        return 200, existing
 
     def _send_watch(self, plural: str, query: dict[str, str]) -> None:
         api, seen = self.server.api, int(query["resourceVersion"])
-        if seen < api.forgotten:
+        if seen < api.expired:
             self._answer(410, {"message": "too old resource version"})
             return
         self._begin()
         until_s = time.monotonic() + float(query["timeoutSeconds"])
         while (left_s := until_s - time.monotonic()) > 0 and self._is_open():
             with api.changed:
-                news = [each for each in api.history if each[0] > seen and each[2]["_plural"] == plural]
-                if not news:
+                changes = [each for each in api.history if each[0] > seen and each[2]["_plural"] == plural]
+                if not changes:
                     api.changed.wait(min(left_s, 0.5))
                     continue
                 seen = api.version
-            for _, change, item in news:
+            for _, change, item in changes:
                 if _selected(item, query):
                     self._chunk(json.dumps({"type": change, "object": item}).encode() + b"\n")
         self._end()
@@ -276,22 +275,22 @@ class _Handler(BaseHTTPRequestHandler):
         while True:
             with api.changed:
                 lines = api.logs.get(pod, [])[sent:]
-                over = pod in api.ended or not query.get("follow") or not self._is_open()
-                if not lines and not over:
+                is_complete = pod in api.ended or not query.get("follow") or not self._is_open()
+                if not lines and not is_complete:
                     api.changed.wait(0.5)
                     continue
             sent += len(lines)
             self._chunk(b"".join(line for line in lines if line[:19] >= since))
-            if over and not api.logs.get(pod, [])[sent:]:
+            if is_complete and not api.logs.get(pod, [])[sent:]:
                 return self._end()
 
     def _is_open(self) -> bool:
         return self.server.api._server is self.server
 
-    def _idle(self, seconds: float) -> None:
-        until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s and self._is_open():
-            time.sleep(0.05)
+    def _hang(self) -> None:
+        api = self.server.api
+        with api.changed:
+            api.changed.wait_for(lambda: not self._is_open())
         raise _CutError
 
     def _answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
@@ -354,7 +353,7 @@ def _now() -> str:
 
 @contextlib.contextmanager
 def served() -> Iterator[ApiServer]:
-    """A server, for as long as the context lasts."""
+    """Run a fake API server for as long as the context lasts."""
     server = ApiServer()
     server.start()
     try:
@@ -363,16 +362,16 @@ def served() -> Iterator[ApiServer]:
         server.stop()
 
 
-def use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `Cluster` find this kubeconfig, as a person's own."""
+def use_kubeconfig(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `Cluster` read this kubeconfig, as outside a cluster."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     # The client reads the variable KUBECONFIG when it is imported.
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
 
 
-def eventually(true: Callable[[], object], timeout_s: float = 20) -> None:
-    """Wait for what a thread does."""
+def eventually(is_true: Callable[[], object], timeout_s: float = 20) -> None:
+    """Wait until a condition that another thread fulfils is true; fail after `timeout_s`."""
     until_s = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < until_s, "waited in vain"
+    while not is_true():
+        assert time.monotonic() < until_s, f"still not true after {timeout_s:g} s"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A real API server by itself: etcd and kube-apiserver as processes, where both programs are at hand."""
+"""A real API server without nodes: etcd and kube-apiserver as processes, if both programs are installed."""
 
 import contextlib
 import os
@@ -17,14 +17,14 @@ PROGRAMS = ("etcd", "kube-apiserver", "openssl")
 
 
 def find(program: str) -> str | None:
-    """A program on the PATH, or beside the tests' other ones."""
+    """Return the path of a program on the PATH or in the tests' own cache of programs; None if it is in neither."""
     home = Path(os.environ.get("CLUSTER_HOME", "~/.cache/llamarefine-cluster")).expanduser()
     return shutil.which(program) or shutil.which(program, path=str(home / "bin"))
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[Path]:
-    """The path of its kubeconfig, for as long as the context lasts."""
+    """Run an API server for as long as the context lasts; yields the path of a kubeconfig for it."""
     with tempfile.TemporaryDirectory(prefix="llamarefine-control-plane-") as name, contextlib.ExitStack() as stack:
         folder, token = Path(name), "for-this-server-only"
         client, peer, port = _free_port(), _free_port(), _free_port()
@@ -36,7 +36,7 @@ def serve() -> Iterator[Path]:
                 command = [str(find(program)), *map(str, arguments)]
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
             stack.callback(process.wait)
-            stack.callback(process.kill)  # told to terminate, the API server waits a minute for watches that are open
+            stack.callback(process.kill)  # after SIGTERM the API server would wait a minute for open watches
 
         start(
             "etcd",
@@ -68,28 +68,28 @@ def serve() -> Iterator[Path]:
         config = {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "it", "cluster": server}],
+            "clusters": [{"name": "local", "cluster": server}],
             "users": [{"name": "admin", "user": {"token": token}}],
-            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "admin", "namespace": "default"}}],
-            "current-context": "it",
+            "contexts": [{"name": "local", "context": {"cluster": "local", "user": "admin", "namespace": "default"}}],
+            "current-context": "local",
         }
         path.write_text(yaml.safe_dump(config))
-        _wait(folder, port, token)
+        _wait_until_ready(folder, port, token)
         yield path
 
 
-def _wait(folder: Path, port: int, token: str) -> None:
+def _wait_until_ready(folder: Path, port: int, token: str) -> None:
     import ssl
     import urllib.request
 
-    trusting = ssl._create_unverified_context()  # a certificate that the server made for itself
+    unverified = ssl._create_unverified_context()  # the server's certificate is self-signed
     request = urllib.request.Request(
         f"https://127.0.0.1:{port}/api/v1/namespaces/default", headers={"Authorization": f"Bearer {token}"}
     )
     until_s = time.monotonic() + 180
     while True:
         try:
-            with urllib.request.urlopen(request, context=trusting, timeout=5):
+            with urllib.request.urlopen(request, context=unverified, timeout=5):
                 return
         except OSError:
             if time.monotonic() > until_s:

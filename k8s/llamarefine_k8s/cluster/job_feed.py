@@ -1,4 +1,4 @@
-"""What becomes of one Job: its changes, its pods' and their log lines, as they happen, in one place."""
+"""One Job as it runs: its state, the states of its pods and their log lines, read by threads into one queue."""
 
 import math
 import threading
@@ -9,40 +9,45 @@ from types import TracebackType
 from typing import Any, Self
 
 from llamarefine_jobs.contract.errors import LlamaRefineError
-from llamarefine_k8s.cluster.api import Cluster, Object
+from llamarefine_k8s.cluster import KubeObject
+from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.manifests import JOB_NAME
 from llamarefine_k8s.cluster.pod_log import PodLog
 from llamarefine_k8s.cluster.reasons import (
     condition,
     container_state,
-    has_begun,
+    has_started,
     is_killed_for_memory,
     newest,
     node_index,
     with_node_prefix,
 )
 
-_LATE_S = 3.0
-_LOST_S = 60.0  # a node that answers has a pod gone soon after its grace period
-_BEGUN = ("Running", "Succeeded")
+_POD_END_DELAY_S = 3.0  # for so long after the Job's end its last pod's end is waited for
+_LOST_S = 60.0  # a node that works removes a pod soon after its grace period
+_STARTED_PHASES = ("Running", "Succeeded")
 
 
 class JobFeed:
-    """Watches a Job and its pods, and reads every pod's log. Threads only put into a queue; `lines` takes it out."""
+    """Watches a Job and its pods, and reads the log of every pod.
 
-    def __init__(self, cluster: Cluster, job: Object, container: str, after: str | None = None) -> None:
+    Background threads only put into a queue; `lines` reads the queue and updates `job` and `pods`. `after` is the
+    timestamp of a log line: that line and earlier ones are left out.
+    """
+
+    def __init__(self, cluster: Cluster, job: KubeObject, container: str, after: str | None = None) -> None:
         self.job = job
-        self.pods: dict[str, Object] = {}
-        self.read_to = after  # the time of the last line that was given
+        self.pods: dict[str, KubeObject] = {}
+        self.read_to = after  # timestamp of the last line that `lines` yielded
         self.is_removed = False
         self._uid = job["metadata"]["uid"]
         self._name = job["metadata"]["name"]
         self._container = container
         self._cluster = cluster
         self._after = after
-        self._known: set[str] = set()
-        self._told_s: dict[str, float] = {}  # when a pod that is there was first seen to be told to stop
-        self._reading: set[str] = set()
+        self._has_reader: set[str] = set()  # uids of the pods whose log is or was read
+        self._deleting_since_s: dict[str, float] = {}  # by pod uid: when its deletion was first seen
+        self._reading: set[str] = set()  # uids of the pods whose log is not read to its end
         self._queue: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
         self._closed = threading.Event()
         self._ended_s = math.inf
@@ -53,17 +58,20 @@ class JobFeed:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._closed.set()  # the threads end with their watch at the latest; nobody waits for them
+        self._closed.set()  # the threads end with their current watch request; they are not joined
 
     def lines(self, wait_s: float) -> Iterator[str]:
-        """The lines that come within `wait_s`; the Job and its pods are those of that time afterwards."""
+        """Yield the log lines that arrive within `wait_s`, and update `job` and `pods`.
+
+        Raises the LlamaRefineError of a background thread.
+        """
         until_s = time.monotonic() + wait_s
         while True:
             try:
-                what, subject, value = self._queue.get(timeout=max(0.0, until_s - time.monotonic()))
+                kind, subject, value = self._queue.get(timeout=max(0.0, until_s - time.monotonic()))
             except Empty:
                 return
-            match what:
+            match kind:
                 case "line":
                     self.read_to = subject or self.read_to
                     yield value
@@ -72,67 +80,67 @@ class JobFeed:
                 case "error":
                     raise value
                 case "Job":
-                    self._take_job(subject, value)
+                    self._update_job(subject, value)
                 case _:
-                    self._take_pod(subject, value)
+                    self._update_pod(subject, value)
             if self.is_over and self._queue.empty():
                 return
 
     @property
     def is_over(self) -> bool:
-        """Whether the Job has ended one way or the other, or was removed, and every line was read."""
+        """Whether the Job has succeeded, failed or been deleted, and every log line has been read."""
         if self._reading:
             return False
         if self.is_removed:
             return not self.pods
-        return self._pods_succeeded or (self._has_ended and self._pods_are_known)
+        return self._pods_succeeded or (self._has_ended and self._last_pod_has_ended)
 
     @property
     def has_succeeded(self) -> bool:
-        """Told by the pod, a moment before the Job's controller has noticed."""
+        """Whether the Job or its pods succeeded; the pods show it a moment before the Job's controller does."""
         succeeded = condition(self.job, "Complete", "SuccessCriteriaMet") is not None
         return succeeded or self._pods_succeeded
 
     @property
     def has_failed(self) -> bool:
-        """Told by the Job's controller: it decides whether another pod is tried."""
+        """Whether the Job failed. Only its controller decides that: it may still try another pod."""
         return condition(self.job, "Failed", "FailureTarget") is not None
 
     @property
     def is_running(self) -> bool:
-        """Whether the newest pod's container runs, of each of the Job's nodes."""
+        """Whether the newest pod of each of the Job's nodes has started."""
         last = {node_index(pod): pod for pod in self._by_age()}
-        return len(last) == self.nodes and all(pod["status"].get("phase") in _BEGUN for pod in last.values())
+        return len(last) == self.nodes and all(pod["status"].get("phase") in _STARTED_PHASES for pod in last.values())
 
     @property
-    def killed_for_memory(self) -> Object | None:
-        """A pod that passed its memory limit, once its log is read."""
+    def killed_for_memory(self) -> KubeObject | None:
+        """A pod that was killed at its memory limit and whose log has been read; None if there is none."""
         killed = (pod for pod in self.pods.values() if is_killed_for_memory(pod))
         return next((pod for pod in killed if pod["metadata"]["uid"] not in self._reading), None)
 
-    def lost_pods(self) -> list[Object]:
-        """The pods that were told to stop and are there a minute after their grace period: their node is gone.
+    def lost_pods(self) -> list[KubeObject]:
+        """Return the deleted pods that still exist a minute after their grace period: their node is lost.
 
-        Each is given once in that time, until its end is known.
+        Each pod is returned once per such period, until its end is known.
         """
         now_s, lost = time.monotonic(), []
-        for uid, told_s in self._told_s.items():
+        for uid, since_s in self._deleting_since_s.items():
             pod = self.pods[uid]
             grace_s = pod["metadata"].get("deletionGracePeriodSeconds") or 0
-            if "terminated" not in container_state(pod) and now_s - told_s > grace_s + _LOST_S:
-                self._told_s[uid] = now_s
+            if "terminated" not in container_state(pod) and now_s - since_s > grace_s + _LOST_S:
+                self._deleting_since_s[uid] = now_s
                 lost.append(pod)
         return lost
 
     @property
     def nodes(self) -> int:
-        """How many pods do the work side by side."""
+        """The number of pods that run side by side, one for each node."""
         nodes: int = self.job["spec"].get("completions") or 1
         return nodes
 
     @property
-    def replaced(self) -> Object:
-        """The pod in whose place the newest one came."""
+    def replaced(self) -> KubeObject:
+        """The pod that the newest pod replaced."""
         *earlier, last = self._by_age()
         return next((pod for pod in reversed(earlier) if node_index(pod) == node_index(last)), last)
 
@@ -140,7 +148,7 @@ class JobFeed:
     def _pods_succeeded(self) -> bool:
         return len({node_index(pod) for pod in self.pods.values() if _has_succeeded(pod)}) == self.nodes
 
-    def _by_age(self) -> list[Object]:
+    def _by_age(self) -> list[KubeObject]:
         return sorted(self.pods.values(), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     @property
@@ -148,20 +156,20 @@ class JobFeed:
         return self.has_succeeded or self.has_failed
 
     @property
-    def _pods_are_known(self) -> bool:
-        """Whether the last pod's end is known, too, and so its log read; it is not waited for long."""
+    def _last_pod_has_ended(self) -> bool:
+        """Whether the newest pod's end is known, so that its log is complete; true after 3 s without it."""
         pod = newest(list(self.pods.values()))
-        ended = pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")
-        return ended or time.monotonic() - self._ended_s > _LATE_S
+        has_ended = pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")
+        return has_ended or time.monotonic() - self._ended_s > _POD_END_DELAY_S
 
-    def _take_job(self, change: str, job: Object) -> None:
-        if job["metadata"]["uid"] == self._uid:  # and not one of the same name that was made later
+    def _update_job(self, change: str, job: KubeObject) -> None:
+        if job["metadata"]["uid"] == self._uid:  # not a later Job of the same name
             self.job = job
             self.is_removed = self.is_removed or change == "DELETED"
             if self._ended_s == math.inf and self._has_ended:
                 self._ended_s = time.monotonic()
 
-    def _take_pod(self, change: str, pod: Object) -> None:
+    def _update_pod(self, change: str, pod: KubeObject) -> None:
         uid = pod["metadata"]["uid"]
         if not any(owner["uid"] == self._uid for owner in pod["metadata"].get("ownerReferences") or ()):
             return
@@ -170,11 +178,11 @@ class JobFeed:
         else:
             self.pods[uid] = pod
         if change == "DELETED":
-            self._told_s.pop(uid, None)
+            self._deleting_since_s.pop(uid, None)
         elif "deletionTimestamp" in pod["metadata"]:
-            self._told_s.setdefault(uid, time.monotonic())
-        if has_begun(pod) and uid not in self._known:
-            self._known.add(uid)
+            self._deleting_since_s.setdefault(uid, time.monotonic())
+        if has_started(pod) and uid not in self._has_reader:
+            self._has_reader.add(uid)
             self._reading.add(uid)
             log = PodLog(self._cluster, pod["metadata"]["name"], self._container, self._after)
             self._start(self._read, pod, log)
@@ -183,10 +191,10 @@ class JobFeed:
         for change, item in self._cluster.watch(kind, stopped=self._closed.is_set, **selector):
             self._queue.put((kind, change, item))
 
-    def _read(self, pod: Object, log: PodLog) -> None:
+    def _read(self, pod: KubeObject, log: PodLog) -> None:
         is_first = node_index(pod) == 0
         for line in log.lines():
-            # Where a successor goes on is told by the first node: the others' lines are few.
+            # Only the first node's timestamps count for resuming the log: the other nodes write few lines.
             self._queue.put(("line", log.read_to if is_first else None, with_node_prefix(pod, line)))
             if self._closed.is_set():
                 return
@@ -202,5 +210,5 @@ class JobFeed:
         threading.Thread(target=run, daemon=True).start()
 
 
-def _has_succeeded(pod: Object) -> bool:
+def _has_succeeded(pod: KubeObject) -> bool:
     return bool(pod["status"].get("phase") == "Succeeded")

@@ -1,12 +1,12 @@
-"""Stage + recipe + settings → the objects of a run, as plain dictionaries in the API's own form. Pure.
+"""Stage + recipe + settings → the Kubernetes objects of a run, as plain dictionaries in the API's own form. Pure.
 
-    ConfigMap <run>          the pinned recipe, and the settings it was submitted with
-    Job <run>                the driver: `llamarefine submit --foreground` inside the cluster
-    Job <run>-<stage>        one for each stage that is due, made by whoever drives the run
-    Service nodes-<run>-<stage>  for a training on several nodes: the name by which its pods find the first
+    ConfigMap <run>              the pinned recipe, and the settings it was submitted with
+    Job <run>                    the driver: `llamarefine submit --foreground` inside the cluster
+    Job <run>-<stage>            one for each stage that is due, created by the driver
+    Service nodes-<run>-<stage>  for a training on several nodes: the name by which its pods find the first node
 
-What `--dry-run` prints is what is sent. Whoever owns the stage Jobs (the driver Job, or the ConfigMap when a
-person's own machine drives) takes them along when it is removed.
+`--dry-run` prints exactly what is sent. The stage Jobs are owned by the driver Job, or by the ConfigMap if the driver
+runs on the user's machine; Kubernetes deletes them with their owner.
 """
 
 import hashlib
@@ -23,15 +23,14 @@ from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.process.out_of_memory import OOM_VARIABLE
 from llamarefine_jobs.recipe_file import to_yaml
+from llamarefine_k8s.cluster import KubeObject
 from llamarefine_k8s.runs.pipeline import InterruptedRunError, Task
 from llamarefine_k8s.runs.signing import SIGNING_KEY
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
 
-Manifest = dict[str, Any]
-
 RUN, STAGE, KEY = "llamarefine/run", "llamarefine/stage", "llamarefine/key"
 TEMPLATE_DIGEST = (
-    "llamarefine/made-from"  # a digest: a Job that is at work is followed only where a new one would equal it
+    "llamarefine/made-from"  # a digest of key and spec: an active Job is followed only if a new one would equal it
 )
 JOB_NAME = "batch.kubernetes.io/job-name"
 RECIPE_FILE = "/etc/llamarefine/recipe.yaml"
@@ -39,17 +38,17 @@ SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamaref
 CONTAINER = "stage"
 _CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
 _DRIVER_RETRIES = 3
-_MEETING_PORT = 29500  # agent.py's, where a training's processes meet
+_RENDEZVOUS_PORT = 29500  # as in agent.py: where the worker processes of a training meet
 
 
-def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> Manifest:
-    """The Job of one stage; a pod for each of its nodes."""
+def stage_job(task: Task, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
+    """Return the Job of one stage, with a pod for each of its nodes."""
     nodes = nodes_of(task.recipe, task.stage)
-    spec: Manifest = {
-        # One lost node ends the pods of all, and they are counted one by one.
+    spec: KubeObject = {
+        # One lost node ends the pods of all nodes, and each pod counts as one failure.
         "backoffLimit": settings.retries * nodes,
         "podFailurePolicy": pod_failure_policy(CONTAINER),
-        "podReplacementPolicy": "Failed",  # the next pod starts when this one has saved and is gone
+        "podReplacementPolicy": "Failed",  # the next pod starts only when this one has saved its checkpoint and ended
         "ttlSecondsAfterFinished": settings.ttl_s,
     }
     if nodes > 1:
@@ -57,7 +56,7 @@ def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> 
     if settings.deadline_s:
         spec["activeDeadlineSeconds"] = settings.deadline_s
     if settings.queue:
-        spec["suspend"] = True  # Kueue resumes it when its turn has come
+        spec["suspend"] = True  # Kueue resumes it when the queue admits it
     labels = _labels(task.run, task.stage) | {KEY: short(task.key)}
     spec["template"] = {"metadata": {"labels": labels}, "spec": _stage_pod(task, settings)}
     queue = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
@@ -69,14 +68,14 @@ def stage_job(task: Task, settings: Settings, owner: Manifest | None = None) -> 
     }
     for name in (ALL, task.stage):
         job = patched(job, settings.patches.get(name, {}))
-    made_from = hashlib.sha256(json.dumps([task.key, job["spec"]], sort_keys=True).encode()).hexdigest()[:16]
-    return patched(job, {"metadata": {"annotations": {TEMPLATE_DIGEST: made_from}}})
+    digest = hashlib.sha256(json.dumps([task.key, job["spec"]], sort_keys=True).encode()).hexdigest()[:16]
+    return patched(job, {"metadata": {"annotations": {TEMPLATE_DIGEST: digest}}})
 
 
-def stage_service(task: Task, owner: Manifest | None = None) -> Manifest | None:
-    """What gives the pods of a training on several nodes names; None for a stage in one pod.
+def stage_service(task: Task, owner: KubeObject | None = None) -> KubeObject | None:
+    """Return the Service that gives DNS names to the pods of a training on several nodes; None for a single pod.
 
-    It goes with the run, not with the Job: a Job that is made anew needs it again at once.
+    Its owner is the run's, not the Job: a Job that is created again needs the Service at once.
     """
     if nodes_of(task.recipe, task.stage) == 1:
         return None
@@ -86,39 +85,39 @@ def stage_service(task: Task, owner: Manifest | None = None) -> Manifest | None:
         "metadata": _metadata(_service_name(task), _labels(task.run, task.stage), owner),
         "spec": {
             "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # they meet before they are anything else
+            "publishNotReadyAddresses": True,  # the pods meet before they are ready
             "selector": {JOB_NAME: stage_job_name(task.run, task.stage)},
-            "ports": [{"name": "meeting", "port": _MEETING_PORT}],
+            "ports": [{"name": "meeting", "port": _RENDEZVOUS_PORT}],
         },
     }
 
 
 def nodes_of(recipe: Recipe, stage: str) -> int:
-    """How many pods a stage runs in."""
+    """Return the number of nodes of a stage; each node is one pod."""
     section = recipe.section(stage)
     return section.nodes if isinstance(section, Training) else 1
 
 
 def gpus_of(recipe: Recipe, stage: str, settings: Settings) -> int:
-    """How many GPUs each pod of a stage asks for: the recipe's count, unless the settings put it on CPUs.
+    """Return the number of GPUs of each pod of a stage: the recipe's count, or 0 if the settings put it on CPUs.
 
-    RecipeError where recipe and settings name different counts.
+    Raises RecipeError if recipe and settings name different counts.
     """
     section = recipe.section(stage)
-    wanted = settings.gpus_of(stage)
-    if not isinstance(section, Training) or section.gpus == 1 or wanted == 0:
-        return wanted
-    said = settings.resources_of(stage).gpus
-    if said is not None and said != section.gpus:
+    default = settings.gpus_of(stage)
+    if not isinstance(section, Training) or section.gpus == 1 or default == 0:
+        return default
+    in_settings = settings.resources_of(stage).gpus
+    if in_settings is not None and in_settings != section.gpus:
         raise RecipeError(
-            f"{stage}.gpus is {section.gpus} in the recipe, resources.{stage}.gpus is {said} in the settings; leave it "
-            "out of the settings, or set it to 0 to train on CPUs"
+            f"{stage}.gpus is {section.gpus} in the recipe, resources.{stage}.gpus is {in_settings} in the settings; "
+            "leave it out of the settings, or set it to 0 to train on CPUs"
         )
     return section.gpus
 
 
-def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> Manifest:
-    """The Job that drives a run inside the cluster."""
+def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
+    """Return the Job that drives a run inside the cluster."""
     labels = _labels(run, DRIVER)
     container = {
         "name": DRIVER,
@@ -127,7 +126,7 @@ def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> M
         "args": ["submit", RECIPE_FILE, "--foreground", "--settings", SETTINGS_FILE],
         "env": [
             *_environment(settings),
-            # Its Job is who drives: a pod that takes over from another goes on, and owns what that one made.
+            # The driver is the Job, not the pod: a replacement pod continues the run and owns its objects.
             _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
             _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
             *_signing_key(settings),
@@ -161,34 +160,35 @@ def driver_job(run: str, settings: Settings, owner: Manifest | None = None) -> M
     return patched(job, settings.patches.get(DRIVER, {}))
 
 
-def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: Manifest | None = None) -> Manifest:
-    """The ConfigMap of a run: its pinned recipe, and the settings as they were when it was submitted."""
-    pinned = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
-    files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(pinned, sort_keys=False)}
+def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
+    """Return the ConfigMap of a run: its pinned recipe, and the settings with which it was submitted."""
+    submitted = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
+    files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(submitted, sort_keys=False)}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(run, _labels(run), owner), "data": files}
 
 
 def _service_name(task: Task) -> str:
-    """A Service's name begins with a letter; a run's may begin with a digit."""
+    """Return the Service's name, which must begin with a letter; a run's name may begin with a digit."""
     return f"nodes-{stage_job_name(task.run, task.stage)}"
 
 
 def stage_job_name(run: str, stage: str) -> str:
-    """At most 58 characters: a recipe's name has 40, the digest after it 8, a stage's name 8."""
+    """Return the name of a stage's Job: at most 58 characters, since a run's name has at most 49 and a stage's 8."""
     return f"{run}-{stage}"
 
 
-def owner_reference(kind: str, name: str, uid: str) -> Manifest:
-    """What makes an object go when `name` goes."""
+def owner_reference(kind: str, name: str, uid: str) -> KubeObject:
+    """Return an owner reference, which makes Kubernetes delete an object together with the owner `name`."""
     version = {"Job": "batch/v1", "ConfigMap": "v1"}[kind]
     return {"apiVersion": version, "kind": kind, "name": name, "uid": uid, "controller": False}
 
 
-def pod_failure_policy(container: str) -> Manifest:
-    """errors.py's dispositions as the Job controller's rules; the first that fits decides.
+def pod_failure_policy(container: str) -> KubeObject:
+    """Return the dispositions of errors.py as rules of the Job controller; the first rule that matches decides.
 
-    A node that is drained or lost is nobody's fault, whatever the exit code it left. What no rule names counts, 137
-    too: that is any SIGKILL, and only its reason tells the memory limit's, which the executor looks at.
+    A pod on a drained or lost node does not count as a failure, whatever its exit code. Exit codes without a rule
+    count, 137 (SIGKILL) too: only the container's reason shows whether the memory limit caused it, and the executor
+    reads that.
     """
     codes: dict[Disposition, list[int]] = {disposition: [] for disposition in Disposition}
     kinds: list[type[LlamaRefineError]] = [LlamaRefineError, *all_errors(), InterruptedRunError]
@@ -205,11 +205,11 @@ def pod_failure_policy(container: str) -> Manifest:
     return {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, *rules]}
 
 
-def patched(manifest: Manifest, patch: Manifest) -> Manifest:
-    """`patch` merged into `manifest`: keys one by one, null removes a key.
+def patched(manifest: KubeObject, patch: KubeObject) -> KubeObject:
+    """Return `manifest` with `patch` merged into it key by key; null removes a key.
 
-    Lists whose items have a `mountPath`, else a `name`, are merged by it (containers, env, volumes, volumeMounts);
-    any other list is replaced (args, tolerations).
+    Lists whose items all have a `mountPath`, else a `name`, are merged by that key (containers, env, volumes,
+    volumeMounts); any other list is replaced (args, tolerations).
     """
     kept = {name: item for name, item in manifest.items() if not (name in patch and patch[name] is None)}
     return kept | {name: _merged(manifest.get(name), item) for name, item in patch.items() if item is not None}
@@ -229,24 +229,24 @@ def _all_have(items: Any, key: str) -> bool:
     return isinstance(items, list) and bool(items) and all(isinstance(item, dict) and key in item for item in items)
 
 
-def _stage_pod(task: Task, settings: Settings) -> Manifest:
+def _stage_pod(task: Task, settings: Settings) -> KubeObject:
     gpus = gpus_of(task.recipe, task.stage, settings)
     name, service = stage_job_name(task.run, task.stage), _service_name(task)
     is_one_pod = nodes_of(task.recipe, task.stage) == 1
-    mounts: list[Manifest] = [
+    mounts: list[KubeObject] = [
         {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
         {"name": "scratch", "mountPath": _SCRATCH},
     ]
     scratch = {"sizeLimit": settings.scratch} if settings.scratch else {}
-    volumes: list[Manifest] = [
+    volumes: list[KubeObject] = [
         {
             "name": "recipe",
             "configMap": {"name": task.run, "items": [{"key": "recipe.yaml", "path": "recipe.yaml"}]},
         },
         {"name": "scratch", "emptyDir": scratch},
     ]
-    if gpus and settings.shared_memory:  # data loaders hand tensors over in /dev/shm, of which a pod has 64 MiB
-        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108 the kernel's own place
+    if gpus and settings.shared_memory:  # data loaders pass tensors in /dev/shm, which is 64 MiB otherwise
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108 the kernel defines this path
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}})
     threads = task.recipe.cpu_threads
     container = {
@@ -270,7 +270,7 @@ def _stage_pod(task: Task, settings: Settings) -> Manifest:
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
-    placement: Manifest = {}
+    placement: KubeObject = {}
     if settings.stage_service_account:
         placement["serviceAccountName"] = settings.stage_service_account
     if settings.node_selector:
@@ -301,11 +301,11 @@ _POD_SECURITY = {
 }
 
 
-def _pod(settings: Settings, container: Manifest) -> Manifest:
-    """What every pod of ours has."""
-    pod: Manifest = {
+def _pod(settings: Settings, container: KubeObject) -> KubeObject:
+    """Return the part of a pod's spec that stages and driver share."""
+    pod: KubeObject = {
         "restartPolicy": "Never",
-        "enableServiceLinks": False,  # a variable for each service of the namespace is nobody's wish
+        "enableServiceLinks": False,  # no environment variables for the namespace's services
         "securityContext": _POD_SECURITY,
         "containers": [container],
     }
@@ -316,8 +316,8 @@ def _pod(settings: Settings, container: Manifest) -> Manifest:
     return pod
 
 
-def _environment(settings: Settings) -> list[Manifest]:
-    """Where the bucket is, its credentials by reference, and a place to write under a read-only root."""
+def _environment(settings: Settings) -> list[KubeObject]:
+    """Return the variables for the bucket, its credentials by reference, and writable folders on a read-only root."""
     plain = {"AWS_REGION": settings.s3_region}
     if settings.s3_endpoint:
         plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
@@ -332,22 +332,22 @@ def _environment(settings: Settings) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in plain.items()] + secret
 
 
-def _signing_key(settings: Settings) -> list[Manifest]:
+def _signing_key(settings: Settings) -> list[KubeObject]:
     if not settings.signing_secret_name:
         return []
     reference = {"name": settings.signing_secret_name, "key": "signing-key.pem"}
     return [{"name": SIGNING_KEY, "valueFrom": {"secretKeyRef": reference}}]
 
 
-def _from_label(variable: str, label: str) -> Manifest:
+def _from_label(variable: str, label: str) -> KubeObject:
     return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
 
 
-def _resources(settings: Settings, name: str, gpus: int = 0) -> Manifest:
-    asked = settings.resources_of(name)
+def _resources(settings: Settings, name: str, gpus: int = 0) -> KubeObject:
+    given = settings.resources_of(name)
     gpu = {str(settings.gpu_resource): str(gpus)} if gpus else {}
-    limits: Mapping[str, str] = asked.limits | gpu
-    resources: Manifest = {"requests": dict(asked.requests)}
+    limits: Mapping[str, str] = given.limits | gpu
+    resources: KubeObject = {"requests": dict(given.requests)}
     return resources | ({"limits": dict(limits)} if limits else {})
 
 
@@ -366,6 +366,6 @@ def _labels(run: str, component: str | None = None) -> dict[str, str]:
     return labels
 
 
-def _metadata(name: str, labels: Mapping[str, str], owner: Manifest | None = None) -> Manifest:
-    metadata: Manifest = {"name": name, "labels": dict(labels)}
+def _metadata(name: str, labels: Mapping[str, str], owner: KubeObject | None = None) -> KubeObject:
+    metadata: KubeObject = {"name": name, "labels": dict(labels)}
     return metadata | ({"ownerReferences": [owner]} if owner else {})

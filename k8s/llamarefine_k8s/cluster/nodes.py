@@ -1,7 +1,7 @@
-"""Which node has room for a pod, and how much memory its GPUs have. Pure: reads what the API server said.
+"""Which node has room for a pod, and how much memory its GPUs have. Pure: reads objects of the API server.
 
-A simple scheduler: readiness, taints, the node selector, what is asked against what is free. Affinities, volumes and
-topology are the real one's business.
+A simplified scheduler: it checks readiness, taints, the node selector, and requested against free resources. It
+ignores affinities, volumes and topology.
 """
 
 import re
@@ -9,20 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from kubernetes.utils.quantity import parse_quantity
+from llamarefine_k8s.cluster import KubeObject
+from llamarefine_k8s.cluster.api import parse_quantity
 
-Object = dict[str, Any]
-
-# Labels of node pools that often grow by themselves when a pod waits.
-_GROWING = (
+# Labels of node pools that autoscalers often enlarge when a pod waits.
+_AUTOSCALED_POOL_LABELS = (
     "karpenter.sh/nodepool",
     "cloud.google.com/gke-nodepool",
     "eks.amazonaws.com/nodegroup",
     "kubernetes.azure.com/agentpool",
 )
-# MiB of one GPU: Karpenter's and EKS Auto Mode's own labels.
+# Labels of Karpenter and EKS Auto Mode: memory of one GPU in MiB.
 _MIB_LABELS = ("karpenter.k8s.aws/instance-gpu-memory", "eks.amazonaws.com/instance-gpu-memory")
-# GB by GKE's names that do not say it themselves: https://cloud.google.com/compute/docs/gpus
+# GPU memory in GB by GKE's product names that do not contain it: https://cloud.google.com/compute/docs/gpus
 _GKE_GB = {
     "nvidia-tesla-p4": 8,
     "nvidia-tesla-p100": 16,
@@ -35,80 +34,83 @@ _GKE_GB = {
 
 
 def requests_of(pod: Mapping[str, Any]) -> dict[str, Decimal]:
-    """What a pod asks for in all, in its own units; a limit without a request is one. `pod` is a pod's spec."""
-    asked = {"pods": Decimal(1)}
+    """Return the sum of a pod's requests by resource; a limit without a request counts as one. `pod` is its spec."""
+    requests = {"pods": Decimal(1)}
     for container in pod.get("containers") or ():
         resources = container.get("resources") or {}
-        for name, much in ((resources.get("limits") or {}) | (resources.get("requests") or {})).items():
-            asked[name] = asked.get(name, Decimal(0)) + parse_quantity(much)
-    return asked
+        for name, quantity in ((resources.get("limits") or {}) | (resources.get("requests") or {})).items():
+            requests[name] = requests.get(name, Decimal(0)) + parse_quantity(quantity)
+    return requests
 
 
-def free_of(node: Object, pods: Iterable[Object]) -> dict[str, Decimal]:
-    """What a node has left beside the pods that are on it."""
-    free = {name: parse_quantity(much) for name, much in (node["status"].get("allocatable") or {}).items()}
+def free_of(node: KubeObject, pods: Iterable[KubeObject]) -> dict[str, Decimal]:
+    """Return a node's free resources: what it can allocate, less the requests of the pods on it."""
+    free = {name: parse_quantity(quantity) for name, quantity in (node["status"].get("allocatable") or {}).items()}
     for pod in pods:
-        if pod["spec"].get("nodeName") == node["metadata"]["name"] and _holds(pod):
-            for name, much in requests_of(pod["spec"]).items():
-                free[name] = free.get(name, Decimal(0)) - much
+        if pod["spec"].get("nodeName") == node["metadata"]["name"] and _has_not_ended(pod):
+            for name, quantity in requests_of(pod["spec"]).items():
+                free[name] = free.get(name, Decimal(0)) - quantity
     return free
 
 
-def candidates(pod: Mapping[str, Any], nodes: Sequence[Object]) -> list[Object]:
-    """The nodes that a pod may be put on, whatever is on them now."""
+def candidates(pod: Mapping[str, Any], nodes: Sequence[KubeObject]) -> list[KubeObject]:
+    """Return the nodes that a pod fits on if no other pod is on them."""
     return [node for node in nodes if not why_not(pod, node)]
 
 
-def why_not(pod: Mapping[str, Any], node: Object) -> str | None:
-    """What keeps a pod from an empty node; None where nothing does."""
+def why_not(pod: Mapping[str, Any], node: KubeObject) -> str | None:
+    """Return why a pod does not fit on a node even if no other pod is on it; None if it fits."""
     labels = node["metadata"].get("labels") or {}
-    wrong = [f"{name}={value}" for name, value in (pod.get("nodeSelector") or {}).items() if labels.get(name) != value]
-    if wrong:
-        return f"has not the label {', '.join(wrong)}"
+    missing = [
+        f"{name}={value}" for name, value in (pod.get("nodeSelector") or {}).items() if labels.get(name) != value
+    ]
+    if missing:
+        return f"does not have the label {', '.join(missing)}"
     taints = [
         taint for taint in node["spec"].get("taints") or () if not _tolerated(taint, pod.get("tolerations") or ())
     ]
     if taints:
         return f"has the taint {taints[0]['key']}"
     if node["spec"].get("unschedulable"):
-        return "takes no pods (cordoned)"
+        return "accepts no pods (cordoned)"
     if not any(each["type"] == "Ready" and each["status"] == "True" for each in node["status"].get("conditions") or ()):
         return "is not ready"
     return lacks(pod, free_of(node, ()))
 
 
 def lacks(pod: Mapping[str, Any], free: Mapping[str, Decimal]) -> str | None:
-    """What a pod asks for and `free` has not; None where it fits."""
-    short = []
-    for name, much in requests_of(pod).items():
+    """Return which requests of a pod exceed the `free` resources; None if the pod fits."""
+    shortages = []
+    for name, requested in requests_of(pod).items():
         left = max(free.get(name, Decimal(0)), Decimal(0))
-        if much > left:
-            short.append(f"{_shown(name, left)} {name}, not {_shown(name, much)}")
-    return f"has {'; '.join(short)}" if short else None
+        if requested > left:
+            shortages.append(f"{_text(name, left)} {name}, not {_text(name, requested)}")
+    return f"has {'; '.join(shortages)}" if shortages else None
 
 
-def over_quota(pod: Mapping[str, Any], quota: Object) -> str | None:
-    """What a pod asks for beyond what a ResourceQuota has left; None where it fits. Scopes are not looked at."""
+def over_quota(pod: Mapping[str, Any], quota: KubeObject) -> str | None:
+    """Return which requests of a pod exceed what a ResourceQuota has left; None if it fits. Ignores scopes."""
     hard, used = ((quota.get("status") or {}).get(part) or {} for part in ("hard", "used"))
-    asked = requests_of(pod)
-    short = []
-    for name, much in hard.items():
-        left = parse_quantity(much) - parse_quantity(used.get(name, "0"))
-        wanted = asked.get(name.removeprefix("requests."), Decimal(0))
-        if wanted > left and not name.startswith("limits."):
-            short.append(f"has {_shown(name, left)} of {name} left, asked for is {_shown(name, wanted)}")
-    return "; ".join(short) or None
+    requests = requests_of(pod)
+    shortages = []
+    for name, limit in hard.items():
+        left = parse_quantity(limit) - parse_quantity(used.get(name, "0"))
+        requested = requests.get(name.removeprefix("requests."), Decimal(0))
+        if requested > left and not name.startswith("limits."):
+            shortages.append(f"has {_text(name, left)} of {name} left, the pod requests {_text(name, requested)}")
+    return "; ".join(shortages) or None
 
 
-def may_grow(nodes: Iterable[Object]) -> bool:
-    """Whether some node is of a pool that may grow by itself."""
-    return any(label in (node["metadata"].get("labels") or {}) for node in nodes for label in _GROWING)
+def may_grow(nodes: Iterable[KubeObject]) -> bool:
+    """Whether some node belongs to a pool that an autoscaler may enlarge."""
+    return any(label in (node["metadata"].get("labels") or {}) for node in nodes for label in _AUTOSCALED_POOL_LABELS)
 
 
-def card_bytes(node: Object, gpu_resource: str) -> int | None:
-    """The memory of one GPU of a node, as its labels or the resource's name say; None where they do not."""
+def card_bytes(node: KubeObject, gpu_resource: str) -> int | None:
+    """Return the memory of one GPU of a node, from its labels or the resource's name; None if neither contains it."""
     labels = node["metadata"].get("labels") or {}
-    for label in (f"{gpu_resource}.memory", *_MIB_LABELS):  # the first is GPU feature discovery's, slices included
+    # The first label is GPU feature discovery's; it covers MIG slices too.
+    for label in (f"{gpu_resource}.memory", *_MIB_LABELS):
         if str(labels.get(label, "")).isdecimal():
             return int(labels[label]) << 20
     product = labels.get("cloud.google.com/gke-accelerator", "")
@@ -118,19 +120,19 @@ def card_bytes(node: Object, gpu_resource: str) -> int | None:
     return _GKE_GB[product] * 10**9 if product in _GKE_GB else None
 
 
-def on_node(image: str, nodes: Iterable[Object]) -> Iterator[str]:
-    """The names of the nodes that say they have an image. A node says it of its fifty largest."""
+def on_node(image: str, nodes: Iterable[KubeObject]) -> Iterator[str]:
+    """Yield the names of the nodes that list an image as present. A node lists only its fifty largest images."""
     for node in nodes:
         names = {name for each in node["status"].get("images") or () for name in each.get("names") or ()}
         if names & {image, f"docker.io/{image}", f"docker.io/library/{image}"}:
             yield node["metadata"]["name"]
 
 
-def _holds(pod: Object) -> bool:
+def _has_not_ended(pod: KubeObject) -> bool:
     return pod["status"].get("phase") not in ("Succeeded", "Failed")
 
 
-def _tolerated(taint: Object, tolerations: Iterable[Object]) -> bool:
+def _tolerated(taint: KubeObject, tolerations: Iterable[KubeObject]) -> bool:
     if taint.get("effect") == "PreferNoSchedule":
         return True
     return any(
@@ -141,7 +143,7 @@ def _tolerated(taint: Object, tolerations: Iterable[Object]) -> bool:
     )
 
 
-def _shown(name: str, much: Decimal) -> str:
+def _text(name: str, quantity: Decimal) -> str:
     if name.removeprefix("requests.") in ("memory", "ephemeral-storage"):
-        return f"{much / 2**30:.1f}Gi"
-    return f"{much.normalize():f}"
+        return f"{quantity / 2**30:.1f}Gi"
+    return f"{quantity.normalize():f}"

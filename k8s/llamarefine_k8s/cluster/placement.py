@@ -1,4 +1,4 @@
-"""Whether the cluster would take a run's objects: what they refer to, their images, admission, a node with room."""
+"""Checks whether the cluster would accept a run's objects: Secrets, images, admission, quota, nodes, GPU memory."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -7,9 +7,9 @@ from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, OutO
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.cluster import nodes
-from llamarefine_k8s.cluster.api import Cluster, Object
-from llamarefine_k8s.cluster.manifests import run_config_map
+from llamarefine_k8s.cluster import KubeObject, nodes
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.cluster.manifests import STAGE, run_config_map
 from llamarefine_k8s.cluster.reasons import why_refused
 from llamarefine_k8s.cluster.submission import bring_sources, objects_of
 from llamarefine_k8s.runs import gpu_memory
@@ -18,12 +18,12 @@ from llamarefine_k8s.runs.plan import plan
 from llamarefine_k8s.runs.records import run_id
 from llamarefine_k8s.settings import DRIVER, Settings
 
-# As registries accept it: host and port, path in lower case, tag, digest.
-_IMAGE = re.compile(
+# An image name as registries accept it: host and port, path in lower case, tag, digest.
+_IMAGE_NAME = re.compile(
     r"([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?", re.ASCII
 )
-_LARGEST = "that the largest GPU it may get has"
-_PLAIN = Recipe.model_validate(
+_LARGEST = "that the largest GPU it may get has"  # ends a sentence of gpu_memory.check_card
+_PLAIN_RECIPE = Recipe.model_validate(
     {"name": "preflight", "prepare": {"questions": {"source": "x"}, "preferences": {"source": "y"}}}
 )
 
@@ -31,96 +31,99 @@ _PLAIN = Recipe.model_validate(
 def check_placement(
     cluster: Cluster, given: Settings, recipe: Recipe | None, needed: Mapping[str, int]
 ) -> Iterator[Check]:
-    """Each thing that the Jobs of a run need of the cluster; of any run without a recipe.
+    """Check everything that the Jobs of a run need from the cluster; without a recipe, the Jobs of any run.
 
-    `recipe` is pinned; `needed` is what its trainings are estimated to need of a GPU's memory.
+    `recipe` is pinned; `needed` is the estimated GPU memory of its trainings, in bytes by stage.
     """
-    jobs = _jobs(recipe or _PLAIN, given)
-    seen = _asked(lambda: cluster.objects("Node"))
-    yield from _references(cluster, jobs)
-    yield from _images(jobs, seen)
-    yield from _admission(cluster, given, recipe or _PLAIN, jobs)
-    yield from _room(cluster, given, jobs, seen)
+    jobs = _jobs(recipe or _PLAIN_RECIPE, given)
+    all_nodes = _list_if_allowed(lambda: cluster.objects("Node"))
+    yield from _check_secrets(cluster, jobs)
+    yield from _check_images(jobs, all_nodes)
+    yield from _check_admission(cluster, given, recipe or _PLAIN_RECIPE, jobs)
+    yield from _check_nodes(cluster, given, jobs, all_nodes)
     for stage, size_bytes in needed.items():
-        card = _card(stage, given, jobs, seen)
+        card = _largest_card_bytes(stage, given, jobs, all_nodes)
         if card:
             yield gpu_memory.check_card(stage, size_bytes, card, _LARGEST)
         elif given.gpus_of(stage):
-            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNMEASURED}; how much a node's GPU has is not known"
-            yield warning(f"GPU memory for {stage}", text, "compare it with the card yourself")
+            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNMEASURED}; the memory of the nodes' GPUs is not known"
+            yield warning(f"GPU memory for {stage}", text, "compare it with the GPU's memory yourself")
 
 
-def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Refuse a run whose due training is far over every card that it may be put on; say where it is over by less.
+def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, report: Callable[[str], None]) -> None:
+    """Raise OutOfMemoryError if a due training needs far more memory than any GPU it may get has.
 
-    Nothing happens where nodes may not be listed, or do not say what their GPUs have. `recipe` is as it was loaded.
+    A smaller excess is only reported. Nothing is checked if the user may not list nodes, or if the nodes do not show
+    their GPUs' memory. `recipe` is not pinned.
     """
     jobs = _jobs(recipe, given)
-    seen = _asked(lambda: cluster.objects("Node"))
-    cards = {stage: card for stage in ("sft", "dpo") if (card := _card(stage, given, jobs, seen))}
+    all_nodes = _list_if_allowed(lambda: cluster.objects("Node"))
+    cards = {stage: card for stage in ("sft", "dpo") if (card := _largest_card_bytes(stage, given, jobs, all_nodes))}
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
     checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards if stage in needed]
-    wrong = [check for check in checks if check.state != "ok"]
-    pinned = bring_sources(recipe, given, say, upload=False) if wrong else recipe
-    due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if wrong else set()
-    for check in wrong:
+    excesses = [check for check in checks if check.state != "ok"]
+    pinned = bring_sources(recipe, given, report, upload=False) if excesses else recipe
+    due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if excesses else set()
+    for check in excesses:
         if check.name.rpartition(" ")[2] not in due:
             continue
         if check.state == "FAIL":
-            raise OutOfMemoryError(f"{check.name}: {check}; --no-memory-check submits all the same")
-        say(f"{check.name}: {check}")
+            raise OutOfMemoryError(f"{check.name}: {check}; --no-memory-check submits it anyway")
+        report(f"{check.name}: {check}")
 
 
-def _card(stage: str, given: Settings, jobs: dict[str, Object], seen: list[Object] | None) -> int | None:
-    """Bytes of the largest GPU that a stage may be put on; None where it gets none, or nothing says."""
+def _largest_card_bytes(
+    stage: str, given: Settings, jobs: dict[str, KubeObject], all_nodes: list[KubeObject] | None
+) -> int | None:
+    """Return the memory of the largest GPU that a stage may get; None if it gets no GPU or the memory is unknown."""
     if not (given.gpu_resource and given.gpus_of(stage)):
         return None
-    fitting = nodes.candidates(pod_of(jobs[stage]), seen or ())
+    fitting = nodes.candidates(pod_of(jobs[stage]), all_nodes or ())
     return max((card for node in fitting if (card := nodes.card_bytes(node, given.gpu_resource))), default=None)
 
 
-def _jobs(recipe: Recipe, given: Settings) -> dict[str, Object]:
-    """The Jobs of a run, by stage or `driver`."""
-    return {name_of(job): job for job in objects_of(recipe, given) if job["kind"] == "Job"}
+def _jobs(recipe: Recipe, given: Settings) -> dict[str, KubeObject]:
+    """Return the Jobs of a run, by stage or `driver`."""
+    return {stage_of(job): job for job in objects_of(recipe, given) if job["kind"] == "Job"}
 
 
-def name_of(job: Object) -> str:
-    """The stage that a Job is of, or `driver`."""
-    return str(job["metadata"]["labels"].get("llamarefine/stage", DRIVER))
+def stage_of(job: KubeObject) -> str:
+    """Return the stage of a Job, or `driver`."""
+    return str(job["metadata"]["labels"].get(STAGE, DRIVER))
 
 
-def pod_of(job: Object) -> Object:
-    """The spec of a Job's pods."""
-    pod: Object = job["spec"]["template"]["spec"]
+def pod_of(job: KubeObject) -> KubeObject:
+    """Return the spec of a Job's pods."""
+    pod: KubeObject = job["spec"]["template"]["spec"]
     return pod
 
 
-def _references(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
-    """The Secrets that pods refer to, and the keys in them. No value is looked at, let alone shown."""
-    wanted: dict[str, set[str]] = {}
+def _check_secrets(cluster: Cluster, jobs: dict[str, KubeObject]) -> Iterator[Check]:
+    """Check that the Secrets that pods refer to exist and have the keys; never reads or prints a value."""
+    keys_of: dict[str, set[str]] = {}
     for job in jobs.values():
         for name, key in _secrets_of(pod_of(job)):
-            wanted.setdefault(name, set()).update([key] if key else [])
-    for name, keys in sorted(wanted.items()):
+            keys_of.setdefault(name, set()).update([key] if key else [])
+    for name, keys in sorted(keys_of.items()):
         label = f"Secret {name}"
         try:
-            there = cluster.get("Secret", name)
+            secret = cluster.get("Secret", name)
         except AccessError:
-            yield warning(label, "you may not read it, so whether it is there is not known", None)
+            yield warning(label, "not checked: you may not read it", None)
             continue
-        missing = sorted(keys - set((there or {}).get("data") or {}))
+        missing = sorted(keys - set((secret or {}).get("data") or {}))
         literals = " ".join(f"--from-literal={key}=…" for key in sorted(keys))
         to_do = f"kubectl -n {cluster.namespace} create secret generic {name} {literals}".rstrip()
-        if there is None:
+        if secret is None:
             yield fail(label, f"is not in namespace {cluster.namespace}", to_do)
         elif missing:
             yield fail(label, f"has no {', '.join(missing)}", f"add it, or correct the settings ({to_do})")
         else:
-            yield ok(label, f"is there, with {', '.join(sorted(keys))}" if keys else "is there")
+            yield ok(label, f"exists, with {', '.join(sorted(keys))}" if keys else "exists")
 
 
-def _secrets_of(pod: Object) -> Iterator[tuple[str, str | None]]:
-    """Name and key of each Secret that a pod cannot start without; no key where any will do."""
+def _secrets_of(pod: KubeObject) -> Iterator[tuple[str, str | None]]:
+    """Yield name and key of each Secret that a pod needs to start; the key is None if any key will do."""
     for secret in pod.get("imagePullSecrets") or ():
         yield secret["name"], None
     for volume in pod.get("volumes") or ():
@@ -138,59 +141,59 @@ def _secrets_of(pod: Object) -> Iterator[tuple[str, str | None]]:
                 yield source["name"], None
 
 
-def _images(jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Check]:
-    """Each image's name is one, and where a node has it already. Whether a registry has it only a pull tells."""
+def _check_images(jobs: dict[str, KubeObject], all_nodes: list[KubeObject] | None) -> Iterator[Check]:
+    """Check the image names, and whether a node has each image already; only a pull shows if a registry has it."""
     containers = {name: pod_of(job)["containers"][0] for name, job in jobs.items()}
-    wrong = [each["image"] for each in containers.values() if not _IMAGE.fullmatch(each["image"])]
-    if wrong:
-        yield fail("images", f"`{wrong[0]}` is no image's name", "correct image_registry and image_tag")
+    invalid = [each["image"] for each in containers.values() if not _IMAGE_NAME.fullmatch(each["image"])]
+    if invalid:
+        yield fail("images", f"`{invalid[0]}` is not an image name", "correct image_registry and image_tag")
         return
-    absent = [each["image"] for each in containers.values() if not any(nodes.on_node(each["image"], seen or ()))]
+    absent = [each["image"] for each in containers.values() if not any(nodes.on_node(each["image"], all_nodes or ()))]
     names = ", ".join(absent)
     if not absent:
         yield ok("images", f"all {len(containers)} are on a node already")
-    elif seen is not None and next(iter(containers.values()))["imagePullPolicy"] == "Never":
-        yield warning("images", f"no node says that it has {names}", "load them: image_pull_policy is Never")
+    elif all_nodes is not None and next(iter(containers.values()))["imagePullPolicy"] == "Never":
+        yield warning("images", f"no node lists {names}", "load them: image_pull_policy is Never")
     else:
-        yield ok("images", f"to be pulled, which is not tried: {names}")
+        yield ok("images", f"will be pulled (not tried here): {names}")
 
 
-def _admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str, Object]) -> Iterator[Check]:
-    """What the API server would say to each object: schema, Pod Security, limit ranges, quota, webhooks."""
+def _check_admission(cluster: Cluster, given: Settings, recipe: Recipe, jobs: dict[str, KubeObject]) -> Iterator[Check]:
+    """Let the API server validate each object: schema, Pod Security, limit ranges, quota, webhooks."""
     objects = {"ConfigMap": run_config_map(run_id(recipe), recipe, given)} | jobs
-    refused = 0
-    pods_tried = True
+    findings = 0
+    pods_validated = True
     for name, manifest in objects.items():
         try:
-            warnings = cluster.try_out(manifest)
-            if manifest["kind"] == "Job" and pods_tried:
-                pods_tried = _try_pod(cluster, manifest)
+            warnings = cluster.dry_run_create(manifest)
+            if manifest["kind"] == "Job" and pods_validated:
+                pods_validated = _validate_pod(cluster, manifest)
         except AccessError as error:
-            refused += 1
+            findings += 1
             reason = why_refused(name, str(error))
             yield fail(f"admission: {name}", reason.text, None if " may not " in str(error) else reason.hint)
             continue
         except LlamaRefineError as error:
-            refused += 1
+            findings += 1
             yield fail(f"admission: {name}", str(error))
             continue
         for text in warnings:
-            refused += 1
-            state = fail if "violate PodSecurity" in text else warning
-            yield state(f"admission: {name}", text)
-    if not refused:
-        what = "Jobs and their pods" if pods_tried else "Jobs"
-        yield ok("admission", f"the API server would take the run's ConfigMap and all {len(jobs)} {what}")
-    if not pods_tried:
-        yield from _quota(cluster, jobs)
+            findings += 1
+            check = fail if "violate PodSecurity" in text else warning
+            yield check(f"admission: {name}", text)
+    if not findings:
+        what = "Jobs and their pods" if pods_validated else "Jobs"
+        yield ok("admission", f"the API server would accept the run's ConfigMap and all {len(jobs)} {what}")
+    if not pods_validated:
+        yield from _check_quota(cluster, jobs)
 
 
-def _try_pod(cluster: Cluster, job: Object) -> bool:
-    """Have the server check a Job's pod; False where the asker may make no pods, as a submitter need not."""
+def _validate_pod(cluster: Cluster, job: KubeObject) -> bool:
+    """Let the server validate a Job's pod; False if the user may not create pods, which submitting does not need."""
     template = job["spec"]["template"]
     metadata = {"name": f"{job['metadata']['name']}-preflight"[:63], "labels": template["metadata"]["labels"]}
     try:
-        cluster.try_out({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]})
+        cluster.dry_run_create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]})
     except AccessError as error:
         if " may not create pods " in str(error):
             return False
@@ -198,57 +201,63 @@ def _try_pod(cluster: Cluster, job: Object) -> bool:
     return True
 
 
-def _quota(cluster: Cluster, jobs: dict[str, Object]) -> Iterator[Check]:
-    """Room in the namespace's quotas for each stage's pod: where pods cannot be tried, they are added up."""
+def _check_quota(cluster: Cluster, jobs: dict[str, KubeObject]) -> Iterator[Check]:
+    """Compare each stage's pod with the namespace's quotas; for users whose pods the server does not validate."""
     try:
         quotas = cluster.objects("ResourceQuota")
     except AccessError:
-        yield warning("quota", "you may not look at it", "if a stage waits for it, `llamarefine status` says so")
+        text = "not checked: you may not read it"
+        yield warning("quota", text, "if a stage waits for it, `llamarefine status` says so")
         return
-    short = [
-        f"{name}: quota {quota['metadata']['name']} {said}"
+    exceeded = [
+        f"{name}: quota {quota['metadata']['name']} {shortage}"
         for name, job in jobs.items()
         for quota in quotas
-        if (said := nodes.over_quota(pod_of(job), quota))
+        if (shortage := nodes.over_quota(pod_of(job), quota))
     ]
-    if short:
-        yield fail("quota", "; ".join(short), "ask for less (resources), wait for others to end, or have it raised")
+    if exceeded:
+        yield fail("quota", "; ".join(exceeded), "ask for less (resources), wait for others to end, or have it raised")
     else:
-        yield ok("quota", f"{len(quotas)} in namespace {cluster.namespace}, none in the way")
+        yield ok("quota", f"{len(quotas)} in namespace {cluster.namespace}, none exceeded")
 
 
-def _room(cluster: Cluster, given: Settings, jobs: dict[str, Object], seen: list[Object] | None) -> Iterator[Check]:
-    """A node for each stage: one that could take it at all, and whether it has room now."""
-    if seen is None:
-        yield warning("nodes", "you may not list nodes", "if a stage finds none, `llamarefine status` says why")
+def _check_nodes(
+    cluster: Cluster, given: Settings, jobs: dict[str, KubeObject], all_nodes: list[KubeObject] | None
+) -> Iterator[Check]:
+    """Check for each stage that it fits on a node, and whether such a node has room now."""
+    if all_nodes is None:
+        text = "not checked: you may not list nodes"
+        yield warning("nodes", text, "if a stage finds none, `llamarefine status` says why")
         return
-    pods = _asked(lambda: cluster.objects("PodAnywhere"))
+    pods = _list_if_allowed(lambda: cluster.objects("PodAnywhere"))
     for name in (DRIVER, *SEQUENCE):
         pod = pod_of(jobs[name])
         label = f"node for {name}"
-        could = nodes.candidates(pod, seen)
-        if not could:
-            why = "; ".join(f"{node['metadata']['name']} {nodes.why_not(pod, node)}" for node in seen[:3])
+        fitting = nodes.candidates(pod, all_nodes)
+        if not fitting:
+            why = "; ".join(f"{node['metadata']['name']} {nodes.why_not(pod, node)}" for node in all_nodes[:3])
             to_do = f"lower resources.{name}, correct node_selector or tolerations, or add a node"
-            grows = nodes.may_grow(seen) or given.queue
-            text = f"none of {len(seen)} could take it: {why}"
-            yield warning(label, text, f"unless one is added by itself: {to_do}") if grows else fail(label, text, to_do)
+            text = f"it fits on none of {len(all_nodes)}: {why}"
+            if nodes.may_grow(all_nodes) or given.queue:
+                yield warning(label, text, f"unless an autoscaler adds one: {to_do}")
+            else:
+                yield fail(label, text, to_do)
             continue
-        free = [each for each in could if pods is None or not nodes.lacks(pod, nodes.free_of(each, pods))]
+        free = [each for each in fitting if pods is None or not nodes.lacks(pod, nodes.free_of(each, pods))]
         if free:
-            yield ok(label, f"{free[0]['metadata']['name']} has room{_more(len(free) - 1)}")
+            yield ok(label, f"{free[0]['metadata']['name']} has room{_and_more(len(free) - 1)}")
         else:
-            text = f"{could[0]['metadata']['name']} could take it and has no room now{_more(len(could) - 1)}"
-            yield warning(label, text, "it starts when others end")
+            text = f"it fits on {fitting[0]['metadata']['name']}, which has no room now{_and_more(len(fitting) - 1)}"
+            yield warning(label, text, "it starts when other pods end")
 
 
-def _asked(ask: Callable[[], list[Object]]) -> list[Object] | None:
-    """What was asked for; None where the asker may not."""
+def _list_if_allowed(list_objects: Callable[[], list[KubeObject]]) -> list[KubeObject] | None:
+    """Return the listed objects; None if the user may not list them."""
     try:
-        return ask()
+        return list_objects()
     except AccessError:
         return None
 
 
-def _more(number: int) -> str:
-    return f", like {number} more" if number else ""
+def _and_more(number: int) -> str:
+    return f", as on {number} more" if number else ""

@@ -216,7 +216,7 @@ def submit(
     if foreground:
         _drive_in_foreground(cluster, pinned, given, opened)
         return
-    job = submission.start(cluster, pinned, given, progress.print)
+    job = submission.start(cluster, pinned, given, progress.print, command=command())
     if detach:
         progress.print(f"to follow its log: {command()} logs -f {run}")
     else:

@@ -52,10 +52,15 @@ def logs(
     STAGE is the name of a stage, or `driver`; without it, the logs of all stages are printed one after the other. Each
     log is read from the cluster while the stage's pod exists there, afterwards from the store.
     """
+    from llamarefine_k8s import settings
     from llamarefine_k8s.cluster import run_status
 
     name, stage = run_status.run_and_stage(run_and_stage)
-    for line in run_status.all_lines(open_store(store), name, stage, context, namespace, follow=follow):
+    give_up_after_s = settings.load(store=store).give_up_after_s
+    lines = run_status.all_lines(
+        open_store(store), name, stage, context, namespace, follow=follow, give_up_after_s=give_up_after_s
+    )
+    for line in lines:
         print_text(line)
 
 

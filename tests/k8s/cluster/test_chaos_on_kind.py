@@ -1,4 +1,4 @@
-"""A short form of `make chaos-kind`: the API server killed, and the stage's pod evicted, in the midst of runs."""
+"""A short form of `make chaos-kind`: the API server is killed and a stage's pod evicted during runs."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.skipif(
 CASES = (("nothing", "step"), ("evict stage", "checkpoint"), ("kill API server", "step"))
 
 
-def test_neither_an_eviction_nor_a_killed_api_server_changes_what_a_run_makes(
+def test_an_eviction_and_a_killed_api_server_do_not_change_what_a_run_makes(
     kind_cluster: KindCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        monkeypatch.setenv(name, "")  # what is set below is undone afterwards
+        monkeypatch.setenv(name, "")  # so that pytest restores what `suffer` sets
     report = suffer(kind_cluster, tmp_path, 1, CASES, at_once=2)
     assert [trial for trial in report["trials"] if trial["finding"]] == []
     assert [trial["fault"] for trial in report["trials"]] == [fault for fault, _ in CASES]

@@ -1,4 +1,4 @@
-"""The objects of a run, whole, as golden files: tests/k8s/golden/<stage>.yaml. WRITE_GOLDEN=1 writes them."""
+"""The objects of a run, compared with golden/<stage>.yaml beside this file. WRITE_GOLDEN=1 writes those files."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def job(recipe: Recipe, stage: str = "sft", **values: Any) -> dict[str, Any]:
 
 
 def two_nodes(**values: Any) -> list[dict[str, Any]]:
-    """The Service and the Job of a training on two nodes with two GPUs each."""
+    """Return the Service and the Job of a training on two nodes with two GPUs each."""
     recipe = parse_recipe(RECIPE, "golden", ["sft.nodes=2", "sft.gpus=2", "sft.micro_batch_rows=4"])
     owner = owner_reference("Job", RUN, "0c1d")
     service = stage_service(Task(RUN, "sft", "5f" * 32, recipe, STORE), owner)
@@ -81,7 +81,7 @@ def _versionless(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*STAGES, "driver", "run", "two-nodes"])
-def test_the_object_is_the_golden_one(name: str, recipe: Recipe) -> None:
+def test_the_object_equals_the_golden_file(name: str, recipe: Recipe) -> None:
     made = {
         "driver": lambda: driver_job(RUN, settings()),
         "run": lambda: run_config_map(RUN, recipe, settings()),
@@ -91,15 +91,15 @@ def test_the_object_is_the_golden_one(name: str, recipe: Recipe) -> None:
     file = GOLDEN / f"{name}.yaml"
     if "WRITE_GOLDEN" in os.environ:
         file.write_text(text)
-    assert text == file.read_text(), f"if it is meant: WRITE_GOLDEN=1 pytest {__file__}"
+    assert text == file.read_text(), f"if the change is intended: WRITE_GOLDEN=1 pytest {__file__}"
 
 
-def test_there_is_no_golden_file_too_many() -> None:
+def test_every_golden_file_is_compared() -> None:
     assert {file.stem for file in GOLDEN.iterdir()} == {*STAGES, "driver", "run", "two-nodes"}
 
 
 @pytest.mark.parametrize("name", [*STAGES, "driver"])
-def test_every_pod_is_as_the_restricted_standard_asks(name: str, recipe: Recipe) -> None:
+def test_every_pod_meets_the_restricted_pod_security_standard(name: str, recipe: Recipe) -> None:
     made = driver_job(RUN, settings()) if name == "driver" else job(recipe, name)
     assert pod(made)["securityContext"]["runAsNonRoot"] is True
     assert pod(made)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -111,7 +111,7 @@ def test_every_pod_is_as_the_restricted_standard_asks(name: str, recipe: Recipe)
 
 
 @pytest.mark.parametrize("name", [*STAGES, "driver"])
-def test_credentials_are_by_reference_only(name: str, recipe: Recipe) -> None:
+def test_credentials_are_only_references_to_a_secret(name: str, recipe: Recipe) -> None:
     made = driver_job(RUN, settings()) if name == "driver" else job(recipe, name)
     secret = {
         item["name"]: item
@@ -122,21 +122,23 @@ def test_credentials_are_by_reference_only(name: str, recipe: Recipe) -> None:
     assert all("value" not in item for item in secret.values())
 
 
-def test_every_exit_code_has_the_rule_of_its_disposition() -> None:
+def test_every_exit_code_has_the_action_of_its_disposition() -> None:
     rules = pod_failure_policy("stage")["rules"]
     action = {code: rule["action"] for rule in rules if "onExitCodes" in rule for code in rule["onExitCodes"]["values"]}
-    meant = {Disposition.FAIL: "FailJob", Disposition.RETRY: "Count", Disposition.RESUME: "Ignore"}
+    expected = {Disposition.FAIL: "FailJob", Disposition.RETRY: "Count", Disposition.RESUME: "Ignore"}
     for kind in all_errors():
-        assert action[kind.exit_code] == meant[kind.disposition], kind
-    assert rules[0] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, "first: it decides"
+        assert action[kind.exit_code] == expected[kind.disposition], kind
+    assert rules[0] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}, (
+        "it must come first: the first matching rule decides"
+    )
 
 
-def test_a_name_is_never_too_long(recipe: Recipe) -> None:
+def test_the_longest_job_name_is_valid(recipe: Recipe) -> None:
     longest = max(STAGES, key=len)
     assert len(stage_job_name(f"{'n' * 40}-12345678", longest)) <= 63
 
 
-def test_the_pods_of_two_nodes_find_the_first_one_by_the_services_name() -> None:
+def test_the_pods_of_two_nodes_find_the_first_node_by_the_services_name() -> None:
     service, made = two_nodes()
     assert pod(made)["subdomain"] == service["metadata"]["name"]
     address = next(each["value"] for each in container(made)["env"] if each["name"] == "MASTER_ADDR")
@@ -145,7 +147,7 @@ def test_the_pods_of_two_nodes_find_the_first_one_by_the_services_name() -> None
     assert made["spec"]["backoffLimit"] == 2 * settings().retries
 
 
-def test_the_longest_run_still_has_names_that_a_pod_and_a_service_may_have() -> None:
+def test_the_longest_service_name_is_valid() -> None:
     recipe = parse_recipe(RECIPE.replace("golden", "'" + "9" * 40 + "'"), "golden", ["dpo.nodes=2"])
     service = stage_service(Task(f"{'9' * 40}-12345678", "dpo", "5f" * 32, recipe, STORE))
     assert service
@@ -154,7 +156,7 @@ def test_the_longest_run_still_has_names_that_a_pod_and_a_service_may_have() -> 
     assert len(name) <= 63
 
 
-def test_a_recipes_gpus_are_what_its_pods_ask_for() -> None:
+def test_pods_request_the_number_of_gpus_in_the_recipe() -> None:
     limits = container(two_nodes()[1])["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "2"
     on_cpus = container(two_nodes(resources={"sft": {"gpus": 0}})[1])["resources"]
@@ -163,7 +165,7 @@ def test_a_recipes_gpus_are_what_its_pods_ask_for() -> None:
         two_nodes(resources={"sft": {"gpus": 4}})
 
 
-def test_gpus_are_asked_for_where_a_stage_needs_them(recipe: Recipe) -> None:
+def test_only_stages_that_need_gpus_request_them(recipe: Recipe) -> None:
     assert container(job(recipe, "sft"))["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert "limits" not in container(job(recipe, "prepare"))["resources"]
     four = job(recipe, "sft", gpu_resource="amd.com/gpu", resources={"sft": {"gpus": 4}})
@@ -174,13 +176,13 @@ def test_gpus_are_asked_for_where_a_stage_needs_them(recipe: Recipe) -> None:
         assert all(volume["name"] != "shared-memory" for volume in pod(none)["volumes"])
 
 
-def test_a_limit_takes_our_own_request_away(recipe: Recipe) -> None:
+def test_a_limit_in_the_settings_replaces_the_default_request(recipe: Recipe) -> None:
     resources = container(job(recipe, "sft", resources={"sft": {"limits": {"memory": "1Gi"}}}))["resources"]
     assert resources["requests"] == {"cpu": "4"}
     assert resources["limits"]["memory"] == "1Gi"
 
 
-def test_placement_goes_to_the_pod(recipe: Recipe) -> None:
+def test_placement_settings_are_in_the_pod(recipe: Recipe) -> None:
     toleration = {"key": "nvidia.com/gpu", "operator": "Exists"}
     made = job(
         recipe,
@@ -200,14 +202,14 @@ def test_placement_goes_to_the_pod(recipe: Recipe) -> None:
     assert container(made)["image"] == "registry.example.com/team/llamarefine-sft:1"
 
 
-def test_a_queue_holds_the_job_until_it_lets_it_go(recipe: Recipe) -> None:
+def test_a_job_for_a_queue_is_created_suspended(recipe: Recipe) -> None:
     made = job(recipe, queue="gpus")
     assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert made["spec"]["suspend"] is True
     assert "suspend" not in job(recipe)["spec"]
 
 
-def test_a_patch_reaches_every_stage_or_one(recipe: Recipe) -> None:
+def test_a_patch_applies_to_all_stages_or_to_one(recipe: Recipe) -> None:
     certificate = {"name": "SSL_CERT_FILE", "value": "/etc/ca/ca.pem"}
     all_stages = {"spec": {"template": {"spec": {"containers": [{"name": "stage", "env": [certificate]}]}}}}
     patches = {"all": all_stages, "dpo": {"spec": {"backoffLimit": 0, "ttlSecondsAfterFinished": None}}}
@@ -234,13 +236,13 @@ def test_a_patch_reaches_every_stage_or_one(recipe: Recipe) -> None:
         ({"l": [{"name": "x"}]}, {"l": []}, {"l": []}),
     ],
 )  # fmt: skip
-def test_a_patch_merges_as_its_words_say(before: dict[str, Any], patch: dict[str, Any], after: dict[str, Any]) -> None:
+def test_a_patch_merges_as_documented(before: dict[str, Any], patch: dict[str, Any], after: dict[str, Any]) -> None:
     copy = yaml.safe_load(yaml.safe_dump(before))
     assert patched(before, patch) == after
     assert before == copy
 
 
-def test_a_job_that_would_differ_is_told_apart(recipe: Recipe) -> None:
+def test_jobs_that_differ_have_different_digests(recipe: Recipe) -> None:
     digests = {
         job(recipe, **values)["metadata"]["annotations"]["llamarefine/made-from"]
         for values in ({}, {"image_tag": "2"}, {"resources": {"sft": {"gpus": 2}}})
@@ -248,17 +250,17 @@ def test_a_job_that_would_differ_is_told_apart(recipe: Recipe) -> None:
     assert len(digests) == 3
 
 
-def test_the_settings_of_a_run_are_read_back_as_they_were(recipe: Recipe) -> None:
+def test_the_run_config_map_holds_recipe_and_settings_unchanged(recipe: Recipe) -> None:
     given = settings(resources={"sft": {"gpus": 2}}, tolerations=[{"operator": "Exists"}], context="mine")
     text = run_config_map(RUN, recipe, given)["data"]["llamarefine.yaml"]
     assert parse(yaml.safe_load(text), "the map") == given.model_copy(update={"context": None})
     assert parse_recipe(run_config_map(RUN, recipe, given)["data"]["recipe.yaml"], "the map") == recipe
 
 
-def test_a_pod_is_told_what_was_too_large_before_it(recipe: Recipe) -> None:
-    def told(task: Task) -> list[str]:
+def test_a_pod_gets_the_micro_batches_that_were_too_large(recipe: Recipe) -> None:
+    def tried_rows(task: Task) -> list[str]:
         (container,) = stage_job(task, settings())["spec"]["template"]["spec"]["containers"]
         return [each["value"] for each in container["env"] if each["name"] == "LLAMAREFINE_RAN_OUT_AT_ROWS"]
 
-    assert told(Task(RUN, "sft", "5f" * 32, recipe, STORE)) == []
-    assert told(Task(RUN, "sft", "5f" * 32, recipe, STORE, oom_micro_batch_rows=(8, 4))) == ["[8, 4]"]
+    assert tried_rows(Task(RUN, "sft", "5f" * 32, recipe, STORE)) == []
+    assert tried_rows(Task(RUN, "sft", "5f" * 32, recipe, STORE, oom_micro_batch_rows=(8, 4))) == ["[8, 4]"]

@@ -1,4 +1,4 @@
-"""The launcher against a real cluster: stages that act, in pods, with their log, their end and their replacement."""
+"""The launcher on a real cluster, with acting stages: their pods, logs, failures and replacements."""
 
 import os
 import re
@@ -32,14 +32,14 @@ def secret(name: str, key: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def the_cluster(kind_cluster: KindCluster) -> KindCluster:
-    """The launcher's namespace, with the chart's permissions and the program that the stages act by."""
+    """A namespace with the chart's permissions and the program of the acting stages."""
     if not find_minio():
         pytest.skip("minio not found")
     kind_cluster.make_namespace(NAMESPACE)
     for each in (secret("llamarefine-bucket", SECRET), secret("wrong", "wrong-secret"), program_map()):
         each["metadata"]["namespace"] = NAMESPACE
         kind_cluster.apply(each)
-    # The chart brings account and permissions; its bucket is the one below.
+    # The chart creates service account and permissions; the tests set their own bucket.
     store = ["--set", "settings.store=s3://llamarefine/chart", "--set", "networkPolicy.enabled=false"]
     kind_cluster.run("helm", "install", "llamarefine", "charts/llamarefine", "-n", NAMESPACE, *store)
     return kind_cluster
@@ -47,7 +47,7 @@ def the_cluster(kind_cluster: KindCluster) -> KindCluster:
 
 @pytest.fixture(scope="module")
 def endpoint(the_cluster: KindCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A MinIO on this machine, at the address by which the nodes see it."""
+    """The URL of a MinIO on this machine, as the nodes reach it."""
     engine = kind.engine(the_cluster.environment)
     network = the_cluster.run(str(engine), "network", "inspect", "kind")
     gateway = re.search(r'"[Gg]ateway": "(\d+\.\d+\.\d+\.\d+)"', network)
@@ -77,7 +77,7 @@ def has_step(on: OnCluster, run: str, step: int) -> Callable[[], bool]:
     return lambda: f"step={step} " in on.run("logs", run, "sft")[1]
 
 
-def test_a_run_is_submitted_once_and_leaves_its_story(on: OnCluster, recipe_file: Path) -> None:
+def test_a_second_submit_attaches_and_status_and_logs_show_the_finished_run(on: OnCluster, recipe_file: Path) -> None:
     run = on.submit(recipe_file)
     code, said = on.run("submit", str(recipe_file))
     assert code == 0, said
@@ -89,23 +89,23 @@ def test_a_run_is_submitted_once_and_leaves_its_story(on: OnCluster, recipe_file
     assert {job["metadata"]["name"] for job in jobs} == {run, *(f"{run}-{stage}" for stage in SEQUENCE)}
 
 
-def test_what_a_dry_run_prints_is_what_is_made(on: OnCluster, recipe_file: Path) -> None:
+def test_a_dry_run_prints_the_objects_that_submit_creates(on: OnCluster, recipe_file: Path) -> None:
     shown = list(yaml.safe_load_all(on.run("submit", str(recipe_file), "--dry-run")[1]))
     run = on.submit(recipe_file)
     eventually(lambda: len(on.pods(run)) > len(SEQUENCE), 120)
-    made = {each["metadata"]["name"]: each for each in on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")}
+    created = {each["metadata"]["name"]: each for each in on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")}
     jobs = [each for each in shown if each["kind"] == "Job"]
     assert len(jobs) == len(SEQUENCE) + 1
     for job in jobs:
-        there = made[job["metadata"]["name"]]
-        if "llamarefine/key" in there["metadata"]["labels"]:  # known only once the stage's parents are made
+        existing = created[job["metadata"]["name"]]
+        if "llamarefine/key" in existing["metadata"]["labels"]:  # known only once the stage's parents are made
             for labels in (job["metadata"]["labels"], job["spec"]["template"]["metadata"]["labels"]):
-                labels["llamarefine/key"] = there["metadata"]["labels"]["llamarefine/key"]
-        assert job["metadata"]["labels"] == there["metadata"]["labels"]
-        assert _within(job["spec"], there["spec"]), job["metadata"]["name"]
+                labels["llamarefine/key"] = existing["metadata"]["labels"]["llamarefine/key"]
+        assert job["metadata"]["labels"] == existing["metadata"]["labels"]
+        assert _is_part_of(job["spec"], existing["spec"]), job["metadata"]["name"]
 
 
-def test_neither_a_killed_driver_nor_a_killed_stage_loses_or_repeats_anything(on: OnCluster, recipe_file: Path) -> None:
+def test_a_deleted_driver_pod_and_a_deleted_stage_pod_lose_and_repeat_no_step(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 20), 90)
@@ -123,7 +123,7 @@ def test_neither_a_killed_driver_nor_a_killed_stage_loses_or_repeats_anything(on
     assert "goes on from the checkpoint" in log
 
 
-def test_a_stages_failure_comes_back_with_its_words_and_its_code(on: OnCluster, recipe_file: Path) -> None:
+def test_submit_ends_with_the_message_and_exit_code_of_a_failed_stage(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "diverge"}')
     code, said = on.run("submit", str(recipe_file))
     assert code == 15
@@ -133,7 +133,7 @@ def test_a_stages_failure_comes_back_with_its_words_and_its_code(on: OnCluster, 
     assert len(on.pods(run[0], stage="sft")) == 1
 
 
-def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named(
+def test_a_stage_over_its_memory_limit_is_not_retried_and_the_error_names_the_limit(
     on: OnCluster, recipe_file: Path
 ) -> None:
     small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
@@ -141,15 +141,15 @@ def test_a_stage_over_its_memory_limit_is_not_tried_again_and_the_limit_is_named
     code, said = on.run("submit", str(recipe_file))
     assert code == 14
     assert said.splitlines()[-1] == (
-        "error: sft was killed for want of memory: it may use 300Mi; raise resources.sft.limits.memory"
+        "error: sft was killed because it ran out of memory: its limit is 300Mi; raise resources.sft.limits.memory"
     )
-    assert "another one goes on" not in said
+    assert "another pod continues" not in said
 
 
-def test_a_stage_over_its_memory_limit_goes_on_with_half_the_micro_batch_where_the_recipe_says_so(
+def test_a_stage_over_its_memory_limit_continues_with_half_the_micro_batch_if_the_recipe_allows_it(
     on: OnCluster, recipe_file: Path
 ) -> None:
-    """64 MiB a row: 8 and 4 rows are too many for 300 MiB."""
+    """A row takes 64 MiB, so 8 and 4 rows exceed the limit of 300 MiB."""
     small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
     on.act('{"sft": "hoard memory for each row"}', resources=dict.fromkeys(SEQUENCE, small))
     leave = ("--set", "sft.on_out_of_memory=halve_micro_batch", "--set", "sft.micro_batch_rows=8")
@@ -161,7 +161,7 @@ def test_a_stage_over_its_memory_limit_goes_on_with_half_the_micro_batch_where_t
     assert "hoards for 2 rows" in on.run("logs", run[0], "sft")[1]
 
 
-def test_a_stage_that_is_killed_is_tried_again(on: OnCluster, recipe_file: Path) -> None:
+def test_a_killed_stage_is_retried(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 5), 90)
@@ -171,7 +171,7 @@ def test_a_stage_that_is_killed_is_tried_again(on: OnCluster, recipe_file: Path)
     assert code == 0, said
 
 
-def test_cancel_leaves_nothing_behind_within_15_s(on: OnCluster, recipe_file: Path) -> None:
+def test_cancel_removes_every_object_within_15_s(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 5), 90)
@@ -181,7 +181,7 @@ def test_cancel_leaves_nothing_behind_within_15_s(on: OnCluster, recipe_file: Pa
     assert "interrupted" in on.run("status", run)[1]
 
 
-def test_a_killed_laptop_ends_neither_the_run_nor_what_it_says(on: OnCluster, recipe_file: Path) -> None:
+def test_a_run_and_its_log_continue_after_submit_is_killed(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     laptop = on.start("submit", str(recipe_file))
     run = eventually(lambda: next(iter(on.runs()), None), 60)
@@ -194,7 +194,7 @@ def test_a_killed_laptop_ends_neither_the_run_nor_what_it_says(on: OnCluster, re
     assert on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run},llamarefine/stage=evaluate")
 
 
-def test_a_run_driven_from_here_goes_with_the_release_too(on: OnCluster, recipe_file: Path) -> None:
+def test_a_run_driven_from_this_machine_is_owned_by_the_release(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     laptop = on.start("submit", str(recipe_file), "--foreground")
     run = eventually(lambda: next(iter(on.runs()), None), 60)
@@ -206,16 +206,14 @@ def test_a_run_driven_from_here_goes_with_the_release_too(on: OnCluster, recipe_
     eventually(lambda: on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == [])
 
 
-def test_corrected_settings_replace_the_stage_that_failed_and_nothing_before_it(
-    on: OnCluster, recipe_file: Path
-) -> None:
+def test_after_correcting_the_settings_only_the_failed_stage_runs_again(on: OnCluster, recipe_file: Path) -> None:
     huge = {"requests": {"cpu": "1000"}}
     on.act("{}", resources=dict.fromkeys(SEQUENCE, SMALL) | {"sft": huge}, start_timeout_s=30)
     code, said = on.run("submit", str(recipe_file), "--detach")
     assert code == 0, said
     on.act("{}")
     code, said = on.run("submit", str(recipe_file))
-    assert "it goes on with the settings it began with; for other ones, `llamarefine cancel small-" in said
+    assert "it keeps the settings it was submitted with; to change them, `llamarefine cancel small-" in said
     assert code != 0
     assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in said
     code, said = on.run("submit", str(recipe_file))
@@ -226,7 +224,7 @@ def test_corrected_settings_replace_the_stage_that_failed_and_nothing_before_it(
 
 @pytest.fixture
 def quota(the_cluster: KindCluster) -> Iterator[None]:
-    """The namespace may ask for one CPU in all."""
+    """A quota of one CPU for the namespace."""
     metadata = {"name": "small", "namespace": NAMESPACE}
     the_cluster.apply(
         {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": {"requests.cpu": "1"}}}
@@ -235,22 +233,22 @@ def quota(the_cluster: KindCluster) -> Iterator[None]:
     the_cluster.kubectl("-n", NAMESPACE, "delete", "resourcequota", "small")
 
 
-def status_names(on: OnCluster, recipe_file: Path, stage: str, word: str, to_do: str) -> None:
-    """Submit; `status` must say `word` within 30 s after the Job of `stage` was made, and `to_do` with it."""
-    run = on.submit(recipe_file, "--set", "prepare.questions.source=python-docstrings")  # no file to bring
+def assert_status_shows(on: OnCluster, recipe_file: Path, stage: str, reason: str, to_do: str) -> None:
+    """Submit, and require that `status` shows `reason` and `to_do` within 30 s after the Job of `stage` exists."""
+    run = on.submit(recipe_file, "--set", "prepare.questions.source=python-docstrings")  # no file to upload
     job = run if stage == "driver" else f"{run}-{stage}"
     eventually(lambda: on.made.kubectl("-n", NAMESPACE, "get", "job", job, "--ignore-not-found"), 90)
 
-    def said() -> str | None:
+    def shown_reason() -> str | None:
         text = on.run("status", run)[1]
-        return text if re.search(word, text) else None
+        return text if re.search(reason, text) else None
 
-    assert to_do in eventually(said, 30)
+    assert to_do in eventually(shown_reason, 30)
     assert on.run("cancel", run)[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("settings", "stage", "word", "to_do"),
+    ("settings", "stage", "reason", "to_do"),
     [
         ({"image_tag": "absent"}, "driver", "ErrImage|ImagePullBackOff|ErrImageNeverPull", "check image_registry"),
         ({"secret_name": "absent"}, "driver", 'secret "absent" not found', "kubectl create secret generic absent"),
@@ -259,22 +257,22 @@ def status_names(on: OnCluster, recipe_file: Path, stage: str, word: str, to_do:
         ({"gpu_resource": "amd.com/gpu"}, "sft", "Unschedulable: .*Insufficient amd.com/gpu", "resources.sft.gpus"),
     ],
 )
-def test_status_names_the_reason_within_30_s(
-    on: OnCluster, recipe_file: Path, settings: dict[str, Any], stage: str, word: str, to_do: str
+def test_status_shows_the_reason_within_30_s(
+    on: OnCluster, recipe_file: Path, settings: dict[str, Any], stage: str, reason: str, to_do: str
 ) -> None:
     on.act("{}", **settings)
-    status_names(on, recipe_file, stage, word, to_do)
+    assert_status_shows(on, recipe_file, stage, reason, to_do)
 
 
-def test_status_names_an_exceeded_quota(on: OnCluster, recipe_file: Path, quota: None) -> None:
+def test_status_shows_an_exceeded_quota(on: OnCluster, recipe_file: Path, quota: None) -> None:
     on.act("{}", resources=dict.fromkeys(SEQUENCE, SMALL) | {"sft": {"requests": {"cpu": "2"}}})
-    status_names(on, recipe_file, "sft", "QuotaExceeded: exceeded quota: small", "ask for less (resources.sft)")
+    assert_status_shows(on, recipe_file, "sft", "QuotaExceeded: exceeded quota: small", "ask for less (resources.sft)")
 
 
-def _within(part: Any, whole: Any) -> bool:
-    """Whether all of `part` stands in `whole`, to which the server added its defaults."""
+def _is_part_of(part: Any, whole: Any) -> bool:
+    """Whether `whole` contains all of `part`; the server adds defaults."""
     if isinstance(part, dict):
-        return isinstance(whole, dict) and all(_within(value, whole.get(name)) for name, value in part.items())
+        return isinstance(whole, dict) and all(_is_part_of(value, whole.get(name)) for name, value in part.items())
     if isinstance(part, list):
-        return isinstance(whole, list) and len(part) == len(whole) and all(map(_within, part, whole))
+        return isinstance(whole, list) and len(part) == len(whole) and all(map(_is_part_of, part, whole))
     return bool(part == whole or (not part and not whole))

@@ -1,4 +1,4 @@
-"""A container's log through connections that break: no line lost, none twice, the order kept."""
+"""A container's log over connections that break: no line is lost or repeated, and the order is kept."""
 
 import random
 import threading
@@ -12,15 +12,15 @@ from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_k8s.cluster import pod_log
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.pod_log import PodLog
-from tests.k8s.api_server import ApiServer, Fault, served, use
+from tests.k8s.api_server import ApiServer, Fault, served, use_kubeconfig
 
 LOGS = "GET .*/log"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
-    with served() as made:
-        yield made
+    with served() as server:
+        yield server
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def cluster(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     server.logs.clear()
     server.ended.clear()
     server.faults = []
-    use(server.kubeconfig(tmp_path), monkeypatch)
+    use_kubeconfig(server.kubeconfig(tmp_path), monkeypatch)
     monkeypatch.setattr(pod_log, "_PAUSES_S", (0.0,))
     return Cluster(retry_policy=RetryPolicy(5))
 
 
 def put(server: ApiServer, lines: list[bytes], *, ended: bool = True) -> None:
-    """A pod whose log is `lines`."""
+    """Put a pod whose log is `lines`."""
     server.logs["pod"] = lines
     if ended:
         end(server)
@@ -50,12 +50,12 @@ def end(server: ApiServer) -> None:
         server.put("pods", {"metadata": {"name": "pod"}, "status": {"containerStatuses": [state]}})
 
 
-def words(lines: list[bytes]) -> list[str]:
+def texts(lines: list[bytes]) -> list[str]:
     return [line.split(b" ", 1)[1].decode().rstrip("\n") for line in lines]
 
 
-def written(count: int, seed: int) -> list[bytes]:
-    """Lines at random times, many in one second, some in one instant, some of the same words."""
+def random_lines(count: int, seed: int) -> list[bytes]:
+    """Return lines with random timestamps: many within one second, some equal; some lines have the same text."""
     chance = random.Random(seed)
     instant, lines = 0, []
     for number in range(count):
@@ -65,13 +65,13 @@ def written(count: int, seed: int) -> list[bytes]:
     return lines
 
 
-@pytest.mark.parametrize("is_clean", [False, True], ids=["broken", "looks like an end"])
+@pytest.mark.parametrize("is_clean", [False, True], ids=["connection broken", "looks like the end"])
 def test_a_cut_at_any_byte_loses_and_repeats_nothing(server: ApiServer, cluster: Cluster, is_clean: bool) -> None:
-    lines = written(9, seed=5)
+    lines = random_lines(9, seed=5)
     put(server, lines)
     for cut in range(len(b"".join(lines)) + 1):
         server.faults = [Fault(LOGS, cut_after=cut, is_clean=is_clean)]
-        assert list(PodLog(cluster, "pod", "stage").lines()) == words(lines), cut
+        assert list(PodLog(cluster, "pod", "stage").lines()) == texts(lines), cut
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -104,7 +104,7 @@ def test_a_log_that_grows_is_read_once_through_cuts_refusals_and_restarts(
     assert read == [f"line {number // 2}" for number in range(60)]
 
 
-def test_two_streams_of_one_log_may_cross_a_second_in_the_other_order(server: ApiServer, cluster: Cluster) -> None:
+def test_lines_of_two_streams_may_be_out_of_order_around_a_second(server: ApiServer, cluster: Cluster) -> None:
     lines = [
         b"2026-11-24T00:00:01.1Z out 1\n",
         b"2026-11-24T00:00:02.000001Z err 1\n",
@@ -113,31 +113,31 @@ def test_two_streams_of_one_log_may_cross_a_second_in_the_other_order(server: Ap
     ]
     put(server, lines)
     server.faults = [Fault(LOGS, cut_after=len(lines[0] + lines[1]))]
-    assert list(PodLog(cluster, "pod", "stage").lines()) == words(lines)
+    assert list(PodLog(cluster, "pod", "stage").lines()) == texts(lines)
 
 
-def test_another_reader_goes_on_where_the_first_one_stopped(server: ApiServer, cluster: Cluster) -> None:
+def test_another_reader_continues_where_the_first_one_stopped(server: ApiServer, cluster: Cluster) -> None:
     put(server, [f"2026-11-24T00:00:0{number // 4}.{number % 4 + 1}Z line {number}\n".encode() for number in range(12)])
     first = PodLog(cluster, "pod", "stage")
     read = first.lines()
-    begun = [next(read) for _ in range(6)]
+    first_lines = [next(read) for _ in range(6)]
     rest = list(PodLog(cluster, "pod", "stage", first.read_to).lines())
-    assert begun + rest == [f"line {number}" for number in range(12)]
+    assert first_lines + rest == [f"line {number}" for number in range(12)]
 
 
-def test_a_last_line_without_an_end_is_a_line(server: ApiServer, cluster: Cluster) -> None:
+def test_a_last_line_without_a_newline_is_read(server: ApiServer, cluster: Cluster) -> None:
     put(server, [b"2026-11-24T00:00:00Z one\n", b"2026-11-24T00:00:00.5Z two"])
     assert list(PodLog(cluster, "pod", "stage").lines()) == ["one", "two"]
     put(server, [b"2026-11-24T00:00:00Z all there is"])
     assert list(PodLog(cluster, "pod", "stage").lines(follow=False)) == ["all there is"]
 
 
-def test_a_redrawn_line_is_what_stood_there_last(server: ApiServer, cluster: Cluster) -> None:
+def test_only_the_last_state_of_a_redrawn_line_is_read(server: ApiServer, cluster: Cluster) -> None:
     put(server, [b"2026-11-24T00:00:00Z 10%\r50%\r100% \r\n", b"2026-11-24T00:00:00.5Z \xff bytes\n"])
     assert list(PodLog(cluster, "pod", "stage").lines()) == ["100%", "\ufffd bytes"]
 
 
-def test_a_log_of_a_pod_that_is_gone_ends(server: ApiServer, cluster: Cluster) -> None:
+def test_the_log_of_a_deleted_pod_ends(server: ApiServer, cluster: Cluster) -> None:
     put(server, [b"2026-11-24T00:00:00Z one\n"], ended=False)
     read = PodLog(cluster, "pod", "stage").lines()
     assert next(read) == "one"
@@ -148,7 +148,7 @@ def test_a_log_of_a_pod_that_is_gone_ends(server: ApiServer, cluster: Cluster) -
     assert list(read) == []
 
 
-def test_a_log_that_cannot_be_read_says_so_and_ends(
+def test_a_log_that_cannot_be_read_ends_with_a_line_that_says_so(
     server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pod_log, "_UNREADABLE_S", 0.2)

@@ -1,4 +1,4 @@
-"""`preflight` and `submit` against a real API server: permissions, chart, secrets, admission, quota, nodes, cards."""
+"""`preflight` and `submit` on a real cluster: permissions, chart, Secrets, admission, quota, nodes, GPU memory."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}}
 
 
 class Namespace:
-    """A namespace with the chart, and `llamarefine` as a person beside it."""
+    """A namespace with the chart installed, and `llamarefine` run on it from a folder of its own."""
 
     def __init__(self, made: KindCluster, store: str, server: S3Server, folder: Path) -> None:
         self.made, self.store, self.folder = made, store, folder
@@ -38,13 +38,13 @@ class Namespace:
         made.run(
             "helm", "install", "llamarefine", "charts/llamarefine", "-n", self.name, f"--set=settings.store={store}"
         )
-        self.settle()
+        self.write_settings()
 
     def kubectl(self, *arguments: str) -> str:
         return self.made.kubectl("-n", self.name, *arguments)
 
-    def settle(self, **settings: Any) -> None:
-        """Write the settings that stand on top of the chart's."""
+    def write_settings(self, **settings: Any) -> None:
+        """Write llamarefine.yaml, whose settings override the chart's."""
         text = yaml.safe_dump({"resources": dict.fromkeys(STAGES, SMALL)} | settings)
         (self.folder / "llamarefine.yaml").write_text(text)
 
@@ -57,13 +57,13 @@ class Namespace:
         return done.returncode, done.stdout
 
     def preflight(self, *arguments: str) -> dict[str, str]:
-        """State and text of each check, by name."""
+        """Return state and text of each check, by name."""
         _, out = self.run("preflight", *arguments, "--json")
         checks = json.loads(out.rpartition("]")[0] + "]")
         return {check["name"]: f"{check['state']} {check['text']}; {check['to_do']}" for check in checks}
 
     def become(self, user: str) -> None:
-        """Go on as a service account without any right."""
+        """Create a service account without permissions and use it from now on."""
         self.kubectl("create", "serviceaccount", user)
         config = yaml.safe_load(Path(self.environment["KUBECONFIG"]).read_text())
         config["users"][0]["user"] = {"token": self.kubectl("create", "token", user).strip()}
@@ -82,29 +82,29 @@ def team(kind_cluster: KindCluster, s3_uri: str, s3: S3Server, tmp_path: Path) -
 
 
 @pytest.fixture
-def wrong(team: Namespace, recipe_file: Path) -> Callable[..., dict[str, str]]:
-    """What is not right with the recipe's run."""
+def problems(team: Namespace, recipe_file: Path) -> Callable[..., dict[str, str]]:
+    """Returns the preflight checks of the recipe that are not ok."""
     return lambda *arguments: {
         name: text for name, text in team.preflight(str(recipe_file), *arguments).items() if not text.startswith("ok")
     }
 
 
-def test_where_all_is_there_nothing_is_wrong_and_nothing_is_made(
-    team: Namespace, wrong: Callable[..., dict[str, str]], recipe_file: Path
+def test_a_complete_setup_passes_and_nothing_is_created(
+    team: Namespace, problems: Callable[..., dict[str, str]], recipe_file: Path
 ) -> None:
     before = team.kubectl("get", "jobs,configmaps,pods,events", "-o", "name")
-    assert wrong() == {}
+    assert problems() == {}
     assert team.run("preflight", str(recipe_file))[0] == 0
     assert team.kubectl("get", "jobs,configmaps,pods,events", "-o", "name") == before
 
 
-def test_without_rights_each_is_named_and_how_to_grant_them(team: Namespace, recipe_file: Path) -> None:
+def test_missing_permissions_are_named_with_the_command_that_grants_them(team: Namespace, recipe_file: Path) -> None:
     team.become("alice")
     said = team.preflight(str(recipe_file))
     account = f"system:serviceaccount:{team.name}:alice"
     assert said["permissions"].startswith(f"FAIL {account} may not create, get, list, watch, delete jobs.batch;")
     assert f"--role=llamarefine-driver --serviceaccount={team.name}:alice" in said["permissions"]
-    assert said["questions"].startswith("ok"), "it goes on"
+    assert said["questions"].startswith("ok"), "the other checks are made"
     team.grant("alice")
     code, out = team.run("preflight", str(recipe_file))
     assert code == 0, out
@@ -112,13 +112,15 @@ def test_without_rights_each_is_named_and_how_to_grant_them(team: Namespace, rec
     assert "you may not read it" in out
 
 
-def test_a_driver_without_its_rights_is_named(team: Namespace, wrong: Callable[..., dict[str, str]]) -> None:
+def test_missing_permissions_of_the_driver_are_reported(
+    team: Namespace, problems: Callable[..., dict[str, str]]
+) -> None:
     team.kubectl("delete", "rolebinding", "llamarefine-driver")
-    assert set(wrong()) == {"driver's permissions"}
-    assert f"--serviceaccount={team.name}:llamarefine-driver" in wrong()["driver's permissions"]
+    assert set(problems()) == {"driver's permissions"}
+    assert f"--serviceaccount={team.name}:llamarefine-driver" in problems()["driver's permissions"]
 
 
-def test_a_token_that_is_not_accepted_is_told(team: Namespace, recipe_file: Path) -> None:
+def test_an_invalid_token_is_reported(team: Namespace, recipe_file: Path) -> None:
     team.become("alice")
     path = team.folder / "kubeconfig"
     config = yaml.safe_load(path.read_text())
@@ -129,7 +131,7 @@ def test_a_token_that_is_not_accepted_is_told(team: Namespace, recipe_file: Path
     assert "does not accept these credentials (401)" in team.preflight(str(recipe_file))["cluster"]
 
 
-def test_a_namespace_without_the_chart_or_that_is_not_there_is_told(team: Namespace, recipe_file: Path) -> None:
+def test_a_missing_chart_and_a_missing_namespace_are_reported(team: Namespace, recipe_file: Path) -> None:
     team.environment["LLAMAREFINE_NAMESPACE"] = "default"
     said = team.preflight(str(recipe_file), "--store", team.store)
     assert "has no ConfigMap llamarefine-settings; install the chart" in said["chart"]
@@ -140,9 +142,9 @@ def test_a_namespace_without_the_chart_or_that_is_not_there_is_told(team: Namesp
     assert set(said) == {"cluster", "permissions", "namespace", "questions", "preferences", "base"}
 
 
-def test_a_secret_or_a_key_in_it_that_is_missing_is_named_and_none_is_shown(team: Namespace, recipe_file: Path) -> None:
+def test_a_missing_secret_or_key_is_named_and_no_value_is_printed(team: Namespace, recipe_file: Path) -> None:
     team.kubectl("create", "secret", "generic", "half", "--from-literal=AWS_ACCESS_KEY_ID=AKIAHALF")
-    team.settle(secret_name="half", image_pull_secrets=["registry"])
+    team.write_settings(secret_name="half", image_pull_secrets=["registry"])
     code, out = team.run("preflight", str(recipe_file))
     assert code == 1
     assert "Secret half: has no AWS_SECRET_ACCESS_KEY" in out
@@ -152,27 +154,31 @@ def test_a_secret_or_a_key_in_it_that_is_missing_is_named_and_none_is_shown(team
 
 
 @pytest.mark.parametrize("may_make_pods", [True, False])
-def test_pods_that_admission_refuses_are_named_with_its_words(
-    team: Namespace, wrong: Callable[..., dict[str, str]], may_make_pods: bool
+def test_pods_that_admission_refuses_are_named_with_its_message(
+    team: Namespace, problems: Callable[..., dict[str, str]], may_make_pods: bool
 ) -> None:
     if not may_make_pods:
         team.grant("alice")
         team.become("alice")
-    team.settle(patches={"sft": {"spec": {"template": {"spec": {"hostNetwork": True}}}}})
-    said = {name: text for name, text in wrong().items() if text.startswith("FAIL")}
+    team.write_settings(patches={"sft": {"spec": {"template": {"spec": {"hostNetwork": True}}}}})
+    said = {name: text for name, text in problems().items() if text.startswith("FAIL")}
     assert set(said) == {"admission: sft"}
     assert 'violate PodSecurity "restricted' in said["admission: sft"].replace("violates", "violate")
 
 
 @pytest.mark.parametrize("may_make_pods", [True, False])
-def test_a_quota_in_the_way_is_told(team: Namespace, wrong: Callable[..., dict[str, str]], may_make_pods: bool) -> None:
+def test_an_exceeded_quota_is_reported(
+    team: Namespace, problems: Callable[..., dict[str, str]], may_make_pods: bool
+) -> None:
     team.kubectl("create", "quota", "small", "--hard=requests.memory=100Mi")
     if not may_make_pods:
         team.grant("alice")
         team.kubectl("create", "rolebinding", "looks", "--clusterrole=view", f"--serviceaccount={team.name}:alice")
         team.become("alice")
-    team.settle(resources={**dict.fromkeys(STAGES, SMALL), "merge": {"requests": {"cpu": "10m", "memory": "1Gi"}}})
-    said = [text for text in wrong().values() if text.startswith("FAIL")]
+    team.write_settings(
+        resources={**dict.fromkeys(STAGES, SMALL), "merge": {"requests": {"cpu": "10m", "memory": "1Gi"}}}
+    )
+    said = [text for text in problems().values() if text.startswith("FAIL")]
     assert len(said) == 1
     assert "requests.memory" in said[0]
     assert "ask for less" in said[0]
@@ -181,22 +187,22 @@ def test_a_quota_in_the_way_is_told(team: Namespace, wrong: Callable[..., dict[s
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"node_selector": {"disk": "fast"}}, "has not the label disk=fast"),
+        ({"node_selector": {"disk": "fast"}}, "does not have the label disk=fast"),
         ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 2 nvidia.com/gpu, not 8"),
         ({"gpu_resource": "amd.com/gpu"}, "has 0 amd.com/gpu, not 1"),
     ],
 )
-def test_a_stage_that_no_node_could_take_is_named(
-    team: Namespace, wrong: Callable[..., dict[str, str]], settings: dict[str, Any], said: str
+def test_a_stage_that_fits_on_no_node_is_named(
+    team: Namespace, problems: Callable[..., dict[str, str]], settings: dict[str, Any], said: str
 ) -> None:
-    team.settle(**settings)
-    assert said in wrong()["node for sft"]
-    assert wrong()["node for sft"].startswith("FAIL none of 1 could take it")
-    team.settle(**settings, queue="gpus")
-    assert wrong()["node for sft"].startswith("warning")
+    team.write_settings(**settings)
+    assert said in problems()["node for sft"]
+    assert problems()["node for sft"].startswith("FAIL it fits on none of 1")
+    team.write_settings(**settings, queue="gpus")
+    assert problems()["node for sft"].startswith("warning")
 
 
-def test_a_training_far_over_the_card_is_refused_before_anything_is_submitted(
+def test_a_training_that_needs_far_more_than_the_gpu_has_is_not_submitted(
     team: Namespace, recipe_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "base").mkdir()

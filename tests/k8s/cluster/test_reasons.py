@@ -1,4 +1,4 @@
-"""Why something does not start, from what the API server says, as it said it on a real cluster."""
+"""Why a stage does not start or how it ended, from objects and Events as a real API server returned them."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def ended(code: int, message: str = "", reason: str = "Error") -> Object:
 
 
 @pytest.mark.parametrize(
-    ("pods", "events", "word", "said", "to_do"),
+    ("pods", "events", "name", "text", "hint"),
     [
         (
             [unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu.")],
@@ -135,45 +135,45 @@ def ended(code: int, message: str = "", reason: str = "Error") -> Object:
         ),
     ],
 )
-def test_what_keeps_a_stage_from_running_is_named_with_what_to_do(
-    pods: list[Object], events: list[Object], word: str, said: str, to_do: str
+def test_the_reason_why_a_stage_waits_has_a_name_a_text_and_a_hint(
+    pods: list[Object], events: list[Object], name: str, text: str, hint: str
 ) -> None:
     reason = why_waiting("sft", JOB, pods, events)
     assert reason is not None
-    assert reason.word == word
-    assert said in reason.text
-    assert to_do in reason.hint
-    assert not reason.patient
+    assert reason.name == name
+    assert text in reason.text
+    assert hint in reason.hint
+    assert not reason.is_expected
     assert "\n" not in str(reason)
 
 
 @pytest.mark.parametrize(
     "pods", [[], [pod()], [pod(state={"waiting": {"reason": "ContainerCreating"}})], [pod("Running", {"running": {}})]]
 )
-def test_nothing_is_made_up_where_nothing_is_wrong(pods: list[Object]) -> None:
+def test_without_a_known_reason_there_is_none(pods: list[Object]) -> None:
     assert why_waiting("sft", JOB, pods, []) is None
 
 
-def test_a_queue_and_a_node_that_comes_are_waited_for() -> None:
-    held = JOB | {"spec": {"suspend": True}, "metadata": {"labels": {"kueue.x-k8s.io/queue-name": "gpus"}}}
+def test_waiting_in_a_queue_or_for_a_new_node_is_expected() -> None:
+    queued = JOB | {"spec": {"suspend": True}, "metadata": {"labels": {"kueue.x-k8s.io/queue-name": "gpus"}}}
     reasons = [
-        why_waiting("sft", held, [], []),
+        why_waiting("sft", queued, [], []),
         why_waiting(
             "sft", JOB, [unscheduled("Insufficient nvidia.com/gpu")], [event("TriggeredScaleUp", "1->2", "Pod")]
         ),
     ]
-    assert all(reason and reason.patient for reason in reasons)
+    assert all(reason and reason.is_expected for reason in reasons)
     assert "gpus" in str(reasons[0])
 
 
-def test_a_stages_own_words_and_kind_come_back() -> None:
-    words = '{"stage": "prepare", "reason": "data", "exit_code": 11, "message": "no column `q`"}'
-    error = how_it_ended("prepare", JOB, [ended(11, words)])
+def test_the_error_of_a_stage_has_its_own_message_and_type() -> None:
+    message = '{"stage": "prepare", "reason": "data", "exit_code": 11, "message": "no column `q`"}'
+    error = how_it_ended("prepare", JOB, [ended(11, message)])
     assert type(error) is DataError
     assert str(error) == "no column `q`"
 
 
-def test_where_a_stage_left_only_its_log_the_last_line_is_taken() -> None:
+def test_without_a_structured_message_the_last_log_line_is_the_message() -> None:
     error = how_it_ended("sft", JOB, [ended(20, "a warning\nsft: error: the bucket answered 503\n")])
     assert type(error) is StoreError
     assert str(error) == "the bucket answered 503"
@@ -186,48 +186,48 @@ def test_a_container_out_of_memory_names_its_limit() -> None:
     assert "resources.sft.limits.memory" in str(error)
 
 
-def test_a_deadline_is_named_as_such() -> None:
+def test_a_stage_stopped_at_its_deadline_names_the_deadline() -> None:
     failed = JOB | {"status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]}}
     assert "after 60 s, its deadline" in str(how_it_ended("sft", failed, [ended(30)]))
 
 
-def test_a_job_without_a_pod_says_what_its_controller_said() -> None:
+def test_a_failed_job_without_pods_has_its_controllers_message() -> None:
     failed = JOB | {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "backoff limit"}]}}
     error = how_it_ended("sft", failed, [])
     assert type(error) is LlamaRefineError
     assert "backoff limit" in str(error)
 
 
-def test_of_several_nodes_the_one_that_failed_by_itself_tells_why() -> None:
-    words = '{"message": "the loss is nan"}'
-    nodes = [of(ended(21, "sft: error: lost it"), 0, made=1), of(ended(15, words), 1, made=1)]
-    for pods in (nodes, nodes[::-1], [of(ended(20), 1, made=0), *nodes]):
+def test_on_several_nodes_the_error_is_that_of_the_node_that_failed_first() -> None:
+    message = '{"message": "the loss is nan"}'
+    nodes = [on_node(ended(21, "sft: error: lost it"), 0, created=1), on_node(ended(15, message), 1, created=1)]
+    for pods in (nodes, nodes[::-1], [on_node(ended(20), 1, created=0), *nodes]):
         error = how_it_ended("sft", JOB, pods)
         assert type(error) is DivergedError
         assert str(error) == "the loss is nan"
     assert type(how_it_ended("sft", JOB, nodes[:1])) is PeerLostError
 
 
-def test_a_node_that_cannot_start_is_told_while_another_runs() -> None:
-    waits = of(unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), 0, made=0)
-    reason = why_waiting("sft", JOB, [waits, of(pod("Running"), 1, made=1)], [])
+def test_a_pending_pod_has_a_reason_while_another_node_runs() -> None:
+    waits = on_node(unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), 0, created=0)
+    reason = why_waiting("sft", JOB, [waits, on_node(pod("Running"), 1, created=1)], [])
     assert reason is not None
-    assert reason.word == "Unschedulable"
+    assert reason.name == "Unschedulable"
 
 
-def test_lines_of_other_nodes_than_the_first_name_it() -> None:
-    assert with_node_prefix(of(pod(), 0), "a line") == with_node_prefix(pod(), "a line") == "a line"
-    assert with_node_prefix(of(pod(), 1), "a line") == "node 1: a line"
+def test_log_lines_of_all_nodes_but_the_first_have_a_prefix() -> None:
+    assert with_node_prefix(on_node(pod(), 0), "a line") == with_node_prefix(pod(), "a line") == "a line"
+    assert with_node_prefix(on_node(pod(), 1), "a line") == "node 1: a line"
 
 
-def of(pod: Object, index: int, made: int = 0) -> Object:
-    """A pod as one of an Indexed Job."""
+def on_node(pod: Object, index: int, created: int = 0) -> Object:
+    """Return a pod as the one of a node in an Indexed Job."""
     metadata = pod["metadata"] | {"labels": {"batch.kubernetes.io/job-completion-index": str(index)}}
-    return pod | {"metadata": metadata | {"creationTimestamp": f"2026-11-24T00:00:0{made}Z"}}
+    return pod | {"metadata": metadata | {"creationTimestamp": f"2026-11-24T00:00:0{created}Z"}}
 
 
-def test_a_pod_that_was_replaced_is_explained() -> None:
-    assert why_replaced(ended(30)) == "its pod was told to stop"
+def test_why_a_pod_was_replaced() -> None:
+    assert why_replaced(ended(30)) == "its pod was stopped"
     assert why_replaced(ended(20)) == "its pod ended with exit code 20 (store)"
     drained = pod("Failed", conditions=({"type": "DisruptionTarget", "status": "True"},))
-    assert why_replaced(drained) == "its pod was taken off its node"
+    assert why_replaced(drained) == "its pod was evicted from its node"

@@ -1,14 +1,14 @@
-"""Many runs: what is shown of a thousand comes soon, a driver is small, and nobody polls the API server."""
+"""Many runs: a command reads only what it shows, a driver needs little memory, and nothing polls the API server."""
 
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,16 +18,17 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.store.objects import Entry
+from llamarefine_jobs.store.bucket import S3Objects
 from llamarefine_k8s.cluster import submission
 from llamarefine_k8s.cluster.manifests import RUN
 from llamarefine_k8s.cluster.run_status import find_status
 from llamarefine_k8s.runs.records import Driver, RunRecord, all_runs, find, newest_names
 from llamarefine_k8s.settings import Settings
 from tests.k8s.acting_node import ActingNode
-from tests.k8s.api_server import ApiServer, served, use
+from tests.k8s.api_server import ApiServer, served, use_kubeconfig
 
 FINISHED = 1000
+FULL_LISTING = 2  # requests: a run has two objects, and S3 lists a thousand keys at once
 DRIVER = """
 import sys
 from llamarefine_k8s import cli
@@ -41,7 +42,7 @@ finally:
 
 
 def put_record(store: Store, run: str, at: datetime) -> None:
-    """What a finished run leaves."""
+    """Write the record and a log of a finished run."""
     driver = Driver(pid=1, host="elsewhere")
     record = RunRecord(run=run, state="done", created_at=at, updated_at=at, driver=driver, recipe={"name": "many"})
     store.write(f"runs/{run}/logs/sft.log", b"a line\n")
@@ -49,10 +50,10 @@ def put_record(store: Store, run: str, at: datetime) -> None:
 
 
 @pytest.fixture
-def full(s3_uri: str) -> Store:
+def full_store(s3_uri: str) -> Store:
     """A bucket with a thousand finished runs."""
     store = Store(s3_uri)
-    store.manifest("sft", "0" * 64)
+    store.manifest("sft", "0" * 64)  # creates the S3 client, before threads share it
 
     def put(number: int) -> None:
         put_record(store, f"many-{number:08x}", datetime.now(UTC) - timedelta(days=1))
@@ -63,41 +64,53 @@ def full(s3_uri: str) -> Store:
     return store
 
 
-def test_of_a_thousand_finished_runs_only_what_is_shown_is_read(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    real = full.objects.read
-    monkeypatch.setattr(full.objects, "read", lambda path: (read.append(path), real(path))[1])
-    began_s = time.monotonic()
-    assert find(full, None).run == f"many-{FINISHED:08x}"
-    assert len(read) == 1
-    assert find(full, "many-00000007").run == "many-00000007"
-    assert len(read) == 2
-    assert len(all_runs(full, limit=50)) == 50
-    assert len(read) == 52
-    assert time.monotonic() - began_s < 20, "2 s on an idle machine"
-    assert len(newest_names(full)) == FINISHED
+class S3Calls:
+    """Counts the requests of a store's S3 client and the keys that its listings return."""
+
+    def __init__(self, store: Store) -> None:
+        self.reads = self.listings = self.listed_keys = 0
+        assert isinstance(store.objects, S3Objects)
+        store.objects.client.meta.events.register("after-call.s3.GetObject", self._count_read)
+        store.objects.client.meta.events.register("after-call.s3.ListObjectsV2", self._count_listing)
+
+    def _count_read(self, **event: Any) -> None:
+        self.reads += 1
+
+    def _count_listing(self, parsed: dict[str, Any], **event: Any) -> None:
+        self.listings += 1
+        self.listed_keys += len(parsed.get("Contents", ()))
 
 
-def test_of_runs_that_are_named_only_those_are_listed(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed: list[Entry] = []
-    real = full.objects._listed  # type: ignore[union-attr]
-    monkeypatch.setattr(full.objects, "_listed", lambda prefix: (listed.extend(found := real(prefix)), found)[1])
-    assert find(full, "many-0000001f").run == "many-0000001f"
-    assert len(listed) == 0, "the whole name is read at once"
-    assert {run.run for run in all_runs(full, beginning="many-0000001")} == {f"many-0000001{n:x}" for n in range(16)}
-    assert len(listed) == 2 * 16
+def test_only_the_shown_ones_of_a_thousand_finished_runs_are_read(full_store: Store) -> None:
+    calls = S3Calls(full_store)
+    assert find(full_store, None).run == f"many-{FINISHED:08x}"
+    assert (calls.reads, calls.listings) == (1, FULL_LISTING)
+    assert find(full_store, "many-00000007").run == "many-00000007"
+    assert (calls.reads, calls.listings) == (2, FULL_LISTING)
+    assert len(all_runs(full_store, limit=50)) == 50
+    assert (calls.reads, calls.listings) == (52, 2 * FULL_LISTING)
+    assert len(newest_names(full_store)) == FINISHED
+
+
+def test_a_name_lists_only_the_runs_that_begin_with_it(full_store: Store) -> None:
+    calls = S3Calls(full_store)
+    assert find(full_store, "many-0000001f").run == "many-0000001f"
+    assert calls.listings == 0, "a complete name is read at once"
+    runs = all_runs(full_store, beginning="many-0000001")
+    assert {run.run for run in runs} == {f"many-0000001{number:x}" for number in range(16)}
+    assert calls.listed_keys == 2 * 16
     with pytest.raises(RecipeError, match="begins 16 runs"):
-        find(full, "many-0000001")
+        find(full_store, "many-0000001")
     with pytest.raises(RecipeError, match="holds no run `other`; its newest are many-"):
-        find(full, "other")
+        find(full_store, "other")
     with pytest.raises(RecipeError, match="holds no run"):
-        find(full, "many-00000007/")
+        find(full_store, "many-00000007/")
 
 
-def test_status_of_a_run_by_name_asks_for_its_objects_alone(
+def test_status_of_a_named_run_lists_only_its_own_objects(
     api: ApiServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(api.kubeconfig(tmp_path), monkeypatch)
+    use_kubeconfig(api.kubeconfig(tmp_path), monkeypatch)
     for run in ("one", "two"):
         put_record(store, f"{run}-00000000", datetime.now(UTC))
         api.put("jobs", {"metadata": {"name": f"{run}-00000000", "labels": {RUN: f"{run}-00000000"}}, "spec": {}})
@@ -112,12 +125,12 @@ def test_status_of_a_run_by_name_asks_for_its_objects_alone(
 
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
-    with served() as made:
-        yield made
+    with served() as server:
+        yield server
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
-def test_a_driver_stays_under_100_mib_and_asks_little(
+def test_a_driver_stays_under_100_mib_and_sends_few_requests(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path
 ) -> None:
     given = Settings(store=s3_uri, gpu_resource=None)

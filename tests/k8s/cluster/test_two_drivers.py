@@ -1,11 +1,10 @@
-"""Drivers that are killed at any moment, and drivers that meet: one Job a stage, each line of a log once."""
+"""Drivers killed at any moment, and several drivers of one run: one Job per stage, each log line once."""
 
 import multiprocessing
 import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from llamarefine_k8s.runs.pipeline import StageLog
 from llamarefine_k8s.runs.records import Journal, RunRecord
 from llamarefine_k8s.settings import Settings
 from tests.k8s.acting_node import ActingNode
-from tests.k8s.api_server import ApiServer, served
+from tests.k8s.api_server import ApiServer, eventually, served
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -31,13 +30,8 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> "Silent":
-        return self
-
-    def __exit__(self, *error: Any) -> None: ...
+class NoDisplay:
+    """A run observer that shows nothing."""
 
     def show(self, record: RunRecord) -> None: ...
 
@@ -45,30 +39,30 @@ class Silent:
 
 
 def drive(environment: dict[str, str], recipe: Recipe, store: str) -> None:
-    """One driver's process, from its start to its end."""
+    """Run one driver; the target of a process."""
     from kubernetes.config import kube_config
 
     os.environ.update(environment)
-    pipeline._KEEP_EVERY_S = 0.1  # in the midst of a stage, too
+    pipeline._KEEP_EVERY_S = 0.1  # so that the log is uploaded during a stage, too
     kube_config.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
     given = Settings(store=store, gpu_resource=None)
     try:
-        submission.drive(Cluster(retry_policy=given.retry_policy(lambda text: None)), recipe, given, Silent())
+        submission.drive(Cluster(retry_policy=given.retry_policy(lambda text: None)), recipe, given, NoDisplay())
     except LlamaRefineError as error:
         sys.exit(error.exit_code)
 
 
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
-    with served() as made:
-        yield made
+    with served() as server:
+        yield server
 
 
 @pytest.fixture
 def start(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
-    """Starts a driver; in a pod of the run's Job where `in_cluster`."""
+    """Starts a driver; with `in_cluster`, as in a pod of the run's driver Job."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     kubeconfig = str(api.kubeconfig(tmp_path))
     started = []
@@ -88,13 +82,13 @@ def start(
         process.join()
 
 
-def kept_lines(store: Store, run: str, stage: str) -> list[str]:
+def stored_lines(store: Store, run: str, stage: str) -> list[str]:
     with StageLog(store, run, stage) as log:
         return log.file.read_text().splitlines()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_driver_killed_at_any_moment_makes_no_second_job_and_loses_no_line(
+def test_a_driver_killed_at_any_moment_creates_no_second_job_and_loses_no_line(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any], seed: int
 ) -> None:
     chance, store, run = random.Random(seed), Store(s3_uri), records.run_id(recipe())
@@ -120,30 +114,30 @@ def test_a_driver_killed_at_any_moment_makes_no_second_job_and_loses_no_line(
     assert kills
     assert node.made == list(SEQUENCE)
     for stage in SEQUENCE:
-        assert kept_lines(store, run, stage) == ActingNode.lines_of(stage)
+        assert stored_lines(store, run, stage) == ActingNode.lines_of(stage)
     record = records.load(store, run)
     assert record
     assert record.state == "done"
 
 
-def test_what_a_driver_heard_is_kept_though_driver_and_pod_vanish_together(
+def test_lines_that_a_driver_read_are_stored_although_driver_and_pod_vanish_together(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "_KEEP_EVERY_S", 0.0)
     store = Store(s3_uri)
-    log = StageLog(store, "run", "sft").__enter__()  # and never left
+    log = StageLog(store, "run", "sft").__enter__()  # never closed, as after a SIGKILL
     for second in (1, 2):
         log.write(f"line {second}", f"2026-11-26T00:00:0{second}Z")
     with StageLog(store, "run", "sft") as successor:
         assert successor.file.read_text() == "line 1\nline 2\n"
         assert successor.read_to == "2026-11-26T00:00:02Z"
-        monkeypatch.setattr(store.objects, "write", Raises(StoreError("the bucket is away")))
+        monkeypatch.setattr(store.objects, "write", Raises(StoreError("the bucket does not answer")))
         successor.write("line 3", "2026-11-26T00:00:03Z")
-    assert kept_lines(store, "run", "sft") == ["line 1", "line 2", "line 3"]
+    assert stored_lines(store, "run", "sft") == ["line 1", "line 2", "line 3"]
 
 
 class Raises:
-    """A call that fails."""
+    """A function that raises `error`."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -152,7 +146,7 @@ class Raises:
         raise self.error
 
 
-def test_of_drivers_that_start_together_one_drives_and_the_others_leave(
+def test_of_drivers_that_start_together_one_drives_and_the_others_fail(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
 ) -> None:
     node = ActingNode(api, recipe(), Store(s3_uri), seed=1)
@@ -164,13 +158,13 @@ def test_of_drivers_that_start_together_one_drives_and_the_others_leave(
     assert node.made == list(SEQUENCE)
 
 
-def test_two_pods_of_one_driver_end_well(
+def test_two_pods_of_one_driver_both_succeed(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
 ) -> None:
-    """A node that was taken for lost and is not: its driver's pod is at work beside its replacement."""
+    """The driver's node was marked as lost but works: the driver's pod runs beside its replacement."""
     node = ActingNode(api, recipe(), Store(s3_uri), seed=2)
     first = start()
-    time.sleep(0.7)
+    eventually(lambda: node.made, 60)
     second = start()
     for driver in (first, second):
         driver.join(120)
@@ -179,7 +173,7 @@ def test_two_pods_of_one_driver_end_well(
     assert node.made == list(SEQUENCE)
 
 
-def test_the_second_of_two_new_drivers_is_told_who_drives(
+def test_the_error_of_a_second_driver_names_the_first_one(
     recipe: Callable[..., Recipe], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (Journal(store, recipe(), lambda record: None) for _ in range(2))

@@ -1,0 +1,151 @@
+"""Create, adopt and update the objects of a run: its ConfigMap, and the Job and Service of each stage.
+
+Each object has an owner, so that Kubernetes deletes it with its owner. A Job that already works on the same task is
+followed instead of created again, so a driver may die at any moment.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError
+from llamarefine_k8s.cluster import KubeObject
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.cluster.manifests import (
+    RUN,
+    SETTINGS_MAP,
+    TEMPLATE_DIGEST,
+    owner_reference,
+    run_config_map,
+    stage_job,
+    stage_service,
+)
+from llamarefine_k8s.cluster.reasons import condition
+from llamarefine_k8s.runs.pipeline import Task
+from llamarefine_k8s.runs.records import DRIVER_JOB
+from llamarefine_k8s.settings import Settings
+
+DRIVER_UID = "LLAMAREFINE_DRIVER_UID"
+_POLL_S = 0.2
+_GONE_S = 60.0
+
+
+class StageObjects:
+    """The Jobs and Services of a run's stages, owned by the driver's Job or, without one, by the run's ConfigMap."""
+
+    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+        self.is_driver = DRIVER_UID in os.environ  # whether this process is a pod of the run's driver Job
+        self._cluster = cluster
+        self._settings = settings
+        self._owner: KubeObject | None = None
+
+    def ensure_job(self, task: Task) -> KubeObject:
+        """Return the Job of a task: the one that already works on it, or a new one in place of an outdated one."""
+        owner = self._ensure_owner(task)
+        service = stage_service(task, owner)
+        if service:
+            self._ensure_service(service, task.run)
+        manifest = stage_job(task, self._settings, owner)
+        name = manifest["metadata"]["name"]
+        existing = self._cluster.get("Job", name)
+        if existing and self._may_be_followed(existing, manifest):
+            return existing
+        if existing:
+            require_own(existing, task.run)
+            self._cluster.delete("Job", name)
+            wait_until(lambda: self._cluster.get("Job", name) is None, f"the Job {name} was not deleted")
+        created = self._cluster.create(manifest) or self._cluster.get("Job", name)
+        if created is None or not self._may_be_followed(created, manifest):
+            raise LlamaRefineError(f"another process created the Job {name} just now; is the run driven twice?")
+        return created
+
+    def delete_owner(self) -> None:
+        """Delete the ConfigMap that owns the stages' Jobs; do nothing if the driver's Job owns them.
+
+        Unlike a Job, a ConfigMap has no time after which Kubernetes deletes it.
+        """
+        if self._owner and self._owner["kind"] == "ConfigMap":
+            self._cluster.delete("ConfigMap", self._owner["name"])
+
+    def _ensure_service(self, manifest: KubeObject, run: str) -> None:
+        """Create a stage's Service, or make the current owner own the existing one, whose owner may be deleted soon."""
+        name = manifest["metadata"]["name"]
+        if self._cluster.create(manifest):
+            return
+        existing = self._cluster.get("Service", name)
+        if existing:
+            require_own(existing | {"kind": "Service"}, run)
+        owners = {"metadata": {"ownerReferences": manifest["metadata"]["ownerReferences"]}}
+        if not self._cluster.patch("Service", name, owners):
+            self._cluster.create(manifest)
+
+    def _may_be_followed(self, existing: KubeObject, manifest: KubeObject) -> bool:
+        """Whether a Job equals `manifest` and is active, or was created by an earlier pod of this driver."""
+        metadata = existing["metadata"]
+        digest = manifest["metadata"]["annotations"][TEMPLATE_DIGEST]
+        if (metadata.get("annotations") or {}).get(TEMPLATE_DIGEST) != digest:
+            return False
+        is_from_this_driver = self.is_driver and any(
+            owner["uid"] == os.environ[DRIVER_UID] for owner in metadata.get("ownerReferences") or ()
+        )
+        return is_active(existing) or (is_from_this_driver and "deletionTimestamp" not in metadata)
+
+    def _ensure_owner(self, task: Task) -> KubeObject:
+        """Return the owner reference for the stage's objects; creates or updates the run's ConfigMap the first time."""
+        if self._owner is None:
+            driver = None
+            if self.is_driver:
+                driver = owner_reference("Job", os.environ[DRIVER_JOB], os.environ[DRIVER_UID])
+            parent = driver or release_owner(self._cluster)
+            config_map = put_run_config_map(
+                self._cluster, run_config_map(task.run, task.recipe, self._settings, parent)
+            )
+            self._owner = driver or owner_reference("ConfigMap", task.run, config_map["metadata"]["uid"])
+        return self._owner
+
+
+def put_run_config_map(cluster: Cluster, manifest: KubeObject) -> KubeObject:
+    """Create a run's ConfigMap, or update the existing one, and return it."""
+    name = manifest["metadata"]["name"]
+    existing = cluster.get("ConfigMap", name)
+    if existing is None:
+        existing = cluster.create(manifest) or cluster.get("ConfigMap", name)
+        if existing is None:
+            raise LlamaRefineError(f"the ConfigMap {name} was deleted while the run started; submit again")
+        return existing
+    require_own(existing | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
+    # The owner from an earlier drive may be deleted, and this drive's stages with it.
+    owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
+    return cluster.patch("ConfigMap", name, {"metadata": owners, "data": manifest["data"]}) or existing
+
+
+def release_owner(cluster: Cluster) -> KubeObject | None:
+    """Return an owner reference to the chart's ConfigMap; None if the chart is not installed.
+
+    Uninstalling the chart then deletes its runs too: without the chart's permissions they could not go on.
+    """
+    config_map = cluster.get("ConfigMap", SETTINGS_MAP)
+    return owner_reference("ConfigMap", SETTINGS_MAP, config_map["metadata"]["uid"]) if config_map else None
+
+
+def is_active(job: KubeObject) -> bool:
+    """Whether a Job has neither ended nor is being deleted."""
+    return condition(job, "Complete", "Failed") is None and "deletionTimestamp" not in job["metadata"]
+
+
+def require_own(existing: KubeObject, run: str) -> None:
+    """Raise AccessError if an object with a name of this run was not created for this run."""
+    if (existing["metadata"].get("labels") or {}).get(RUN) != run:
+        raise AccessError(
+            f"{existing.get('kind', 'an object')} {existing['metadata']['name']} exists but was not created by "
+            "llamarefine; remove or rename it, or give the recipe another name"
+        )
+
+
+def wait_until(is_true: Callable[[], bool], complaint: str, timeout_s: float = _GONE_S) -> None:
+    """Wait until `is_true` returns true; raises LlamaRefineError with `complaint` after `timeout_s`."""
+    until_s = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > until_s:
+            raise LlamaRefineError(f"{complaint} within {timeout_s:g} s; `kubectl describe` it")
+        time.sleep(_POLL_S)
