@@ -1,8 +1,8 @@
 """Sign a statement with an Ed25519 or ECDSA key, and check the signature of one.
 
 Signed statements are DSSE envelopes (https://github.com/secure-systems-lab/dsse): a small JSON object, built here; the
-library `cryptography` signs and verifies. The signature covers the payload's type and its exact bytes,
-so a statement need not be serialized again, byte for byte the same, to be checked.
+library `cryptography` signs and verifies. The signature covers the payload's type and its exact bytes, so a statement
+need not be serialized again, byte for byte the same, to be checked.
 """
 
 import base64
