@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .generated import ROOT
+from .documents import ROOT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .generated import ROOT
+from .documents import ROOT
 
 
 def broken_contracts(tree: Path) -> list[str]:

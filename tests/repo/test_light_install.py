@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .generated import ROOT
+from .documents import ROOT
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy", "matplotlib", "jinja2", "pyarrow")
 SLOW = (*HEAVY, "boto3", "botocore", "kubernetes", "rich", "yaml")
