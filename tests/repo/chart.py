@@ -46,7 +46,7 @@ def values_schema() -> Schema:
 
 
 def _settings() -> Schema:
-    """Return the settings' schema: without what the chart decides, with the stages' names as keys, and with `cpu: 2`."""
+    """Return the settings' schema: without what the chart decides, the stages' names as keys, `cpu: 2` allowed."""
     schema = Settings.model_json_schema()
     properties = schema["properties"]
     for name in DECIDED_BY_THE_CHART:

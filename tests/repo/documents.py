@@ -35,7 +35,7 @@ def links(text: str) -> list[tuple[str, str]]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a document's headings, as GitHub makes them, except the numbered ones of repeated headings."""
+    """Return the anchors of a document's headings, as GitHub makes them (a repeated heading once)."""
     titles = re.findall(r"^#+ +(.*?) *$", _FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -4,7 +4,7 @@ import re
 
 
 def replaced(document: str, name: str, text: str) -> str:
-    """Return `document` with `text` between the markers `<!-- name: … -->` and `<!-- /name -->`, which must exist once."""
+    """Return `document` with `text` between the markers `<!-- name: … -->` and `<!-- /name -->`, each there once."""
     pattern = re.compile(rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     result, count = pattern.subn(lambda found: f"{found[1]}\n{text}\n{found[2]}", document)
     assert count == 1, f"expected one section `{name}` between its two markers, found {count}"
