@@ -1,6 +1,7 @@
 """Documents are true to the code: what is written twice is the same in both places, and what they name exists."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path, PurePosixPath
 
@@ -81,10 +82,12 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert {name: unknown for name, found in named.items() if (unknown := found - targets)} == {}
 
 
-def test_every_make_target_is_listed_by_make_help() -> None:
-    lines = re.findall(r"^([a-z][a-z-]*):(?!=)(.*)$", text_of("Makefile"), re.MULTILINE)
-    assert len(lines) > 20
-    assert [target for target, rest in lines if " ## " not in rest] == []
+def test_make_help_lists_every_target() -> None:
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):(?!=)", text_of("Makefile"), re.MULTILINE))
+    assert len(targets) > 20
+    command = ["make", "--no-print-directory", "help"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in printed.splitlines()} == targets
 
 
 def test_every_path_of_the_repository_that_is_named_exists() -> None:
