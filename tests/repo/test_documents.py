@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
 
 from . import generated
 from .documents import ROOT, anchors, documents, links, make_targets, text_of, tracked, words_of_code
@@ -24,6 +24,12 @@ def test_there_are_the_two_recipes_of_the_design() -> None:
 def test_every_recipe_loads_and_names_its_schema(path: Path) -> None:
     load_recipe(path)
     assert SCHEMA_LINE in path.read_text(encoding="utf-8").splitlines()[:2]
+
+
+def test_the_readmes_recipe_is_complete() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text_of("README.md"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    parse_recipe(blocks[0], "README.md")
 
 
 @pytest.mark.parametrize("path", generated.contents())
