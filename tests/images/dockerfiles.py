@@ -1,4 +1,4 @@
-"""The Dockerfiles, read as the lists of their instructions."""
+"""The Dockerfiles, parsed into lists of instructions."""
 
 import re
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ def text_of(name: str) -> str:
 
 
 def instructions(name: str) -> list[Instruction]:
-    """The instructions of images/<name>/Dockerfile: comments gone, continued lines joined."""
+    """Return the instructions of images/<name>/Dockerfile, without comments and with continued lines joined."""
     lines = [line for line in text_of(name).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [Instruction(*line.split(maxsplit=1)) for line in joined.splitlines()]
 
 
 def all_of(name: str, word: str) -> list[str]:
-    """What stands behind each `word` of one Dockerfile, in order."""
+    """Return the arguments of each `word` instruction of one Dockerfile, in order."""
     return [instruction.rest for instruction in instructions(name) if instruction.word == word]
 
 
 def default_of(name: str, argument: str) -> str | None:
-    """The default of a build argument, None where it has none or is not there."""
+    """Return the default of a build argument, or None if it has none or does not exist."""
     for rest in all_of(name, "ARG"):
         given, _, default = rest.partition("=")
         if given == argument and default:

@@ -1,4 +1,4 @@
-"""The launcher's image, built and run as a cluster runs it; the stages' images are built by `make e2e`."""
+"""Build the launcher's image and run it as a cluster does. `make e2e` also builds the stages' images."""
 
 import json
 import os
@@ -33,19 +33,18 @@ def run(env: dict[str, str], *arguments: str) -> str:
     return subprocess.run(command, env=env, text=True, capture_output=True, check=True).stdout
 
 
-def test_the_command_runs_on_a_read_only_root_without_privilege(env: dict[str, str]) -> None:
+def test_the_command_runs_with_a_read_only_root_and_without_privileges(env: dict[str, str]) -> None:
     assert run(env, IMAGE, "--version").strip() == __version__
     assert run(env, "--entrypoint=id", IMAGE, "-u").strip() == "1000"
 
 
-def test_no_library_that_trains_is_in_it(env: dict[str, str]) -> None:
-    assert "stages cannot run here: torch, transformers, trl, peft, datasets not installed" in run(
-        env, IMAGE, "version"
-    )
+def test_the_image_contains_no_training_library(env: dict[str, str]) -> None:
+    words = "stages cannot run here: torch, transformers, trl, peft, datasets not installed"
+    assert words in run(env, IMAGE, "version")
 
 
-def test_what_built_it_is_gone(env: dict[str, str]) -> None:
-    """No package manager's cache, no uv, no certificate of the building machine; bytecode is there."""
+def test_the_image_contains_no_build_leftovers_but_compiled_bytecode(env: dict[str, str]) -> None:
+    """The image has no package manager's cache, no uv and no certificate of the building machine. It has bytecode."""
     left = run(env, "--entrypoint=find", IMAGE, "/tmp", "/scratch", "/var/lib/apt/lists", "-type", "f")
     assert left == ""
     assert run(env, "--entrypoint=find", IMAGE, "/opt", "/usr", "-name", "uv", "-type", "f") == ""
@@ -57,7 +56,7 @@ def test_what_built_it_is_gone(env: dict[str, str]) -> None:
         assert private.split("\n")[1] not in trusted
 
 
-def test_it_says_which_commit_it_was_built_from(env: dict[str, str]) -> None:
+def test_labels_and_environment_name_the_commit_it_was_built_from(env: dict[str, str]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=kind.ROOT, text=True, capture_output=True, check=True
     ).stdout

@@ -1,9 +1,7 @@
-"""The chart's schema and the table in its README: written from values.schema.yaml and the launcher's own models."""
+"""The chart's schema and the table in its README, written from values.schema.yaml and the launcher's own models."""
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,29 +10,29 @@ from llamarefine_jobs.contract.recipe import json_schema
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
 
-CHART = Path(__file__).parents[2] / "charts/llamarefine"
+from .documents import ROOT, text_of
+from .sections import replaced, table
 
-DECIDED_BY_THE_CHART = ("context", "namespace")  # a cluster's own settings know no kubeconfig
+CHART = ROOT / "charts/llamarefine"
 
-_TABLE = re.compile(r"(<!-- values: .* -->\n).*(<!-- /values -->)", re.DOTALL)
+DECIDED_BY_THE_CHART = ("context", "namespace")  # settings inside a cluster use no kubeconfig
 
 Schema = dict[str, Any]
 
 
 def contents() -> dict[str, str]:
-    """What each generated file of the chart must hold, by its path in the repository."""
+    """Return what each generated file of the chart must contain, by its path in the repository."""
     schema = values_schema()
-    readme = (CHART / "README.md").read_text(encoding="utf-8")
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-    table = "| value | default | what it is |\n| --- | --- | --- |\n" + "".join(_rows(schema, values))
+    values_table = table(("value", "default", "what it is"), list(_rows(schema, values)))
     return {
         "charts/llamarefine/values.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
-        "charts/llamarefine/README.md": _TABLE.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", readme),
+        "charts/llamarefine/README.md": replaced(text_of("charts/llamarefine/README.md"), "values", values_table),
     }
 
 
 def values_schema() -> Schema:
-    """The schema of the chart's values: its own part, the launcher's settings, the recipe."""
+    """Return the schema of the chart's values: its own part, the launcher's settings and the recipe."""
     schema: Schema = yaml.safe_load((CHART / "values.schema.yaml").read_text(encoding="utf-8"))
     for name, model in (("Settings", _settings()), ("Recipe", json_schema())):
         for key in ("$schema", "$id"):
@@ -48,7 +46,7 @@ def values_schema() -> Schema:
 
 
 def _settings() -> Schema:
-    """The launcher's settings without what the chart decides, each name of a stage known, `cpu: 2` allowed."""
+    """Return the settings' schema: without what the chart decides, the stages' names as keys, `cpu: 2` allowed."""
     schema = Settings.model_json_schema()
     properties = schema["properties"]
     for name in DECIDED_BY_THE_CHART:
@@ -62,7 +60,7 @@ def _settings() -> Schema:
 
 
 def _moved(schema: Any, names: dict[str, str]) -> Any:
-    """`schema` with references to where the parts went, and without pydantic's titles."""
+    """Return `schema` with its references changed to the moved definitions, and without pydantic's titles."""
     if isinstance(schema, list):
         return [_moved(item, names) for item in schema]
     if not isinstance(schema, dict):
@@ -79,8 +77,8 @@ def _merged(below: Any, on_top: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in on_top.items()}
 
 
-def _rows(schema: Schema, defaults: Any, path: str = "") -> Iterator[str]:
-    """A line for each value, in the schema's order; a section is a line where it is described."""
+def _rows(schema: Schema, defaults: Any, path: str = "") -> Iterator[tuple[str, ...]]:
+    """Yield a row for each value, in the schema's order. A section with a description has a row of its own."""
     for name, value in schema["properties"].items():
         full = f"{path}.{name}" if path else name
         section = value.get("additionalProperties") is False and "properties" in value and full.count(".") < 2
@@ -88,9 +86,9 @@ def _rows(schema: Schema, defaults: Any, path: str = "") -> Iterator[str]:
             continue
         if section and full not in ("settings.resources", "settings.patches"):
             if "description" in value:
-                yield f"| **{full}** | | {value['description']} |\n"
+                yield f"**{full}**", "", value["description"]
             yield from _rows(value, defaults[name], full)
         else:
             default = defaults.get(name, value.get("default"))
             shown = f"`{json.dumps(default)}`" if default not in ("", None, [], {}) else ""
-            yield f"| `{full}` | {shown} | {value['description']} |\n"
+            yield f"`{full}`", shown, value["description"]

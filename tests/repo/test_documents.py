@@ -1,31 +1,19 @@
-"""What is written twice is the same in both places."""
+"""Documents are true to the code: what is written twice is the same in both places, and what they name exists."""
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path, PurePosixPath
 
 import pytest
 
-from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
 
 from . import generated
-from .generated import ROOT
+from .documents import ROOT, anchors, documents, links, make_targets, text_of, tracked, words_of_code
 
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
-
-
-def tracked() -> list[str]:
-    """The paths of the repository's files: committed, or new and not ignored."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    paths = [path for path in listing if (ROOT / path).is_file()]
-    assert len(paths) > 20
-    return paths
-
-
-def text_of(path: str) -> str:
-    return (ROOT / path).read_text(encoding="utf-8", errors="replace")
 
 
 def test_there_are_the_two_recipes_of_the_design() -> None:
@@ -36,6 +24,12 @@ def test_there_are_the_two_recipes_of_the_design() -> None:
 def test_every_recipe_loads_and_names_its_schema(path: Path) -> None:
     load_recipe(path)
     assert SCHEMA_LINE in path.read_text(encoding="utf-8").splitlines()[:2]
+
+
+def test_the_readmes_recipe_is_complete() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text_of("README.md"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    parse_recipe(blocks[0], "README.md")
 
 
 @pytest.mark.parametrize("path", generated.contents())
@@ -55,41 +49,100 @@ def test_the_readmes_tree_is_the_real_one() -> None:
     assert folders - {PurePosixPath(path).parts[0] for path in listed} == set()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
-def test_every_link_to_a_file_leads_to_one(name: str) -> None:
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(name))
-    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
+def test_the_layers_in_contributing_are_those_that_lint_checks() -> None:
+    rows = re.findall(r"^\| (`[^|]*`) \|", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    described = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    contracts = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    checked = [
+        {name.strip().rpartition(".")[2] for name in layer.replace("\\\n", "").split("|")}
+        for contract in contracts
+        if contract["name"].startswith(("Who may import whom", "The launcher: commands"))
+        for layer in contract["layers"]
+        if not layer.startswith("(")  # the launcher stands above the jobs, and has the second table
+    ]
+    assert len(checked) > 12
+    assert described == checked
 
 
-def test_every_defence_that_is_claimed_points_to_something() -> None:
-    claimed = set(re.findall(r"`([\w/]+\.py|tests/[\w/]+)`", text_of("SECURITY.md")))
-    assert len(claimed) > 20
-    paths = tracked()
-    there = {name for name in claimed if any(path == name or path.endswith(f"/{name}") for path in paths)}
-    assert claimed - there - {name for name in claimed if (ROOT / name).is_dir()} == set()
+@pytest.mark.parametrize("name", documents())
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(name: str) -> None:
+    broken = []
+    for path, anchor in links(text_of(name)):
+        target = ROOT / name if not path else (ROOT / name).parent / path
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(f"{path}#{anchor}")
+    assert broken == []
+
+
+def test_links_and_anchors_are_found() -> None:
+    found = [link for name in documents() for link in links(text_of(name))]
+    assert len(found) > 25
+    assert sum(1 for _, anchor in found if anchor) > 2
 
 
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", text_of("Makefile"), re.MULTILINE))
     targets |= {f"image-{file.parent.name}" for file in (ROOT / "images").glob("*/Dockerfile")}  # a pattern's rule
-    documents = ["README.md", "CONTRIBUTING.md", *(path for path in tracked() if path.endswith("README.md"))]
-    named = {found for path in documents for found in re.findall(r"`make ([a-z][a-z0-9-]*)", text_of(path))}
-    named |= {
-        found for path in documents for found in re.findall(r"^make ([a-z][a-z0-9-]*)", text_of(path), re.MULTILINE)
+    named = {name: make_targets(text_of(name)) for name in documents()}
+    assert len(set().union(*named.values())) > 15
+    assert {name: unknown for name, found in named.items() if (unknown := found - targets)} == {}
+
+
+def test_make_help_lists_every_target() -> None:
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):(?!=)", text_of("Makefile"), re.MULTILINE))
+    assert len(targets) > 20
+    command = ["make", "--no-print-directory", "help"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in printed.splitlines()} == targets
+
+
+def test_every_path_of_the_repository_that_is_named_exists() -> None:
+    paths = tracked()
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents} - {"."}
+    entries = {*paths, *folders}
+    top = tuple(f"{folder}/" for folder in folders if "/" not in folder and not folder.startswith("."))
+    unknown, found = {}, 0
+    for name in documents():
+        for word in words_of_code(text_of(name)):
+            if not re.fullmatch(r"[\w./-]+", word) or not (word.endswith(".py") or word.startswith(top)):
+                continue
+            found += 1
+            path = word.rstrip("/")
+            if path not in entries and not any(entry.endswith(f"/{path}") for entry in paths):
+                unknown[word] = name
+    assert found > 100
+    assert unknown == {}
+
+
+def test_every_module_that_is_named_exists() -> None:
+    named = {
+        word: name
+        for name in documents()
+        for word in words_of_code(text_of(name))
+        if re.fullmatch(r"(tests|llamarefine_jobs|llamarefine_k8s)(\.\w+)+", word)
     }
-    assert named
-    assert named - targets == set()
+    assert len(named) > 1
+    modules = {path.removeprefix("jobs/").removeprefix("k8s/") for path in tracked() if path.endswith(".py")}
+    for word, name in named.items():
+        path = word.replace(".", "/")
+        assert {f"{path}.py", f"{path}/__init__.py", f"{path}/__main__.py"} & modules, f"{name} names {word}"
+
+
+def test_every_claimed_defence_names_code_and_a_test() -> None:
+    claimed = set(re.findall(r"`([\w/]+\.py|tests/[\w/]+)`", text_of("SECURITY.md")))
+    assert len({name for name in claimed if name.startswith("tests/")}) > 20
+    assert len({name for name in claimed if not name.startswith("tests/")}) > 20
 
 
 def test_no_file_names_a_machines_own_paths() -> None:
-    """Places of one machine mean nothing on another. The words are joined here so as not to find themselves."""
+    """Paths of one machine mean nothing on another. The words are joined here so that this file does not match."""
     private = re.compile("|".join(("/" + "work/", "/" + "root/", "/home/" + "[a-z]", "/Users/" + "[a-z]")))
     found = [path for path in tracked() if path != "uv.lock" and private.search(text_of(path))]
     assert found == []
 
 
 def test_no_file_names_a_package_registry() -> None:
-    """Where packages come from is each machine's own setting; the lock file names the public index."""
+    """Each machine decides where its packages come from; the lock file names the public index."""
     registry = re.compile(
         "|".join(("pypi" + r"\.org", "pythonhosted" + r"\.org", "index" + "-url", "proxy" + r"\.golang"))
     )

@@ -1,4 +1,4 @@
-"""The one command for a GPU machine, where there is none."""
+"""tests/gpu/run on a machine without a GPU."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from .generated import ROOT
+from .documents import ROOT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_card_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+def test_without_a_cuda_device_it_fails_with_one_line_and_writes_no_results(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LLAMAREFINE_GPU_TESTS"}
     environment |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "results")}
     ended = subprocess.run([ROOT / "tests/gpu/run"], env=environment, capture_output=True, text=True, check=False)
@@ -22,7 +22,7 @@ def test_without_a_card_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
-def test_a_word_that_it_does_not_know_is_refused() -> None:
+def test_an_unknown_argument_is_refused() -> None:
     ended = subprocess.run([ROOT / "tests/gpu/run", "benchmarks"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr == "tests/gpu/run: expected tests, benchmark, card or nothing, found benchmarks\n"

@@ -1,4 +1,4 @@
-"""The launcher alone, as a person without a GPU installs it: small, quick, and torch nowhere near."""
+"""The launcher installed without extras: it is small, starts fast, and does not need torch."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .generated import ROOT
+from .documents import ROOT
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy", "matplotlib", "jinja2", "pyarrow")
 SLOW = (*HEAVY, "boto3", "botocore", "kubernetes", "rich", "yaml")
@@ -16,7 +16,7 @@ SLOW = (*HEAVY, "boto3", "botocore", "kubernetes", "rich", "yaml")
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of an environment with the locked launcher as a wheel: no extra, no development tools."""
+    """Return the `bin` folder of an environment with the launcher as a wheel, without extras and development tools."""
     uv = os.environ.get("UV") or shutil.which("uv") or str(ROOT / ".uv/bin/uv")
     environment = tmp_path_factory.mktemp("light") / "venv"
     subprocess.run(
@@ -35,16 +35,16 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_help_is_shown(light: Path) -> None:
+def test_help_prints_the_description(light: Path) -> None:
     assert "Fine-tune a small Llama in stages" in run(light / "llamarefine", "--help")
 
 
-def test_what_trains_is_not_installed(light: Path) -> None:
-    seek = f"import importlib.util, json; print(json.dumps([n for n in {HEAVY!r} if importlib.util.find_spec(n)]))"
-    assert json.loads(run(light / "python", "-c", seek)) == []
+def test_no_training_library_is_installed(light: Path) -> None:
+    program = f"import importlib.util, json; print(json.dumps([n for n in {HEAVY!r} if importlib.util.find_spec(n)]))"
+    assert json.loads(run(light / "python", "-c", program)) == []
 
 
-def test_the_help_imports_nothing_slow(light: Path) -> None:
+def test_help_imports_no_slow_library(light: Path) -> None:
     program = (
         "import json, sys\n"
         "from llamarefine_k8s.cli import cli\n"
@@ -55,7 +55,7 @@ def test_the_help_imports_nothing_slow(light: Path) -> None:
     assert json.loads(run(light / "python", "-c", program).splitlines()[-1]) == []
 
 
-def test_every_module_of_the_launcher_imports(light: Path) -> None:
+def test_every_module_of_the_launcher_imports_without_a_training_library(light: Path) -> None:
     program = (
         "import importlib, json, pkgutil, sys, llamarefine_k8s\n"
         "names = [module.name for module in pkgutil.walk_packages(llamarefine_k8s.__path__, 'llamarefine_k8s.')]\n"

@@ -1,4 +1,4 @@
-{{/* Labels of every object; `component` and `root` are given. */}}
+{{/* The labels of every object. Arguments: `component`, `root`. */}}
 {{- define "llamarefine.labels" -}}
 {{ include "llamarefine.selector" . }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -7,13 +7,13 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end }}
 
-{{/* What a pod is found by. Nothing that changes with a release: it is part of templates that cannot be changed. */}}
+{{/* The labels that select a pod. None of them may change with a release, because a Job's and a Deployment's selector are immutable. */}}
 {{- define "llamarefine.selector" -}}
 app.kubernetes.io/name: llamarefine
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
-{{/* The launcher's settings as they stand in this release: every key that the chart decides is in place. */}}
+{{/* The launcher's settings in this release, with every key that the chart decides. */}}
 {{- define "llamarefine.settings" -}}
 {{- $settings := deepCopy .Values.settings }}
 {{- if .Values.minio.enabled }}
@@ -26,19 +26,19 @@ app.kubernetes.io/component: {{ .component }}
 {{- $_ := set $settings "namespace" .Release.Namespace }}
 {{- $_ := set $settings "image_tag" ($settings.image_tag | default .Chart.AppVersion) }}
 {{- range list "secret_name" "s3_endpoint" "stage_service_account" "gpu_resource" "shared_memory" "deadline_s" }}
-{{- /* helm drops a null on its way here: the key would be missing, and the launcher's default would stand */}}
+{{- /* helm drops a key whose value is null, and the launcher would then use its default; so null is set again */}}
 {{- if not (get $settings .) }}{{ $_ := set $settings . nil }}{{ end }}
 {{- end }}
 {{- toYaml $settings }}
 {{- end }}
 
-{{/* An image of ours: `name` and `root` are given. */}}
+{{/* The full name of one of our images. Arguments: `name`, `root`. */}}
 {{- define "llamarefine.image" -}}
 {{- $settings := include "llamarefine.settings" .root | fromYaml }}
 {{- with $settings.image_registry }}{{ trimSuffix "/" . }}/{{ end }}llamarefine-{{ .name }}:{{ $settings.image_tag }}
 {{- end }}
 
-{{/* The recipe's text; empty where none is given. */}}
+{{/* The recipe's text, or nothing if no recipe is given. */}}
 {{- define "llamarefine.recipe" -}}
 {{- if kindIs "string" .Values.recipe }}
 {{- $read := .Values.recipe | fromYaml }}
@@ -49,7 +49,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- end }}
 {{- end }}
 
-{{/* A pod of the launcher's image, restricted, with settings and credentials: `root`, `component`, `args`, `maps` are given. */}}
+{{/* A restricted pod of the launcher's image with settings and credentials. Arguments: `root`, `args`, `maps` (ConfigMaps to mount). */}}
 {{- define "llamarefine.pod" -}}
 {{- $settings := include "llamarefine.settings" .root | fromYaml }}
 restartPolicy: Never
@@ -131,13 +131,13 @@ capabilities: {drop: [ALL]}
 readOnlyRootFilesystem: true
 {{- end }}
 
-{{/* The TCP port behind settings.s3_endpoint; Amazon's is 443. */}}
+{{/* The TCP port of settings.s3_endpoint; 443 for Amazon. */}}
 {{- define "llamarefine.bucketPort" -}}
 {{- $endpoint := (include "llamarefine.settings" . | fromYaml).s3_endpoint | default "https://" }}
 {{- regexFind ":[0-9]+/?$" $endpoint | trimPrefix ":" | trimSuffix "/" | default (hasPrefix "http://" $endpoint | ternary "80" "443") }}
 {{- end }}
 
-{{/* What whoever drives a run asks of the API server; tests/chart/test_role.py compares it with the launcher. */}}
+{{/* The API permissions that driving a run needs; tests/chart/test_role.py compares them with the launcher's code. */}}
 {{- define "llamarefine.rules" -}}
 - {apiGroups: [batch], resources: [jobs], verbs: [create, get, list, watch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [create, get, list, patch, delete]}
