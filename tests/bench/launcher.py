@@ -1,4 +1,4 @@
-"""How long a person waits for the launcher: `llamarefine --help` and `import` of its parts, best and median of 10.
+"""Measure how long `llamarefine --help` and imports take; print the best and the median of 10 runs.
 
 python tests/bench/launcher.py
 """
@@ -19,7 +19,7 @@ CASES = {
 
 
 def measure(command: list[str], times: int = 10) -> list[float]:
-    """Wall seconds of each of `times` runs, after one that warms the file cache."""
+    """Return the wall seconds of `times` runs, sorted, after one run that fills the file cache."""
     taken = []
     for _ in range(times + 1):
         began = time.perf_counter()
@@ -29,7 +29,7 @@ def measure(command: list[str], times: int = 10) -> list[float]:
 
 
 if __name__ == "__main__":
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all that it imports anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each process would compile every module that it imports
     for name, command in CASES.items():
         taken = measure(command)
         print(f"{name:32} best {taken[0]:.3f} s  median {statistics.median(taken):.3f} s")
