@@ -48,7 +48,7 @@ class Trial:
     steps_repeated: int | None = None
     stage_pods: int = 0
     driver_pods: int = 0
-    cuts: int = 0
+    proxied_connections: int = 0
     content: dict[str, str] = field(default_factory=dict)
     finding: str = ""
 
@@ -119,7 +119,10 @@ def run_trial(trial: Trial, namespace: ChaosNamespace, api: Any, folder: Path, s
             if trial.fault == "lose node":
                 stack.enter_context(namespace.stages_on_worker())
             _submit_and_disturb(trial, namespace, api, folder, draw, proxy)
-            trial.cuts = proxy.connections if proxy else 0
+            if proxy:
+                trial.proxied_connections = proxy.connections
+                if not proxy.connections:
+                    trial.finding = trial.finding or "no pod connected to the bucket through the proxy, so none was cut"
     except (Exception, AssertionError) as error:
         trial.finding = trial.finding or f"{type(error).__name__}: {error}"
     return trial
