@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .__main__ import SUBJECTS
-from .faults import FAULTS
+from .faults import DAMAGES, FAULTS
 
 ROOT = Path(__file__).parents[2]
 SEED = os.environ.get("LLAMAREFINE_CHAOS_SEED", "1")
@@ -30,3 +30,6 @@ def test_after_each_fault_every_subject_ends_with_the_undisturbed_bytes_or_the_r
     assert {trial["subject"] for trial in trials} == set(SUBJECTS)
     assert {trial["fault"] for trial in trials} == set(FAULTS)
     assert [trial for trial in trials if trial["finding"]] == []
+    restarted = {trial["fault"] for trial in trials if len(trial["ended"]) > 1}
+    assert restarted >= set(FAULTS) - set(DAMAGES), "a fault ended no process, so it did nothing"
+    assert restarted & set(DAMAGES), "no damage was found and repaired"
