@@ -1,10 +1,10 @@
-"""How long a training stands still for a checkpoint: published in its callback, or uploaded beside the training.
+"""Measure how long a checkpoint interrupts a training: published in the callback, or uploaded in the background.
 
-PYTHONPATH=. python tests/bench/checkpoints.py
+    PYTHONPATH=. python tests/bench/checkpoints.py
 
-The checkpoint has the size of one of TinyLlama with rank 16 on all linear layers (adapter, best adapter, optimizer).
-Median and worst of 5, in a folder and in a bucket of the tests' S3 server, and what a busy training loses beside an
-upload: products of matrices a second, alone and during one.
+The checkpoint has the size of TinyLlama's with rank 16 on all linear layers (adapter, best adapter, optimizer). Prints
+the median and the longest of 5 measurements, for a store in a folder and for one in a bucket of the tests' S3 server,
+and how an upload slows the training down: matrix products per second, alone and during an upload.
 """
 
 import os
@@ -25,8 +25,8 @@ FILES = {"adapter_model.safetensors": 1, "best/adapter_model.safetensors": 1, "o
 TIMES = 5
 
 
-def make(folder: Path, step: int) -> Checkpoint:
-    """A checkpoint on the disk."""
+def write_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Write a checkpoint of random bytes."""
     for name, times in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(os.urandom(ADAPTER_BYTES * times))
@@ -34,37 +34,38 @@ def make(folder: Path, step: int) -> Checkpoint:
 
 
 def measure(store: Store, folder: Path) -> None:
-    """Print the stalls of both ways, and how long the upload took."""
+    """Print how long both ways interrupt the training, and how long the upload takes."""
     checkpoints = Checkpoints(store, print)
-    waited, stood, uploaded = [], [], []
+    published_s, handed_over_s, uploaded_s = [], [], []
     for step in range(1, 2 * TIMES, 2):
-        first, second = make(folder / "first", step), make(folder / "second", step + 1)
-        waited.append(seconds(lambda made=first: checkpoints.publish(made)))
-        stood.append(seconds(lambda made=second: checkpoints.offer(made)))
-        uploaded.append(seconds(checkpoints.settle))
-    for name, figures in {"published in the callback": waited, "handed over": stood, "its upload": uploaded}.items():
-        print(f"  {name:27} median {statistics.median(figures):.4f} s  worst {max(figures):.4f} s")
+        first, second = write_checkpoint(folder / "first", step), write_checkpoint(folder / "second", step + 1)
+        published_s.append(seconds(lambda made=first: checkpoints.publish(made)))
+        handed_over_s.append(seconds(lambda made=second: checkpoints.offer(made)))
+        uploaded_s.append(seconds(checkpoints.settle))
+    results = {"published in the callback": published_s, "handed over": handed_over_s, "its upload": uploaded_s}
+    for name, figures in results.items():
+        print(f"  {name:27} median {statistics.median(figures):.4f} s  longest {max(figures):.4f} s")
     alone = products_per_s(lambda: True, limit_s=5)
-    checkpoints.offer(make(folder / "busy", 2 * TIMES + 1))
-    beside = products_per_s(lambda: checkpoints.newest_step != 2 * TIMES + 1)
+    checkpoints.offer(write_checkpoint(folder / "busy", 2 * TIMES + 1))
+    during = products_per_s(lambda: checkpoints.newest_step != 2 * TIMES + 1)
     checkpoints.settle()
-    print(f"  products of matrices a second: {alone:.1f} alone, {beside:.1f} beside an upload")
+    print(f"  matrix products per second: {alone:.1f} alone, {during:.1f} during an upload")
 
 
 def seconds(act: Callable[[], object]) -> float:
-    """Wall seconds that `act` takes."""
+    """Return the wall seconds that `act` takes."""
     began_s = time.perf_counter()
     act()
     return time.perf_counter() - began_s
 
 
-def products_per_s(goes_on: Callable[[], bool], limit_s: float = 600) -> float:
-    """How often two matrices are multiplied a second while `goes_on`."""
+def products_per_s(is_going_on: Callable[[], bool], limit_s: float = 600) -> float:
+    """Return the matrix products computed per second while `is_going_on()` returns True."""
     import torch
 
     torch.set_num_threads(1)
     matrix, done, began_s = torch.rand(512, 512), 0, time.perf_counter()
-    while goes_on() and time.perf_counter() - began_s < limit_s:
+    while is_going_on() and time.perf_counter() - began_s < limit_s:
         matrix @ matrix
         done += 1
     return done / (time.perf_counter() - began_s)

@@ -1,9 +1,9 @@
-"""How long the merge's streamed sum takes and how much memory it holds, at a model's real shape.
+"""Measure the time and the peak memory of the merge's streamed sum, and of its proof, at a model's real shape.
 
     python tests/bench/merge.py [--layers 22] [--proof]
 
-The default is TinyLlama's: 1.1 B parameters in bfloat16, two adapters of rank 16 on all linear layers, made of random
-numbers. Needs 5 GB on the disk; the proof 5 GB of memory too.
+The default shape is TinyLlama's: 1.1 B parameters in bfloat16 and two adapters of rank 16 on all linear layers, all
+random numbers. Needs 5 GB of disk space, and with --proof also 5 GB of memory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LINEAR = {
 
 
 def write_inputs(folder: Path, layers: int) -> None:
-    """base/, sft/ and dpo/ in `folder`."""
+    """Write base/, sft/ and dpo/ into `folder`."""
     import torch
     from safetensors.torch import save_file
 
@@ -59,14 +59,14 @@ def write_inputs(folder: Path, layers: int) -> None:
 
 
 def measure_sum(folder: Path, dtype: str) -> None:
-    """The streamed sum alone, as merge.work does it."""
+    """Measure the streamed sum alone, computed as merge.work does."""
     import torch
 
     from llamarefine_jobs.merge import Sum, one_thread
     from llamarefine_jobs.models.lora import read_adapter
     from llamarefine_jobs.models.weights import Weights, write_weights
 
-    torch.zeros(1)  # imported before the clock starts
+    torch.zeros(1)  # initialises torch before the clock starts
     began = time.monotonic(), time.process_time()
     updates = [read_adapter(folder / stage, stage) for stage in ("sft", "dpo")]
     base = Weights(folder / "base")
@@ -77,7 +77,7 @@ def measure_sum(folder: Path, dtype: str) -> None:
 
 
 def measure_proof(folder: Path, dtype: str) -> None:
-    """The proof that follows it."""
+    """Measure the proof, which follows the sum."""
     from transformers.utils import logging
 
     from llamarefine_jobs.models import merge_proof
@@ -93,7 +93,7 @@ def measure_proof(folder: Path, dtype: str) -> None:
 def report(what: str, began: tuple[float, float]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 10**6
     wall_s, cpu_s = time.monotonic() - began[0], time.process_time() - began[1]
-    print(f"{what}: {wall_s:.1f} s, of them {cpu_s:.1f} s on the CPU; peak {peak:.2f} GB", flush=True)
+    print(f"{what}: {wall_s:.1f} s, {cpu_s:.1f} s of CPU time; peak {peak:.2f} GB", flush=True)
 
 
 def main() -> None:
@@ -111,7 +111,11 @@ def main() -> None:
         steps[options.step]()
         return
     with tempfile.TemporaryDirectory(prefix="llamarefine-bench-") as folder:
-        for step in ("inputs", "sum", *(["proof"] if options.proof else [])):  # each in a process: peaks do not mix
+        for step in (
+            "inputs",
+            "sum",
+            *(["proof"] if options.proof else []),
+        ):  # each in its own process, with its own peak memory
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--step", step, "--folder", folder], check=True)
 
 

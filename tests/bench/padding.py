@@ -1,9 +1,10 @@
-"""Tokens that a padded training computes for each token of its rows: in random order, and longest first within a step.
+"""Compute how many tokens a padded training processes per token of its rows: in random order, and sorted by length.
 
     PYTHONPATH=. python tests/bench/padding.py [--questions rows.csv] [--preferences pairs.jsonl] [--batch-rows 16]
 
-Lengths are counted in characters, the template left out; a ratio of lengths is much the same in tokens. Without files
-the rows are Python's docstrings. The orders are those of five epochs, seed 0.
+Sorted by length, the rows of a step go from the longest to the shortest. Lengths are counted in characters without the
+template; ratios of lengths are nearly the same in tokens. Without files, the rows are Python's docstrings. The row
+orders are those of five epochs with seed 0.
 """
 
 import argparse
@@ -19,22 +20,22 @@ _EPOCHS = 5
 
 def main() -> None:
     options = _options()
-    asked = list(question_rows())
+    questions = list(question_rows())
     if options.questions:
         with options.questions.open(encoding="utf-8", newline="") as file:
-            asked = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
-    pairs = [(question, answer, " ".join(answer.split()[::-1])) for question, answer in asked]
+            questions = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
+    pairs = [(question, answer, " ".join(answer.split()[::-1])) for question, answer in questions]
     if options.preferences:
         lines = options.preferences.read_text(encoding="utf-8").splitlines()
         pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in map(json.loads, lines)]
-    sft = [(len(question) + len(answer),) for question, answer in asked]
+    sft = [(len(question) + len(answer),) for question, answer in questions]
     dpo = [(len(prompt) + len(chosen), len(prompt) + len(rejected)) for prompt, chosen, rejected in pairs]
     print("| micro_batch_rows | DPO, random | DPO, by length | SFT, random | SFT, by length |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     micro_rows = options.batch_rows
     while micro_rows > 1:
         cells = [
-            computed(rows, options.batch_rows, micro_rows, by_length)
+            processed_per_token(rows, options.batch_rows, micro_rows, by_length)
             for rows in (dpo, sft)
             for by_length in (False, True)
         ]
@@ -42,17 +43,20 @@ def main() -> None:
         micro_rows //= 2
 
 
-def computed(rows: list[tuple[int, ...]], batch_rows: int, micro_rows: int, by_length: bool) -> float:
-    """What is computed for each token of `rows`; a row is the lengths of its sequences, each padded to the longest."""
+def processed_per_token(rows: list[tuple[int, ...]], batch_rows: int, micro_rows: int, by_length: bool) -> float:
+    """Return the tokens processed per token of `rows`.
+
+    A row holds the lengths of its sequences; all sequences of a micro-batch are padded to the longest one.
+    """
     longest = [max(row) for row in rows]
-    fed = needed = 0
+    processed = needed = 0
     for epoch in range(_EPOCHS):
         order = list(WholeBatches(len(rows), batch_rows, 0, lambda epoch=epoch: epoch, longest if by_length else None))
         for start in range(0, len(order), micro_rows):
             micro = order[start : start + micro_rows]
-            fed += max(longest[row] for row in micro) * sum(len(rows[row]) for row in micro)
+            processed += max(longest[row] for row in micro) * sum(len(rows[row]) for row in micro)
             needed += sum(sum(rows[row]) for row in micro)
-    return fed / needed
+    return processed / needed
 
 
 def _options() -> argparse.Namespace:

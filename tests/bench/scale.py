@@ -1,9 +1,9 @@
-"""Many runs: how long `runs` and `status` take with 1,000 finished runs in a bucket, and what drivers cost.
+"""Measure many runs: `runs` and `status` with 1,000 finished runs in a bucket, and the requests of waiting drivers.
 
-python tests/bench/scale.py [RUNS_SIDE_BY_SIDE]
+    python tests/bench/scale.py [WAITING_RUNS]
 
-The bucket is MinIO's where the program is on the PATH. The runs side by side wait at a real API server (etcd and
-kube-apiserver) where both programs are; their drivers are threads of this process.
+The bucket is MinIO's if the program is on the PATH. The waiting runs (200 by default) use a real API server, if etcd
+and kube-apiserver are installed; their drivers are threads of this process.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ FINISHED, QUIET_S = 1000, 60
 
 
 def fill(store: Store, count: int = FINISHED) -> None:
-    """Finished runs as real ones leave them: a record, a log of each stage, a report."""
+    """Write finished runs: the record, the log of each stage and the report that a real run leaves."""
     recipe = load_recipe(DEMO).model_dump(mode="json")
 
     def put(number: int) -> None:
@@ -71,7 +71,7 @@ def fill(store: Store, count: int = FINISHED) -> None:
 
 
 def measure(command: list[str], environment: dict[str, str], times: int = 5) -> tuple[list[float], list[float]]:
-    """Wall and processor seconds of each of `times` runs, sorted, after one that compiles what it imports."""
+    """Return the wall and CPU seconds of `times` runs, each list sorted, after one run that compiles its imports."""
     wall, cpu = [], []
     for _ in range(times + 1):
         began_s, before = time.perf_counter(), os.times()
@@ -83,7 +83,7 @@ def measure(command: list[str], environment: dict[str, str], times: int = 5) -> 
 
 
 def measure_bucket() -> None:
-    """What a person waits for with many finished runs."""
+    """Print how long `runs` and `status` take with many finished runs."""
     with s3_server.serve() as server:
         os.environ.update(server.environment)
         store = Store("s3://scale/llama")
@@ -95,15 +95,15 @@ def measure_bucket() -> None:
             wall, cpu = measure([LLAMAREFINE, *words], environment)
             print(
                 f"  llamarefine {' '.join(words):22} best {wall[0]:.2f} s  median {statistics.median(wall):.2f} s  "
-                f"(processor {cpu[0]:.2f} s)"
+                f"(CPU {cpu[0]:.2f} s)"
             )
 
 
 def measure_drivers(count: int) -> None:
-    """What `count` stages that wait side by side ask of the API server, and how soon `status` answers beside them."""
+    """Print the requests per second of `count` stages that wait at the same time, and how long `status` takes then."""
     missing = [program for program in control_plane.PROGRAMS if not control_plane.find(program)]
     if missing:
-        print(f"no figures of runs side by side: {', '.join(missing)} not found")
+        print(f"waiting runs were not measured: {', '.join(missing)} not found")
         return
     with control_plane.serve() as kubeconfig, tempfile.TemporaryDirectory() as folder:
         os.environ["KUBECONFIG"] = str(kubeconfig)
@@ -113,7 +113,7 @@ def measure_drivers(count: int) -> None:
 
         def wait_for(task: Task) -> None:
             executor = ClusterExecutor(Cluster(retry_policy=RetryPolicy(120)), Settings(gpu_resource=None))
-            with contextlib.suppress(LlamaRefineError):  # its Job is removed below
+            with contextlib.suppress(LlamaRefineError):  # raised when its Job is deleted below
                 executor.execute(task, lambda line: None)
 
         threads = [threading.Thread(target=wait_for, args=(task,), daemon=True) for task in tasks]
@@ -121,13 +121,13 @@ def measure_drivers(count: int) -> None:
             thread.start()
         while len(cluster.objects("Job", labels=RUN)) < count:
             time.sleep(1)
-        time.sleep(QUIET_S)
+        time.sleep(QUIET_S)  # so that the requests of the start are not counted
         before, began_s = requests(cluster), time.monotonic()
-        time.sleep(QUIET_S)
-        asked, seconds = requests(cluster) - before, time.monotonic() - began_s
-        print(f"{count} stages wait: {asked / seconds:.1f} requests/s, load {os.getloadavg()[0]:.1f}")
+        time.sleep(QUIET_S)  # the time of the measurement
+        sent, seconds = requests(cluster) - before, time.monotonic() - began_s
+        print(f"{count} stages wait: {sent / seconds:.1f} requests/s, load {os.getloadavg()[0]:.1f}")
         wall, cpu = look_s(cluster, tasks[-1].run)
-        print(f"  looking at one run: median {wall:.2f} s (processor {cpu:.2f} s)")
+        print(f"  status of one run: median {wall:.2f} s (CPU {cpu:.2f} s)")
         for task in tasks:
             cluster.delete("Job", f"{task.run}-sft")
         for thread in threads:
@@ -135,7 +135,7 @@ def measure_drivers(count: int) -> None:
 
 
 def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
-    """Wall and processor seconds of finding a run and asking what it waits for, the median of each."""
+    """Return the median wall and CPU seconds of finding a run and its state, as `status` does."""
     wall, cpu = [], []
     for _ in range(times):
         began_s, before_s = time.perf_counter(), time.thread_time()
@@ -146,13 +146,13 @@ def look_s(cluster: Cluster, run: str, times: int = 5) -> tuple[float, float]:
 
 
 def requests(cluster: Cluster) -> float:
-    """How many requests the API server has had for what the launcher asks for."""
+    """Return how many requests for the launcher's kinds of objects the API server has answered."""
     text = cluster._requests.call("GET", "/metrics").data.decode()
-    of_ours = r'^apiserver_request_total{[^}]*resource="(?:jobs|pods|events|configmaps)"[^}]*} (\S+)$'
-    return sum(float(found) for found in re.findall(of_ours, text, re.MULTILINE))
+    counter = r'^apiserver_request_total{[^}]*resource="(?:jobs|pods|events|configmaps)"[^}]*} (\S+)$'
+    return sum(float(found) for found in re.findall(counter, text, re.MULTILINE))
 
 
 if __name__ == "__main__":
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile 500 modules anew, in 0.7 s
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each process would compile 500 modules in 0.7 s
     measure_bucket()
     measure_drivers(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

@@ -1,4 +1,4 @@
-"""Stages as processes that begin at once and die for real: forks of a server that has imported everything."""
+"""Run stages as real processes that start at once: they are forks of a server that has imported everything."""
 
 import importlib
 import multiprocessing
@@ -15,12 +15,12 @@ from pathlib import Path
 from llamarefine_jobs import entry
 from llamarefine_jobs.store import Store
 
-LIMIT_S = 900  # a run that takes longer hangs
-Watch = Callable[[int, list[str]], bool]
-# Each start looks after every other process, and two threads that ask for one exit code get 255 for it.
-_ONE_AT_A_TIME = threading.Lock()
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+LIMIT_S = 900  # a run that takes longer counts as hung and is killed
+Observer = Callable[[int, list[str]], bool]  # pid and lines so far -> whether it has applied its fault
+# Starting a process also polls all others; when two threads collect the same exit code, one of them gets 255.
+_PROCESS_LOCK = threading.Lock()
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(
     [
         "trl.trainer.sft_trainer",
         "trl.trainer.dpo_trainer",
@@ -33,8 +33,8 @@ _FORKS.set_forkserver_preload(
 
 
 @dataclass
-class Ended:
-    """How a run ended: its exit code (negative: the signal), what it said, when the fault came and how long it took."""
+class RunResult:
+    """How a run ended: its exit code (negative: the signal), its lines, when the fault happened, how long it took."""
 
     exit_code: int | None
     seconds: float
@@ -43,69 +43,69 @@ class Ended:
 
     @property
     def last_line(self) -> str:
-        return self.lines[-1] if self.lines else "it said nothing"
+        return self.lines[-1] if self.lines else "no output"
 
 
-def run(subject: str, world: Path, watch: Watch | None = None) -> Ended:
-    """Run a stage, or a writer of the store, in `world`, which holds recipe.yaml and store/.
+def run(subject: str, workspace: Path, observer: Observer | None = None) -> RunResult:
+    """Run a stage, or a writer of the store, in `workspace`, which holds recipe.yaml and store/.
 
-    `watch(pid, lines so far)` is called all the while, until it says that it let a fault happen; where it never
-    does, once more with pid 0 when the run is over.
+    `observer` is called every few milliseconds until it returns True, which says that it has applied its fault. If it
+    never does, it is called once more, with pid 0, after the run has ended.
     """
-    reader, writer = _FORKS.Pipe(duplex=False)
-    process = _FORKS.Process(target=_work, args=(subject, str(world), writer))
-    with _ONE_AT_A_TIME:
+    reader, writer = _FORKSERVER.Pipe(duplex=False)
+    process = _FORKSERVER.Process(target=_run_in_child, args=(subject, str(workspace), writer))
+    with _PROCESS_LOCK:
         process.start()
     writer.close()
     assert process.pid
     began_s = time.monotonic()
-    ended = Ended(None, 0.0)
-    said, open_ = b"", True
+    ended = RunResult(None, 0.0)
+    unfinished, open_ = b"", True
     while open_:
-        if watch and watch(process.pid, ended.lines):
-            watch, ended.fault_s = None, time.monotonic() - began_s
+        if observer and observer(process.pid, ended.lines):
+            observer, ended.fault_s = None, time.monotonic() - began_s
         if time.monotonic() - began_s > LIMIT_S:
             process.kill()
         if select.select([reader], [], [], 0.002)[0]:
             chunk = os.read(reader.fileno(), 1 << 16)
-            *lines, said = (said + chunk).split(b"\n")
+            *lines, unfinished = (unfinished + chunk).split(b"\n")
             ended.lines += [line.decode() for line in lines]
             open_ = bool(chunk)
-    with _ONE_AT_A_TIME:
+    with _PROCESS_LOCK:
         process.join()
         ended.exit_code = process.exitcode
     reader.close()
     ended.seconds = time.monotonic() - began_s
-    if watch and watch(0, ended.lines):
+    if observer and observer(0, ended.lines):
         ended.fault_s = ended.seconds
     return ended
 
 
-def _work(subject: str, world: str, output: Connection) -> None:
-    """What the fork does: its output goes to the pipe, which no limit on files reaches."""
+def _run_in_child(subject: str, workspace: str, output: Connection) -> None:
+    """Run `subject` in the forked process. Its output goes to a pipe, which a limit on file sizes does not affect."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ["LLAMAREFINE_WORK"] = world
-    os.chdir(world)
+    os.environ["LLAMAREFINE_WORK"] = workspace
+    os.chdir(workspace)
     if subject == "store":
         with entry.exit_code("sft"):
-            write(Path(world))
+            write_store(Path(workspace))
         return
-    sys.argv = [subject, "--recipe", f"{world}/recipe.yaml", "--store", f"{world}/store"]
+    sys.argv = [subject, "--recipe", f"{workspace}/recipe.yaml", "--store", f"{workspace}/store"]
     entry.main(subject, importlib.import_module(f"llamarefine_jobs.{subject}").work)
 
 
-def write(world: Path) -> None:
-    """What a training asks of the store, without the training: three checkpoints, each fetched, then the artifact."""
+def write_store(workspace: Path) -> None:
+    """Use the store as a training does, without training: resume, publish three checkpoints, then the artifact."""
     from tests.store import samples
 
-    store = Store(str(world / "store"))
+    store = Store(str(workspace / "store"))
     if store.manifest(samples.STAGE, samples.KEY):
         return
-    done = store.fetch_checkpoint(samples.STAGE, samples.KEY, world / f"resume-{os.getpid()}") or 0
+    done = store.fetch_checkpoint(samples.STAGE, samples.KEY, workspace / f"resume-{os.getpid()}") or 0
     print(f"sft: goes on from the checkpoint at step {done}" if done else "sft: makes it from nothing")
-    folder = samples.make_folder(world / f"made-{os.getpid()}", size_bytes=2_000_000)
+    folder = samples.make_folder(workspace / f"made-{os.getpid()}", size_bytes=2_000_000)
     for step in range(done + 1, 4):
         print(f"progress stage=sft step={step} steps=3")
         store.publish_checkpoint(step, folder, samples.draft())

@@ -1,4 +1,4 @@
-"""A short form of `make chaos`: every fault, every stage and the store, at random moments of real runs."""
+"""A short form of `make chaos`: every fault, on every stage and the store, at random moments of real runs."""
 
 import json
 import os
@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 from .__main__ import SUBJECTS
-from .faults import FAULTS
+from .faults import DAMAGES, FAULTS
 
 ROOT = Path(__file__).parents[2]
 SEED = os.environ.get("LLAMAREFINE_CHAOS_SEED", "1")
 
 
-def test_killed_full_or_damaged_everything_ends_with_the_same_bytes_or_the_right_error(tmp_path: Path) -> None:
-    """In a process of its own: pytest's has a server of forks already, which imported what other tests need."""
-    command = [sys.executable, "-m", "tests.chaos", "--seed", SEED, "--kills", "20", "--at-once", "1"]
+def test_after_each_fault_every_subject_ends_with_the_undisturbed_bytes_or_the_right_error(tmp_path: Path) -> None:
+    """The suite runs in its own process, because pytest's may have a fork server with other imports already."""
+    command = [sys.executable, "-m", "tests.chaos", "--seed", SEED, "--kills", "20", "--parallel", "1"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "report.json")],
         cwd=ROOT,
@@ -30,3 +30,6 @@ def test_killed_full_or_damaged_everything_ends_with_the_same_bytes_or_the_right
     assert {trial["subject"] for trial in trials} == set(SUBJECTS)
     assert {trial["fault"] for trial in trials} == set(FAULTS)
     assert [trial for trial in trials if trial["finding"]] == []
+    restarted = {trial["fault"] for trial in trials if len(trial["ended"]) > 1}
+    assert restarted >= set(FAULTS) - set(DAMAGES), "a fault ended no process, so it did nothing"
+    assert restarted & set(DAMAGES), "no damage was found and repaired"

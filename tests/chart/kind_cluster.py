@@ -1,4 +1,4 @@
-"""A kind cluster with the launcher's and MinIO's images in it, for the tests that need a real API server."""
+"""A kind cluster that holds the images of the launcher and of MinIO, for the tests that need a real API server."""
 
 import json
 import subprocess
@@ -18,14 +18,14 @@ TAG = kind.TAG
 
 
 class KindCluster:
-    """One cluster, under a kubeconfig of its own. `said` is what `make kind-up` said."""
+    """One cluster and the environment that points at it; `output` is what `make kind-up` printed."""
 
-    def __init__(self, environment: dict[str, str], said: str = "") -> None:
+    def __init__(self, environment: dict[str, str], output: str = "") -> None:
         self.environment = environment
-        self.said = said
+        self.output = output
 
     def run(self, *command: str | Path, check: bool = True, stdin: str | None = None) -> str:
-        """Run a program with this cluster's kubeconfig; what it said, both streams."""
+        """Run a program with this cluster's kubeconfig; return its standard output and standard error as one text."""
         done = subprocess.run(
             [*map(str, command)],
             input=stdin,
@@ -44,7 +44,7 @@ class KindCluster:
         return self.run("kubectl", *arguments, check=check, stdin=stdin)
 
     def objects(self, namespace: str, kinds: str, labels: str = "") -> list[Object]:
-        """The objects of some kinds in a namespace."""
+        """Return the objects of these kinds (separated by commas) that have these labels."""
         selector = ["--selector", labels] if labels else []
         found: list[Object] = json.loads(self.kubectl("-n", namespace, "get", kinds, "-o", "json", *selector))["items"]
         return found
@@ -53,21 +53,22 @@ class KindCluster:
         self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
 
     def make_namespace(self, name: str) -> None:
-        """A namespace that takes restricted pods only."""
+        """Create a namespace that admits only pods of the restricted standard."""
         labels = {"pod-security.kubernetes.io/enforce": "restricted"}
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 
 
 @contextmanager
 def cluster(folder: Path, config: Path | None = None) -> Iterator[KindCluster]:
-    """A cluster with MinIO and the chart, and of the images only those that the chart itself runs; gone afterwards.
+    """Create a cluster with the chart and MinIO installed, yield it, and delete it.
 
-    Skips where none can be made. `make kind-up` in its environment brings the stages' images, too. Its nodes are those
-    of `config`, kind's own file; one without.
+    It holds only the images that the chart itself runs; a test that needs the stages' images runs `make kind-up` in
+    the cluster's environment. `config` is a kind configuration file with the nodes; without it there is one node.
+    Skips the test where no cluster can be created.
     """
     environment = kind.environment(folder)
     if lacking := kind.missing(environment):
-        pytest.skip(f"no cluster can be made here: {', '.join(lacking)} not found")
+        pytest.skip(f"a kind cluster cannot be created: {', '.join(lacking)} not found")
     if config:
         environment["KIND_CONFIG"] = str(config)
     kind.make(environment, "kind-down")
@@ -77,10 +78,10 @@ def cluster(folder: Path, config: Path | None = None) -> Iterator[KindCluster]:
         kind.make(environment, "kind-down")
 
 
-def eventually(true: Callable[[], Any], within_s: float = 180) -> Any:
-    """What `true` gives as soon as it is anything; fails when that takes too long."""
+def eventually(condition: Callable[[], Any], within_s: float = 180) -> Any:
+    """Call `condition` until it returns a true value, and return that; fail when `within_s` have passed."""
     until_s = time.monotonic() + within_s
-    while not (found := true()):
-        assert time.monotonic() < until_s, f"not within {within_s:g} s"
+    while not (found := condition()):
+        assert time.monotonic() < until_s, f"the condition did not become true within {within_s:g} s"
         time.sleep(0.5)
     return found

@@ -1,4 +1,4 @@
-"""Every object of a release, compared as a whole. `LLAMAREFINE_WRITE_GOLDEN=1` writes the files anew, to be read."""
+"""Every object of a release equals its golden file. `LLAMAREFINE_WRITE_GOLDEN=1` rewrites the files; review them."""
 
 import os
 from pathlib import Path
@@ -67,7 +67,7 @@ CASES: dict[str, Values] = {
 
 
 class Readable(yaml.SafeDumper):
-    """Writes a text of several lines as such."""
+    """A YAML writer that writes a text of several lines as a block."""
 
 
 Readable.add_representer(
@@ -78,7 +78,7 @@ Readable.add_representer(
 
 @needs_helm
 @pytest.mark.parametrize("case", CASES)
-def test_a_release_is_the_one_that_was_read(case: str) -> None:
+def test_a_release_equals_its_golden_file(case: str) -> None:
     objects = sorted(render(CASES[case]), key=lambda each: (each["kind"], each["metadata"]["name"]))
     text = yaml.dump_all(objects, Dumper=Readable, width=120).replace(__version__, "VERSION")
     file = GOLDEN / f"{case}.yaml"
@@ -87,5 +87,5 @@ def test_a_release_is_the_one_that_was_read(case: str) -> None:
     assert text == file.read_text(encoding="utf-8")
 
 
-def test_no_golden_file_is_left_over() -> None:
+def test_every_golden_file_belongs_to_a_case() -> None:
     assert {file.stem for file in GOLDEN.iterdir()} == set(CASES)

@@ -1,4 +1,4 @@
-"""The Job that starts the pipeline: anew for a new recipe or new images, and in no upgrade's way."""
+"""The Job that submits the pipeline: a new recipe or new images create another one; other upgrades leave it."""
 
 from typing import Any
 
@@ -6,15 +6,20 @@ import pytest
 
 from llamarefine_jobs.contract.errors import Disposition, all_errors
 
-from .rendering import BUCKET, Object, Values, needs_helm, one, render
+from .rendering import BUCKET, Object, Values, is_hook, needs_helm, one, render
 from .test_golden import RECIPE
 
 pytestmark = needs_helm
 
 
-def launcher(**more: Any) -> Object:
+def release(**more: Any) -> list[Object]:
+    """Return the objects of a release with a bucket, a recipe and these values."""
     settings = {**BUCKET["settings"], **more.pop("settings", {})}
-    return one(render({"recipe": RECIPE, **more, "settings": settings}), "Job", "llamarefine-submit")
+    return render({"recipe": RECIPE, **more, "settings": settings})
+
+
+def launcher(**more: Any) -> Object:
+    return one(release(**more), "Job", "llamarefine-submit")
 
 
 def name(**more: Any) -> str:
@@ -22,19 +27,20 @@ def name(**more: Any) -> str:
     return found
 
 
-def test_without_a_recipe_nothing_is_started() -> None:
-    assert [each for each in render(BUCKET) if each["kind"] == "Job" and "annotations" not in each["metadata"]] == []
+def test_without_a_recipe_there_is_no_launcher_job() -> None:
+    assert [each["metadata"]["name"] for each in render(BUCKET) if each["kind"] == "Job" and not is_hook(each)] == []
 
 
 @pytest.mark.parametrize(
     "more",
     [
         {"networkPolicy": {"enabled": False}},
-        {"minio": {"resources": {}}},
+        {"serviceAccounts": {"driverAnnotations": {"iam.example.com/role": "driver"}}},
         {"settings": {"ttl_s": 60, "resources": {"sft": {"gpus": 2}}}},
     ],
 )
-def test_an_upgrade_of_something_else_leaves_it_as_it_is(more: Values) -> None:
+def test_an_upgrade_that_changes_neither_recipe_nor_pod_leaves_the_job_unchanged(more: Values) -> None:
+    assert release(**more) != release(), "the upgrade changes another object"
     assert launcher(**more) == launcher()
 
 
@@ -48,12 +54,12 @@ def test_an_upgrade_of_something_else_leaves_it_as_it_is(more: Values) -> None:
         {"launcher": {"tolerations": [{"operator": "Exists"}]}},
     ],
 )
-def test_what_changes_the_recipe_or_the_pod_makes_another(more: Values) -> None:
-    """A Job's pod cannot be changed: with the same name, helm's patch would be refused."""
+def test_a_changed_recipe_or_pod_changes_the_jobs_name(more: Values) -> None:
+    """The pod template of a Job is immutable: the API server would refuse helm's patch of a Job of the same name."""
     assert name(**more) != name()
 
 
-def test_it_submits_the_recipe_beside_the_settings() -> None:
+def test_the_job_submits_the_recipe_with_the_releases_settings() -> None:
     pod = launcher()["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"] == ["submit", "recipe.yaml", "--settings", "llamarefine.yaml", "--detach"]
@@ -64,13 +70,13 @@ def test_it_submits_the_recipe_beside_the_settings() -> None:
     assert {"name": "config", "mountPath": "/etc/llamarefine", "readOnly": True} in container["volumeMounts"]
 
 
-def test_only_what_may_pass_by_itself_is_tried_again() -> None:
+def test_only_errors_that_may_pass_are_retried() -> None:
     rule = launcher()["spec"]["podFailurePolicy"]["rules"][-1]
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    passing = [kind.exit_code for kind in all_errors() if kind.disposition is not Disposition.FAIL]
-    assert rule["onExitCodes"]["values"] == passing
+    retried = [kind.exit_code for kind in all_errors() if kind.disposition is not Disposition.FAIL]
+    assert rule["onExitCodes"]["values"] == retried
 
 
-def test_it_stays_when_it_is_done() -> None:
-    """With a TTL the next upgrade would find it missing, and make it anew."""
+def test_the_finished_job_is_kept() -> None:
+    """With a TTL, Kubernetes would delete it, and the next upgrade would create it again and submit again."""
     assert "ttlSecondsAfterFinished" not in launcher()["spec"]

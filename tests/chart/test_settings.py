@@ -1,4 +1,4 @@
-"""The settings that a release writes are the launcher's own: the same keys, the same meaning, nulls included."""
+"""The launcher reads the settings that a release writes: the same keys with the same values, nulls included."""
 
 from typing import get_args
 
@@ -27,49 +27,52 @@ def test_the_launcher_accepts_every_release(case: str) -> None:
     settings_of(CASES[case])
 
 
-def test_the_values_of_make_kind_up_are_right() -> None:
+def test_the_values_of_make_kind_up_give_minio_and_no_gpu() -> None:
     values = yaml.safe_load((ROOT / "k8s/kind-values.yaml").read_text(encoding="utf-8"))
     found = settings_of(values)
     assert (found.store, found.gpu_resource) == ("s3://llamarefine", None)
 
 
-def test_the_launcher_looks_for_them_under_their_name() -> None:
+def test_the_settings_map_has_the_name_that_the_launcher_reads() -> None:
     assert one(render(BUCKET), "ConfigMap")["metadata"]["name"] == SETTINGS_MAP
 
 
-def test_what_is_not_given_is_the_launchers_default() -> None:
+def test_a_setting_that_is_not_given_has_the_launchers_default() -> None:
     given = {"store": "s3://bucket/prefix", "namespace": "team", "stage_service_account": "llamarefine-stage"}
     assert settings_of(BUCKET) == Settings(**given)  # type: ignore[arg-type]
 
 
-def test_every_setting_arrives() -> None:
+def test_every_given_setting_reaches_the_launcher() -> None:
     given = EVERYTHING["settings"] | {"namespace": "team"}
     assert settings_of(EVERYTHING) == parse(given, "the test")
 
 
-def test_there_are_settings_that_can_be_null() -> None:
+def test_some_settings_can_be_null_and_have_another_default() -> None:
     assert len(CAN_BE_NULL) > 5
+    assert any(Settings.model_fields[name].default is not None for name in CAN_BE_NULL)
 
 
 @pytest.mark.parametrize("name", CAN_BE_NULL)
 def test_null_stays_null(name: str) -> None:
-    """helm drops nulls; the launcher's default must not come back in their place."""
+    """helm drops nulls; the launcher must not then use its default."""
     values = {"settings": {**BUCKET["settings"], name: None}}
     assert getattr(settings_of(values), name) is None
 
 
-def test_minio_is_the_bucket_where_it_is_asked_for() -> None:
+def test_with_minio_enabled_it_is_the_store() -> None:
     found = settings_of(MINIO)
     assert (found.store, found.s3_endpoint) == ("s3://llamarefine", "http://llamarefine-minio:9000")
 
 
-def test_the_images_are_the_packages() -> None:
+def test_image_names_equal_the_launchers() -> None:
     assert settings_of(BUCKET).image("sft") == f"llamarefine-sft:{__version__}"
-    launcher = one(render({**BUCKET, "recipe": {"name": "x", "prepare": prepare()}}), "Job", "llamarefine-submit")
+    launcher = one(
+        render({**BUCKET, "recipe": {"name": "x", "prepare": prepare_section()}}), "Job", "llamarefine-submit"
+    )
     assert launcher["spec"]["template"]["spec"]["containers"][0]["image"] == settings_of(BUCKET).image("launcher")
 
 
-def test_a_registry_stands_before_every_image() -> None:
+def test_the_registry_is_prefixed_to_every_image() -> None:
     settings = {**BUCKET["settings"], "image_registry": "registry.example.com/team/", "image_tag": "v1"}
     objects = render({**MINIO, "settings": settings})
     pod = one(objects, "Deployment")["spec"]["template"]["spec"]
@@ -77,5 +80,5 @@ def test_a_registry_stands_before_every_image() -> None:
     assert names == {"registry.example.com/team/llamarefine-minio:v1"}
 
 
-def prepare() -> Values:
+def prepare_section() -> Values:
     return {"questions": {"source": "q.csv"}, "preferences": {"source": "p.jsonl"}}

@@ -1,4 +1,4 @@
-"""What may be given: lint is clean, and a mistake is refused in words that lead to it."""
+"""The chart's values: valid ones pass `helm lint`, and each mistake is refused with an error that names it."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from .test_golden import CASES
 
 @needs_helm
 @pytest.mark.parametrize("case", CASES)
-def test_lint_is_clean(case: str) -> None:
-    said = helm("lint", "--strict", CHART, values=CASES[case]).stdout
-    assert "0 chart(s) failed" in said
-    assert "WARNING" not in said
+def test_lint_reports_no_warning(case: str) -> None:
+    output = helm("lint", "--strict", CHART, values=CASES[case]).stdout
+    assert "0 chart(s) failed" in output
+    assert "WARNING" not in output
 
 
 @needs_helm
@@ -42,7 +42,7 @@ def test_lint_is_clean(case: str) -> None:
         (MINIO | {"settings": {"secret_name": None}}, "settings.secret_name is empty"),
     ],
 )
-def test_a_mistake_is_refused_and_named(values: Values, words: str) -> None:
+def test_an_invalid_value_is_refused_and_named(values: Values, words: str) -> None:
     settings = BUCKET["settings"] | values.get("settings", {})
     assert words in refusal({**values, "settings": settings})
 
@@ -52,27 +52,27 @@ def test_a_release_without_a_bucket_is_refused() -> None:
     assert "settings.store is empty: name a bucket" in refusal({})
 
 
-def test_nothing_unknown_is_let_through() -> None:
-    """Every section is closed, but those whose keys are a person's own: labels, raw parts of pods and policies."""
-    sections = list(open_or_closed(values_schema()))
+def test_every_section_of_the_schema_refuses_unknown_keys() -> None:
+    """Except sections whose keys the user chooses: labels, and raw parts of pods and policies."""
+    sections = list(sections_of(values_schema()))
     assert len(sections) > 20
     free = {"settings", "requests", "limits", "node_selector", "Strings", "global", "resources", "items", "each"}
     assert [path for path, is_closed in sections if not is_closed and path[-1] not in free] == []
 
 
-def open_or_closed(schema: Any, path: tuple[str, ...] = ("values",)) -> Any:
-    """Each object of a schema that lists its keys, and whether it takes no others."""
+def sections_of(schema: Any, path: tuple[str, ...] = ("values",)) -> Any:
+    """Yield the path of each object in a schema that lists its keys, and whether it refuses all others."""
     if isinstance(schema, list):
         for item in schema:
-            yield from open_or_closed(item, path)
+            yield from sections_of(item, path)
     elif isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict):
             yield path, schema.get("additionalProperties") is False
         for name, value in schema.items():
-            yield from open_or_closed(value, (*path, name))
+            yield from sections_of(value, (*path, name))
 
 
-def test_the_charts_own_values_hold_every_value_but_the_settings_with_a_default_of_the_launcher() -> None:
+def test_values_yaml_lists_every_value_and_mentions_every_setting() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
     schema = values_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -85,13 +85,13 @@ def test_the_charts_own_values_hold_every_value_but_the_settings_with_a_default_
     assert not set(DECIDED_BY_THE_CHART) & set(values["settings"])
 
 
-def test_the_chart_has_the_packages_version() -> None:
+def test_the_chart_has_the_version_of_the_package() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
 @needs_helm
-def test_a_recipe_may_be_a_file_or_keys_in_the_values() -> None:
+def test_a_recipe_may_be_a_file_or_inline_values() -> None:
     from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
 
     as_keys = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def test_a_recipe_may_be_a_file_or_keys_in_the_values() -> None:
 
 
 @needs_helm
-def test_the_packaged_chart_does_not_hold_the_schemas_source(tmp_path: Any) -> None:
+def test_the_packaged_chart_leaves_out_the_schemas_source(tmp_path: Any) -> None:
     import tarfile
 
     helm("package", CHART, "--destination", tmp_path)

@@ -1,4 +1,4 @@
-"""The demo on a real cluster: kind, images from these Dockerfiles, the chart, MinIO; then the same on one machine."""
+"""The demo on a kind cluster, with the images built here, the chart and MinIO; its model equals one machine's."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ PRIVILEGED = """
 {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "privileged"}, "spec": {"containers": [
     {"name": "one", "image": "any", "securityContext": {"privileged": true}}]}}
 """
-# Every small object of the bucket: manifests, run records, logs, reports.
+# Prints every object of the bucket under 1 MB: manifests, run records, logs, reports.
 BUCKET_TEXTS = """
 import boto3, sys
 client = boto3.client("s3")
@@ -45,19 +45,19 @@ def env(kind_cluster: KindCluster) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(env: dict[str, str]) -> str:
-    """The output of `make kind-up` with every image."""
+    """Run `make kind-up` with every image; return its output."""
     return kind.make(env, "kind-up")
 
 
 @pytest.fixture(scope="module")
 def submitted(env: dict[str, str], cluster: str) -> str:
-    """The output of `make submit-pipeline` with the demo's recipe, followed to its end."""
+    """Run `make submit-pipeline` with the demo's recipe until the run has ended; return its output."""
     return kind.make(env, "submit-pipeline")
 
 
 @pytest.fixture(scope="module")
 def pods(env: dict[str, str], submitted: str) -> list[dict[str, Any]]:
-    """Every pod of the namespace, the finished ones too."""
+    """Return every pod of the namespace after the run, finished ones included."""
     return kind.items(env, "pods")
 
 
@@ -67,25 +67,28 @@ def stage_of(pod: dict[str, Any]) -> str | None:
 
 
 def sha256_of_files(folder: Path) -> dict[str, str]:
-    """By file. The card names the keys of what the model was made from: prepare's tells an image's docstrings, which
-    the cluster pins by the image's name, from those of a Python at hand, so that one line is left out."""
+    """Return the sha256 of each file, without one line of the model card.
+
+    The card lists the keys of the parent artifacts. Prepare's key contains how its docstrings were pinned: by the name
+    of the image on the cluster, by the Python version elsewhere.
+    """
     contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     contents["README.md"], lines = re.subn(rb"\| prepare \| `[0-9a-f]{64}` \|\n", b"", contents["README.md"])
     assert lines == 1
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def test_kind_up_says_what_to_type_next(cluster: str) -> None:
+def test_kind_up_prints_the_next_command(cluster: str) -> None:
     assert "make submit-pipeline" in cluster
 
 
-def test_the_pulled_model_is_byte_for_byte_that_of_one_machine(
+def test_the_pulled_model_has_the_bytes_of_a_run_on_one_machine(
     env: dict[str, str], submitted: str, tmp_path: Path
 ) -> None:
     kind.make(env, "pull", MODEL=tmp_path / "pulled")
     machine = tmp_path / "machine"
     machine.mkdir(mode=0o777)
-    machine.chmod(0o777)  # the image's user is not the tests'
+    machine.chmod(0o777)  # the user of the image must write to it
     image = next(pod["spec"]["containers"][0]["image"] for pod in kind.items(env, "pods") if stage_of(pod) == "prepare")
     command = (
         "llamarefine run jobs/recipes/demo.yaml --store /machine/store --into /machine && chmod -R a+rwX /machine/*"
@@ -100,13 +103,13 @@ def test_the_pulled_model_is_byte_for_byte_that_of_one_machine(
     assert pulled == sha256_of_files(machine / "model")
 
 
-def test_there_was_one_finished_pod_for_each_stage(pods: list[dict[str, Any]]) -> None:
+def test_each_stage_has_one_pod_which_succeeded(pods: list[dict[str, Any]]) -> None:
     phases = [(stage_of(pod), pod["status"]["phase"]) for pod in pods if stage_of(pod)]
     assert sorted(phases) == sorted((stage, "Succeeded") for stage in SEQUENCE)
 
 
-def test_every_pod_is_a_numbered_user_on_a_read_only_root_without_privilege(pods: list[dict[str, Any]]) -> None:
-    assert len(pods) >= len(SEQUENCE) + 2, "the stages, the driver, MinIO"
+def test_every_pod_runs_as_a_user_id_with_a_read_only_root_and_no_privileges(pods: list[dict[str, Any]]) -> None:
+    assert len(pods) >= len(SEQUENCE) + 2, "expected the stages, the driver and MinIO"
     for pod in pods:
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
@@ -118,7 +121,7 @@ def test_every_pod_is_a_numbered_user_on_a_read_only_root_without_privilege(pods
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_no_stage_holds_a_token_of_the_cluster(pods: list[dict[str, Any]]) -> None:
+def test_no_stage_has_a_token_for_the_api_server(pods: list[dict[str, Any]]) -> None:
     stages = [pod["spec"] for pod in pods if stage_of(pod)]
     assert stages
     for spec in stages:
@@ -127,13 +130,13 @@ def test_no_stage_holds_a_token_of_the_cluster(pods: list[dict[str, Any]]) -> No
         assert not any("serviceAccountToken" in source for source in sources)
 
 
-def test_the_stages_that_need_a_gpu_were_given_one(pods: list[dict[str, Any]]) -> None:
-    asked = {
+def test_only_stages_that_need_a_gpu_request_one(pods: list[dict[str, Any]]) -> None:
+    limits = {
         stage_of(pod): pod["spec"]["containers"][0]["resources"].get("limits", {}).get("nvidia.com/gpu")
         for pod in pods
         if stage_of(pod)
     }
-    assert asked == {stage: "1" if STAGES[stage].needs_gpu else None for stage in SEQUENCE}
+    assert limits == {stage: "1" if STAGES[stage].needs_gpu else None for stage in SEQUENCE}
 
 
 def test_the_namespace_refuses_a_privileged_pod(env: dict[str, str], cluster: str) -> None:
@@ -143,7 +146,7 @@ def test_the_namespace_refuses_a_privileged_pod(env: dict[str, str], cluster: st
     assert 'violates PodSecurity "restricted' in refused.stderr
 
 
-def test_the_buckets_key_is_in_no_object_no_log_and_nothing_of_the_bucket(
+def test_the_buckets_secret_key_is_in_no_object_no_log_and_not_in_the_bucket(
     env: dict[str, str], pods: list[dict[str, Any]], submitted: str
 ) -> None:
     encoded = kind.kubectl(
@@ -162,26 +165,27 @@ def test_the_buckets_key_is_in_no_object_no_log_and_nothing_of_the_bucket(
         capture_output=True,
         check=True,
     ).stdout.decode(errors="replace")
-    assert "manifest.json" in texts["the bucket"], "the search must have had something to search in"
+    assert "manifest.json" in texts["the bucket"], "nothing was read from the bucket"
     assert [place for place, text in texts.items() if key in text or encoded in text] == []
 
 
-def test_submitting_again_runs_nothing_again(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
-    """What the first run left on the cluster makes way for the second one's driver, which finds all in the bucket."""
+def test_submitting_again_runs_no_stage(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
+    """The second run has a driver of its own, which finds every artifact in the bucket."""
     assert "demo" in kind.make(env, "submit-pipeline")
     before = {pod["metadata"]["uid"] for pod in pods}
     made = [pod for pod in kind.items(env, "pods") if pod["metadata"]["uid"] not in before]
-    assert made, "the second run has a driver"
+    assert made, "the second run created no driver"
     assert [stage_of(pod) for pod in made if stage_of(pod)] == []
 
 
-def test_kind_up_again_leaves_what_is_there(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
+def test_kind_up_again_keeps_minio(env: dict[str, str], pods: list[dict[str, Any]]) -> None:
+    before = {pod["metadata"]["uid"] for pod in pods if "minio" in pod["metadata"]["name"]}
+    assert before
     kind.make(env, "kind-up")
-    uids = {pod["metadata"]["uid"] for pod in kind.items(env, "pods")}
-    assert {pod["metadata"]["uid"] for pod in pods if "minio" in pod["metadata"]["name"]} <= uids
+    assert before <= {pod["metadata"]["uid"] for pod in kind.items(env, "pods")}
 
 
-# Of each SFT in a part of the bucket: how many processes, its losses, its adapter.
+# Prints the number of processes and the losses of the SFT under each prefix, and downloads its adapter.
 TRAININGS = """
 import boto3, json, sys
 client = boto3.client("s3")
@@ -189,14 +193,14 @@ for prefix in sys.argv[2:]:
     found = client.list_objects_v2(Bucket="llamarefine", Prefix=prefix + "/artifacts/sft/")["Contents"]
     names = {item["Key"].rpartition("/")[2]: item["Key"] for item in found}
     metrics = json.loads(client.get_object(Bucket="llamarefine", Key=names["manifest.json"])["Body"].read())["metrics"]
-    folder = sys.argv[1] + "/" + prefix + ".safetensors"
-    client.download_file("llamarefine", names["adapter_model.safetensors"], folder)
+    file = sys.argv[1] + "/" + prefix + ".safetensors"
+    client.download_file("llamarefine", names["adapter_model.safetensors"], file)
     print(json.dumps({name: metrics[name] for name in ("processes", "validation_loss", "train_loss")}))
 """
 
 
-def test_two_pods_train_what_one_trains(env: dict[str, str], submitted: str, tmp_path: Path) -> None:
-    """The demo's SFT with the same batches, on one node and on two; losses within 1e-3, weights within 2e-3."""
+def test_two_nodes_train_the_same_adapter_as_one(env: dict[str, str], submitted: str, tmp_path: Path) -> None:
+    """The demo's SFT with the same batches on one node and on two: losses differ by < 1e-3, weights by < 2e-3."""
     from safetensors.numpy import load_file
 
     for nodes in (1, 2):
@@ -209,21 +213,23 @@ def test_two_pods_train_what_one_trains(env: dict[str, str], submitted: str, tmp
     }
     assert {"0", "1"} <= indexes
     command = [kind.ROOT / "k8s/with-bucket", sys.executable, "-c", TRAININGS, tmp_path, "nodes-1", "nodes-2"]
-    told = subprocess.run(command, cwd=kind.ROOT, env=env, capture_output=True, check=True, text=True).stdout
-    one, two = (json.loads(line) for line in told.splitlines())
+    output = subprocess.run(command, cwd=kind.ROOT, env=env, capture_output=True, check=True, text=True).stdout
+    one, two = (json.loads(line) for line in output.splitlines())
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert two == pytest.approx(one, abs=1e-3)
-    weights = load_file(tmp_path / "nodes-2.safetensors")
-    for name, expected in load_file(tmp_path / "nodes-1.safetensors").items():
-        assert abs(weights[name] - expected).max() < 2e-3, name
+    expected, weights = (load_file(tmp_path / f"nodes-{nodes}.safetensors") for nodes in (1, 2))
+    assert expected
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert abs(weights[name] - tensor).max() < 2e-3, name
 
 
-def test_a_training_whose_pod_is_told_to_stop_or_killed_ends_with_the_same_model(
+def test_a_run_whose_training_pod_is_deleted_or_killed_ends_with_the_same_model(
     kind_cluster: KindCluster, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short form of `make chaos-kind ARGS=--train`: real trainers, in pods of their own."""
+    """A short form of `make chaos-kind ARGS=--train`, with the real trainers."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        monkeypatch.setenv(name, "")  # what is set below is undone afterwards
+        monkeypatch.setenv(name, "")  # so that the test's end restores what `suffer` sets
     cases = [("nothing", "step"), ("delete stage", "step"), ("kill stage", "step")]
     report = suffer(kind_cluster, tmp_path, 1, cases, at_once=3, trains=True)
     assert [trial for trial in report["trials"] if trial["finding"]] == []

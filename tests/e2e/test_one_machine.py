@@ -1,4 +1,4 @@
-"""The demo as a person runs it: the command, the real stages, the numbers; then the same on real files."""
+"""The demo as a user runs it: the command with the real stages, and its metrics; then the pipeline on real files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
 DATA = ROOT.parent / "shared" / "data"
 CSV = DATA / "NvidiaDocumentationQandApairs.csv"
 PAIRS = DATA / "preferences-hh-style.jsonl"
-# The demo's shape, but a smaller share of its steps: on real files only the way through is tested.
+# Fewer steps than the demo: on real files the test only checks that the pipeline runs to its end.
 SHORT = (
     "prepare.base.tiny.steps=40",
     "prepare.max_rows=600",
@@ -26,14 +26,14 @@ SHORT = (
 
 
 def llamarefine(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command, its output piped."""
+    """Run the command with its output piped."""
     command = [Path(sys.executable).with_name("llamarefine"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=os.environ)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished demo: store/, model/, report.*, output.txt."""
+    """Run the demo; return a folder with store/, model/, report.* and output.txt."""
     folder = tmp_path_factory.mktemp("demo")
     ended = llamarefine("run", DEMO, "--store", folder / "store", "--into", folder)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -46,7 +46,7 @@ def metric(folder: Path, name: str) -> dict[str, Any]:
     return next(metric for metric in metrics if metric["name"] == name)
 
 
-def test_sft_lowers_the_held_out_loss_beyond_the_intervals(demo: Path) -> None:
+def test_sft_lowers_the_held_out_loss_and_the_intervals_do_not_overlap(demo: Path) -> None:
     loss = metric(demo, "loss")
     assert loss["values"]["sft"]["high"] < loss["values"]["base"]["low"]
     assert [change["verdict"] for change in loss["changes"] if (change["from"], change["to"]) == ("base", "sft")] == [
@@ -54,13 +54,13 @@ def test_sft_lowers_the_held_out_loss_beyond_the_intervals(demo: Path) -> None:
     ]
 
 
-def test_dpo_raises_the_held_out_preference_accuracy_beyond_its_interval(demo: Path) -> None:
+def test_dpo_raises_the_held_out_preference_accuracy_above_chance(demo: Path) -> None:
     accuracy = metric(demo, "preference_accuracy")["values"]
-    assert accuracy["sft"]["value"] == 0.5, "the SFT policy is its own reference"
+    assert accuracy["sft"]["value"] == 0.5, "the SFT policy is its own reference, so every margin is 0"
     assert accuracy["merged"]["low"] > 0.5
 
 
-def test_it_ends_with_the_table_an_example_the_places_and_what_to_type_next(demo: Path) -> None:
+def test_the_output_ends_with_the_table_the_paths_and_the_next_command(demo: Path) -> None:
     output = (demo / "output.txt").read_text()
     for expected in (
         "Held-out loss",
@@ -71,10 +71,10 @@ def test_it_ends_with_the_table_an_example_the_places_and_what_to_type_next(demo
         "llamarefine infer",
     ):
         assert expected in output
-    assert "\x1b" not in output, "control characters in piped output"
+    assert "\x1b" not in output, "piped output contains control characters"
 
 
-def test_the_model_loads_with_transformers_alone(demo: Path) -> None:
+def test_the_model_loads_with_transformers_and_without_llamarefine(demo: Path) -> None:
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
@@ -88,8 +88,9 @@ def test_the_model_loads_with_transformers_alone(demo: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_second_run_runs_nothing(demo: Path) -> None:
+def test_a_second_run_reuses_every_artifact(demo: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in (demo / "store" / "artifacts").rglob("*"))
+    assert before
     ended = llamarefine("run", DEMO, "--store", demo / "store", "--json")
     assert ended.returncode == 0, ended.stderr
     stages = json.loads(ended.stdout)["stages"]
@@ -97,16 +98,14 @@ def test_a_second_run_runs_nothing(demo: Path) -> None:
     assert sorted((path, path.stat().st_mtime_ns) for path in (demo / "store" / "artifacts").rglob("*")) == before
 
 
-def test_another_beta_runs_dpo_merge_and_evaluate_alone(demo: Path) -> None:
+def test_another_beta_plans_only_dpo_merge_and_evaluate(demo: Path) -> None:
     ended = llamarefine("plan", DEMO, "--store", demo / "store", "--set", "dpo.beta=0.2", "--json")
     assert ended.returncode == 0, ended.stderr
     stages = json.loads(ended.stdout)["stages"]
     assert [stage["stage"] for stage in stages if stage["state"] != "there"] == ["dpo", "merge", "evaluate"]
 
 
-def test_the_same_recipe_in_another_folder_gives_the_same_adapters_and_the_same_model(
-    demo: Path, tmp_path: Path
-) -> None:
+def test_the_same_recipe_in_another_folder_gives_the_same_bytes(demo: Path, tmp_path: Path) -> None:
     ended = llamarefine("run", DEMO, "--store", tmp_path / "store", "--into", tmp_path / "out")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     made, again = published(demo / "store"), published(tmp_path / "store")
@@ -114,8 +113,8 @@ def test_the_same_recipe_in_another_folder_gives_the_same_adapters_and_the_same_
     assert made == again
 
 
-@pytest.mark.skipif(not (CSV.exists() and PAIRS.exists()), reason="the real files are not beside this checkout")
-def test_real_questions_and_real_pairs_go_all_the_way(tmp_path: Path) -> None:
+@pytest.mark.skipif(not (CSV.exists() and PAIRS.exists()), reason="the real files are not in ../shared/data")
+def test_the_pipeline_runs_on_real_questions_and_real_pairs(tmp_path: Path) -> None:
     overrides = (
         *SHORT,
         f"prepare.questions.source={CSV}",
@@ -131,7 +130,7 @@ def test_real_questions_and_real_pairs_go_all_the_way(tmp_path: Path) -> None:
 
 
 def published(store: Path) -> dict[str, str]:
-    """sha256 of every file that training and merging published: stage/file -> digest. The report holds times."""
+    """Return the sha256 of each published file, by stage/file; without evaluate, whose report contains times."""
     digests = {}
     for stage in ("prepare", "sft", "dpo", "merge"):
         for path in sorted((store / "artifacts" / stage).rglob("*")):

@@ -1,4 +1,4 @@
-"""The whole pipeline on bases built otherwise than TinyLlama: biases, tied weights, a window, other positions."""
+"""The whole pipeline on bases that differ from TinyLlama: biases, tied weights, a sliding window, scaled positions."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _LLAMA_3_POSITIONS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-# What each has that TinyLlama lacks. Vocabularies are padded, as Qwen's is.
+# Model class -> settings in which it differs from TinyLlama. All vocabularies are padded, like Qwen's.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "rope_parameters": _LLAMA_3_POSITIONS}),
     "mistral": ("Mistral", {"sliding_window": 64}),
@@ -36,7 +36,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_pipeline_runs_on_it_and_the_model_it_makes_loads(name: str, tmp_path: Path) -> None:
+def test_the_pipeline_runs_and_its_model_loads(name: str, tmp_path: Path) -> None:
     kind, config = BASES[name]
     write_base(tmp_path / "base", kind, config)
     recipe = tiny.RECIPE.replace("source: tiny-llama", f"source: {tmp_path / 'base'}")
@@ -52,24 +52,26 @@ def test_the_pipeline_runs_on_it_and_the_model_it_makes_loads(name: str, tmp_pat
     assert model.config.tie_word_embeddings is base.config.tie_word_embeddings
     assert model.state_dict().keys() == base.state_dict().keys()
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, base.state_dict()[key])}
-    assert changed, "two adapters were merged"
-    assert all(key.endswith("_proj.weight") for key in changed), "biases, norms and embeddings stay the base's"
+    assert changed, "the merged model equals the base"
+    assert all(key.endswith("_proj.weight") for key in changed), "biases, norms and embeddings equal the base's"
     ended = llamarefine("infer", "--store", tmp_path / "store", "What is an iterator?")
     assert ended.returncode == 0, ended.stderr
 
 
 def write_base(folder: Path, kind: str, config: dict[str, Any]) -> None:
-    """A random model of that kind, and a tokenizer."""
+    """Write a random model of this class, and a tokenizer."""
     import transformers
 
-    tokenizer = tiny.make_tokenizer([asked + said for asked, said in tiny.made_up_rows()])
+    tokenizer = tiny.make_tokenizer([question + answer for question, answer in tiny.made_up_rows()])
     torch.manual_seed(0)
     settings = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer) + 8, **_SHAPE, **config)
     model = getattr(transformers, f"{kind}ForCausalLM")(settings)
     for key, weight in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.2)
-    model.half().save_pretrained(folder)  # in the type of the merged model, so that what is not merged is the same
+    model.half().save_pretrained(
+        folder
+    )  # the dtype of the merged model, so that weights that are not merged stay equal
     tokenizer.save_pretrained(folder)
 
 

@@ -1,11 +1,11 @@
-"""Wheels for a GPU machine that reaches no package index, in parcels small enough to be sent one by one.
+"""Download wheels for a GPU machine without a package index, in parcels small enough to be sent one by one.
 
     python tests/gpu/carry.py --into wheels --has there.txt [--parcel-mib 60] [--python 3.12]
 
-`there.txt` is that machine's own `pip list --format=freeze`: whatever it names stays as it is there, so take out
-of it what is too old. All else that the gpu extra locks is downloaded for x86-64 Linux and lightened of what a CUDA 13
-machine does not load. There, parcel after parcel: `pip install --no-index --no-deps --target SITE wheels/1/*.whl`, and
-SITE on PYTHONPATH. Needs uv and pip here.
+`there.txt` is the output of `pip list --format=freeze` on that machine. Packages in it are not downloaded, so delete
+the lines of packages that are too old. All other packages that the gpu extra locks are downloaded for x86-64 Linux,
+without the files that a CUDA 13 machine does not load. On that machine, install each parcel with
+`pip install --no-index --no-deps --target SITE wheels/1/*.whl`, and put SITE on PYTHONPATH. Needs uv and pip here.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _NEVER = re.compile(r"^(nvidia-|cuda-|torch$|torchvision$|triton$|xformers$|llamarefine$)")
-# What of a wheel a CUDA 13 machine never opens: other CUDA versions' kernels, a browser application.
+# Files of a wheel that a CUDA 13 machine never opens: kernels of other CUDA versions, a browser application.
 _UNUSED: dict[str, Callable[[str], bool]] = {
     "bitsandbytes": lambda name: name.endswith(".so") and "cuda13" not in name and "cpu" not in name,
     "unsloth": lambda name: name.startswith(("studio/", "unsloth_cli/")),
@@ -29,12 +29,12 @@ _PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 def main() -> None:
     options = _options()
-    there = _names(options.has.read_text().splitlines())
-    wanted = {name: pin for name, pin in locked().items() if name not in there and not _NEVER.match(name)}
+    installed = _names(options.has.read_text().splitlines())
+    wanted = {name: pin for name, pin in locked().items() if name not in installed and not _NEVER.match(name)}
     options.into.mkdir(parents=True)
     download(sorted(wanted.values()), options.into, options.python)
     for wheel in options.into.glob("*.whl"):
-        lighten(wheel)
+        remove_unused_files(wheel)
     for number, parcel in enumerate(parcels(list(options.into.glob("*.whl")), options.parcel_mib * 2**20), 1):
         folder = options.into / str(number)
         folder.mkdir()
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def locked() -> dict[str, str]:
-    """The lock file's pins of the gpu extra, by package."""
+    """Return the lock file's pins of the gpu extra, by package."""
     command = [
         "uv",
         "export",
@@ -63,7 +63,7 @@ def locked() -> dict[str, str]:
 
 
 def download(pins: list[str], into: Path, python: str) -> None:
-    """Each pin's wheel for that machine; a package without one is named, and left out."""
+    """Download the wheel of each pin for that machine; report each package that has none."""
     target = ["--python-version", python, "--implementation", "cp", "--only-binary=:all:", "--no-deps", "-q"]
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
     for pin in pins:
@@ -72,8 +72,8 @@ def download(pins: list[str], into: Path, python: str) -> None:
             print(f"no wheel for {pin}", file=sys.stderr)
 
 
-def lighten(wheel: Path) -> None:
-    """Write `wheel` anew without its unused files, their lines in RECORD gone too."""
+def remove_unused_files(wheel: Path) -> None:
+    """Rewrite `wheel` without its unused files and their lines in RECORD."""
     unused = _UNUSED.get(_name(wheel.name.split("-")[0]))
     if unused is None:
         return
@@ -91,7 +91,7 @@ def lighten(wheel: Path) -> None:
 
 
 def parcels(wheels: list[Path], limit_bytes: int) -> list[list[Path]]:
-    """The wheels, largest first, each into the first parcel that has room; one that is larger goes alone."""
+    """Put the wheels, largest first, into the first parcel with room; a wheel above the limit gets its own parcel."""
     filled: list[tuple[int, list[Path]]] = []
     for wheel in sorted(wheels, key=lambda path: (-path.stat().st_size, path.name)):
         size = wheel.stat().st_size
@@ -116,7 +116,7 @@ def _name(pin: str) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, required=True, help="a new folder for the parcels")
-    parser.add_argument("--has", type=Path, required=True, help="that machine's pip list --format=freeze")
+    parser.add_argument("--has", type=Path, required=True, help="output of `pip list --format=freeze` on that machine")
     parser.add_argument("--parcel-mib", type=int, default=60)
     parser.add_argument("--python", default="3.12")
     return parser.parse_args()

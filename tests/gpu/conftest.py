@@ -1,8 +1,8 @@
-"""The CUDA backend's tests skip themselves where there is no CUDA, for one reason that pytest's summary tells once.
+"""Fixtures of the GPU tests. Without CUDA the tests skip, all for one reason, which pytest's summary prints once.
 
-LLAMAREFINE_GPU_TESTS=cpu runs the same bodies at the tiny shape on the CPU's backend: that shows the tests
-themselves to work, and nothing of CUDA. LLAMAREFINE_GPU_TESTS=interpreter runs them on Unsloth without a card:
-interpreter/sitecustomize.py. LLAMAREFINE_BACKEND chooses the backend, as it does for a stage.
+LLAMAREFINE_GPU_TESTS=cpu runs the same tests at the tiny shape on the CPU backend, which shows that the tests work and
+nothing about CUDA. LLAMAREFINE_GPU_TESTS=interpreter runs them on Unsloth without a card: interpreter/sitecustomize.py.
+LLAMAREFINE_BACKEND chooses the backend, as it does for a stage.
 """
 
 import os
@@ -15,7 +15,7 @@ from tests.gpu import shapes
 from tests.gpu.shapes import HOW, INTERPRETED
 from tests.jobs.stages.test_sft import make_context
 
-if INTERPRETED:  # in this process, before anything imports torch, and in those of the stages
+if INTERPRETED:  # in this process, before anything imports torch, and by PYTHONPATH in the stages' processes
     interpreter = Path(__file__).parent / "interpreter"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(interpreter), os.environ.get("PYTHONPATH", "")])
     runpy.run_path(str(interpreter / "sitecustomize.py"))
@@ -23,13 +23,13 @@ if INTERPRETED:  # in this process, before anything imports torch, and in those 
 
 @pytest.fixture(scope="session")
 def cuda() -> bool:
-    """Whether the tests run on CUDA. Without CUDA they skip, unless they are asked to run on the CPU."""
+    """Whether the tests run on CUDA. Without CUDA, skip unless LLAMAREFINE_GPU_TESTS=cpu."""
     import torch
 
     if torch.cuda.is_available():
         from llamarefine_jobs.models.backends import choose_backend
 
-        choose_backend()  # Unsloth patches transformers, so a stage imports it first; here that is now
+        choose_backend()  # imports Unsloth before transformers, which it patches, as a stage does
         return True
     if os.environ.get(HOW) != "cpu":
         pytest.skip(f"needs a CUDA device ({HOW}=cpu runs the same tests at a tiny shape without one)")
@@ -46,7 +46,7 @@ def shape(request: pytest.FixtureRequest, cuda: bool) -> shapes.Shape:
 
 @pytest.fixture(scope="session")
 def prepared(shape: shapes.Shape, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What prepare leaves at this shape."""
+    """Return a folder with a prepare artifact of this shape."""
     return shapes.write_prepared(tmp_path_factory.mktemp(shape.name), shape, shapes.read_rows(shape.rows))
 
 
@@ -59,7 +59,7 @@ def quantization(request: pytest.FixtureRequest, cuda: bool) -> str:
 
 @pytest.fixture(scope="session")
 def settings(shape: shapes.Shape, quantization: str) -> tuple[str, ...]:
-    """On top of the tiny recipe, for both trainings."""
+    """Return the overrides of the tiny recipe, for both trainings."""
     return (*shape.settings, f"sft.quantization={quantization}", f"dpo.quantization={quantization}")
 
 
@@ -67,7 +67,7 @@ def settings(shape: shapes.Shape, quantization: str) -> tuple[str, ...]:
 def trained(
     prepared: Path, settings: tuple[str, ...], quantization: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a finished SFT, with adapter/ in it."""
+    """Train SFT; return the folder with adapter/."""
     from llamarefine_jobs import sft
     from llamarefine_jobs.models.backends import free_memory
 

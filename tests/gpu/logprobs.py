@@ -1,4 +1,6 @@
-"""What one backend makes of a model, as JSON: two backends cannot share a process, since Unsloth patches the other.
+"""Print the log-probabilities that one backend computes, as JSON.
+
+Each backend needs its own process, because Unsloth patches transformers for the whole process.
 
 LLAMAREFINE_BACKEND=transformers python -m tests.gpu.logprobs PREPARED ADAPTER GRADIENT
 """
@@ -10,9 +12,9 @@ from typing import Any
 
 
 def main(prepared: Path, adapter: Path, gradient: Path) -> None:
-    """Print the backend's name and nats per token of the test answers, by base and base + adapter.
+    """Print the backend's name and the nats per token of the test answers, by the base and by base + adapter.
 
-    The file `gradient` gets that of the answers' loss, by the weights of the adapter, under their names.
+    Write the gradient of the answers' loss with respect to the adapter's weights to the file `gradient`, by name.
     """
     from llamarefine_jobs.models import adapters, backends
 
@@ -36,7 +38,7 @@ def main(prepared: Path, adapter: Path, gradient: Path) -> None:
 
 
 def gradient_of(model: Any, backend: Any, adapter: Path, rows: list[Any], pad_id: int) -> dict[str, Any]:
-    """The gradient of the rows' mean loss, with the adapter that a training left, as a trainer computes it."""
+    """Return the gradient of the rows' mean loss at the weights of `adapter`, computed as the trainer computes it."""
     import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file

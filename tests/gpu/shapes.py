@@ -1,4 +1,4 @@
-"""What prepare leaves, at a tiny shape and at TinyLlama's: random weights of the right shape, real text."""
+"""Prepare artifacts of a tiny shape and of TinyLlama's shape, with random weights and real text."""
 
 import csv
 import itertools
@@ -9,15 +9,15 @@ from typing import Any
 
 from tests.jobs import tiny
 
-HOW = "LLAMAREFINE_GPU_TESTS"  # without a card: cpu, or interpreter
+HOW = "LLAMAREFINE_GPU_TESTS"  # cpu or interpreter: run the tests without a card
 INTERPRETED = os.environ.get(HOW) == "interpreter"
-_AT_THE_END = ("sft.evaluate_every_steps=50", "dpo.evaluate_every_steps=50")
-CSV = "LLAMAREFINE_GPU_CSV"  # questions and answers, in columns of these names; else Python's docstrings
+_VALIDATE_ONCE = ("sft.evaluate_every_steps=50", "dpo.evaluate_every_steps=50")
+CSV = "LLAMAREFINE_GPU_CSV"  # path of a CSV with the columns question and answer; default: Python's docstrings
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, and a training of it that is long enough to tell right from wrong."""
+    """The shape of a model, and the rows and overrides of a training that is long enough to show whether it works."""
 
     name: str
     vocabulary: int
@@ -30,10 +30,10 @@ class Shape:
 TINY = Shape(
     "tiny",
     vocabulary=400,
-    # Heads of 64, as the fast kernels want them.
+    # 64 dimensions per head, which the fast kernels need.
     config={"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     rows=20 if INTERPRETED else 80,
-    settings=("max_length_tokens=1024", *(_AT_THE_END if INTERPRETED else ())),
+    settings=("max_length_tokens=1024", *(_VALIDATE_ONCE if INTERPRETED else ())),
     needs_cuda=False,
 )
 TINYLLAMA = Shape(
@@ -53,9 +53,9 @@ SHAPES = {shape.name: shape for shape in (TINY, TINYLLAMA)}
 
 
 def read_rows(count: int) -> list[tuple[str, str]]:
-    """So many questions with answers, or all there are: of the CSV that the environment names, else of docstrings.
+    """Return up to `count` questions with answers, from the CSV that the environment names or else from docstrings.
 
-    The interpreter takes milliseconds for a token, and gets short ones.
+    For the interpreter, which takes milliseconds per token, they are short made-up ones.
     """
     from llamarefine_jobs.data.docstrings import question_rows
 
@@ -69,10 +69,10 @@ def read_rows(count: int) -> list[tuple[str, str]]:
 
 
 def write_prepared(folder: Path, shape: Shape, rows: list[tuple[str, str]]) -> Path:
-    """base/, questions/ and preferences/: of eight rows one validates and one tests."""
+    """Write base/, questions/ and preferences/; one row in eight is for validation and one for the test split."""
     import torch
 
-    texts = [f"<|user|>\n{asked}\n<|assistant|>\n{said}" for asked, said in rows]  # as the template writes them
+    texts = [f"<|user|>\n{question}\n<|assistant|>\n{answer}" for question, answer in rows]  # as in the chat template
     tokenizer = tiny.make_tokenizer(texts, shape.vocabulary)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = tiny.make_model(shape.vocabulary, **shape.config)

@@ -1,7 +1,7 @@
-"""The memory that a step of the real trainers takes, beside what `plan` says that it will.
+"""The memory that a training step of the real trainers needs, compared with the estimate that `plan` prints.
 
-On a card it is the allocator's own peak. Without one, whatever an operation makes is counted while it lives: what a
-trainer keeps for its backward pass is the same, and only what cuBLAS and the allocator add for themselves is not seen.
+On a card the measurement is the allocator's peak. Without a card, the bytes of all tensors alive at the same time are
+counted. That covers what a trainer keeps for its backward pass, but not what cuBLAS and the allocator add.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ from tests.bench.gpu import training as bench
 from tests.gpu.shapes import INTERPRETED, Shape, write_prepared
 from tests.jobs import tiny
 
-_ROWS, _WORDS = (2, 40) if INTERPRETED else (4, 200)  # of a micro-batch; of an answer
-# The interpreter's: enough that what is no part of the estimate, such as the positions' table, is little beside it.
+_ROWS, _WORDS = (2, 40) if INTERPRETED else (4, 200)  # per micro-batch; per answer
+# For the interpreter: large enough that tensors outside the estimate, such as the table of positions, hardly count.
 _WIDER = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-class Living(TorchDispatchMode):
-    """Adds up the bytes of a model and of all that operations make, while they live."""
+class LiveTensorBytes(TorchDispatchMode):
+    """Counts the bytes of a model's tensors and of every result of an operation, as long as each is alive."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.peak_bytes = 0
         for tensor in (*model.parameters(), *model.buffers()):
-            self.see(tensor)
+            self.add(tensor)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.see(tensor)
-        return made
+                self.add(tensor)
+        return result
 
-    def see(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = storage.nbytes()
@@ -54,15 +54,15 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_step_takes_the_memory_that_was_estimated(
+def test_a_step_needs_the_estimated_memory(
     stage: str, recompute: str, shape: Shape, quantization: str, cuda: bool, tmp_path: Path
 ) -> None:
     if not cuda:
-        pytest.skip("the estimate is of a training in 16 bits, on CUDA")
+        pytest.skip("the estimate is for a training in 16 bits, on CUDA")
     backend = backends.choose_backend()
     with_unsloth = backend.name == "unsloth"
     if INTERPRETED and with_unsloth and recompute == "true":
-        pytest.skip("what Unsloth moves to the host's memory would be counted too")
+        pytest.skip("tensors that Unsloth moves to host memory would be counted too")
     row = ("what is it", "it is " + " ".join(map(str, range(_WORDS))))
     shape = replace(shape, config=shape.config | (_WIDER if INTERPRETED else {}))
     prepared = write_prepared(tmp_path / "prepared", shape, [row] * 32)
@@ -77,10 +77,10 @@ def test_a_step_takes_the_memory_that_was_estimated(
     length_tokens = round(tokens_per_row if stage == "sft" else tokens_per_row / 2)
     sizes = Sizes.of(trainer.model.config.to_dict())
     estimated = training_bytes(sizes, section, length_tokens, with_unsloth=with_unsloth) - CUDA_CONTEXT_BYTES
-    living = Living(trainer.model) if INTERPRETED else None
+    live = LiveTensorBytes(trainer.model) if INTERPRETED else None
     torch.cuda.reset_peak_memory_stats()
-    with living or contextlib.nullcontext():
+    with live or contextlib.nullcontext():
         trainer.train()
-    peak = living.peak_bytes if living else torch.cuda.max_memory_allocated() - before
-    print(f"{stage}: {peak / 2**20:.1f} MiB at most, {estimated / 2**20:.1f} estimated, {length_tokens} tokens a row")
+    peak = live.peak_bytes if live else torch.cuda.max_memory_allocated() - before
+    print(f"{stage}: peak {peak / 2**20:.1f} MiB, estimate {estimated / 2**20:.1f} MiB, {length_tokens} tokens per row")
     assert peak == pytest.approx(estimated, rel=0.15)

@@ -1,4 +1,4 @@
-"""Stages as processes on this machine's backend: stopped, killed, out of memory; and two backends that agree."""
+"""Stages as processes on this machine's backend: stopped, killed, out of memory; and both backends compared."""
 
 import importlib.util
 import json
@@ -22,17 +22,18 @@ from tests.jobs import processes, tiny
 from tests.jobs.training.test_resume import copy_up_to, newest_checkpoint
 
 EVERY = 1 if INTERPRETED else 3  # steps between checkpoints
-_CORNER_BYTES = {"tiny": 40 << 20, "tinyllama": 3 << 30}  # of the card: the model fits, a step of 48 rows does not
+# The memory that a limited process may use on the card: the model fits, a step of 48 rows does not.
+_LIMIT_BYTES = {"tiny": 40 << 20, "tinyllama": 3 << 30}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shape: Shape, cuda: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without trouble."""
+    """Return a folder with recipe.yaml and a store in which prepare, sft and dpo have finished undisturbed."""
     from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
     from llamarefine_jobs.sources.pinning import pin
 
     folder = tmp_path_factory.mktemp(f"undisturbed-{shape.name}")
-    # A card is through with the tiny model before a checkpoint is in the store.
+    # More epochs for the tiny model: a card would finish before a checkpoint is in the store.
     epochs = ("sft.epochs=20", "dpo.epochs=20") if cuda and not INTERPRETED and shape == TINY else ()
     recipe = parse_recipe(tiny.RECIPE, "tiny", (*shape.settings, *epochs))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -48,7 +49,7 @@ def undisturbed(shape: Shape, cuda: bool, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_training_that_was_ended_goes_on_to_the_same_adapter(
+def test_a_stopped_or_killed_training_resumes_and_ends_with_the_same_adapter(
     stage: str, number: signal.Signals, undisturbed: Path, tmp_path: Path, cuda: bool
 ) -> None:
     store, recipe = copy_up_to(undisturbed, tmp_path, stage, os.link), undisturbed / "recipe.yaml"
@@ -62,28 +63,28 @@ def test_a_training_that_was_ended_goes_on_to_the_same_adapter(
     assert process.returncode == (30 if number == signal.SIGTERM else -signal.SIGKILL), "\n".join(lines)
     exit_code, lines = processes.run(stage, recipe, str(store), "--set", every)
     assert exit_code == 0, "\n".join(lines)
-    went_on = next(re.search(r"goes on from the checkpoint at step (\d+)", line) for line in lines if "goes on" in line)
-    assert went_on
-    assert int(went_on[1]) >= EVERY
+    resumed = next(re.search(r"goes on from the checkpoint at step (\d+)", line) for line in lines if "goes on" in line)
+    assert resumed
+    assert int(resumed[1]) >= EVERY
     expected, found = adapter_of(undisturbed / "store", stage), adapter_of(store, stage)
     assert found.keys() == expected.keys()
     if not cuda:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         return
-    # Kernels on a GPU may add in another order each time: near, and nearer than the training went.
-    apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
-    moved = max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_B" in name)
-    assert apart < moved / 20
+    # Kernels on a GPU may add in another order each time, so the difference must only be small beside the training's.
+    difference = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    trained = max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_B" in name)
+    assert difference < trained / 20
 
 
-def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
+def test_running_out_of_gpu_memory_exits_with_the_setting_to_lower(
     undisturbed: Path, tmp_path: Path, shape: Shape, cuda: bool
 ) -> None:
-    """The process may use so little of the card that its first large tensor does not fit."""
+    """The process may use so little of the card's memory that its first large tensor does not fit."""
     if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
     store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
-    ended = train_in_a_corner(undisturbed, store, shape)
+    ended = train_with_little_memory(undisturbed, store, shape)
     assert ended.returncode == 14, ended.stdout + ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("sft: error: the GPU's memory is too small")
@@ -91,25 +92,25 @@ def test_memory_that_runs_out_is_one_line_with_the_setting_to_lower(
     assert not list((store / "artifacts").glob("sft/*"))
 
 
-def test_memory_that_runs_out_is_all_free_for_the_process_with_half_the_rows(
+def test_after_running_out_of_gpu_memory_a_process_with_half_the_rows_has_all_memory(
     undisturbed: Path, tmp_path: Path, shape: Shape, cuda: bool
 ) -> None:
     if INTERPRETED or not cuda:
         pytest.skip("a limit on a GPU's memory needs a CUDA device")
     store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
-    ended = train_in_a_corner(undisturbed, store, shape, "sft.on_out_of_memory=halve_micro_batch")
+    ended = train_with_little_memory(undisturbed, store, shape, "sft.on_out_of_memory=halve_micro_batch")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "memory ran out with micro-batches of 48 rows: restarts with 24" in ended.stdout
     assert list((store / "artifacts").glob("sft/*/manifest.json"))
 
 
-def train_in_a_corner(
+def train_with_little_memory(
     undisturbed: Path, store: Path, shape: Shape, *options: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run sft in a process that may use a small part of the card; one that takes its place may use all of it."""
+    """Run sft in a process that may use little memory of the card; a process that replaces it may use all."""
     code = (
         "import torch; whole = torch.cuda.get_device_properties(0).total_memory\n"
-        f"torch.cuda.set_per_process_memory_fraction({_CORNER_BYTES[shape.name]} / whole, 0)\n"
+        f"torch.cuda.set_per_process_memory_fraction({_LIMIT_BYTES[shape.name]} / whole, 0)\n"
         "from llamarefine_jobs import entry, sft; entry.main('sft', sft.work)"
     )
     changes = [
@@ -119,34 +120,37 @@ def train_in_a_corner(
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=400)
 
 
-def test_two_backends_give_the_same_log_probabilities_and_gradients(
+def test_both_backends_give_the_same_log_probabilities_and_gradients(
     shape: Shape, prepared: Path, trained: Path, tmp_path: Path, cuda: bool
 ) -> None:
-    """Within what bf16 may round. On the CPU there is one backend: twice the same shows that the test works."""
+    """Equal within bf16 rounding. The CPU has only one backend; comparing it with itself shows that the test works."""
     if cuda and importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed: there is one backend only")
     names = ["transformers", "unsloth"] if cuda else ["transformers", "transformers"]
     files = [tmp_path / f"{place}.safetensors" for place in range(2)]
-    answers = [ask(name, prepared, trained / "adapter", file) for name, file in zip(names, files, strict=True)]
+    answers = [run_backend(name, prepared, trained / "adapter", file) for name, file in zip(names, files, strict=True)]
     assert [answer["backend"].split()[0] for answer in answers] == names
     for model in ("base", "sft"):
         one, other = (answer["nats_per_token"][model] for answer in answers)
         distance = sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
-        assert distance < (3e-2 if cuda else 1e-6), f"{model}: {distance} nats a token apart at the shape {shape.name}"
+        assert distance < (3e-2 if cuda else 1e-6), (
+            f"{model}: {distance} nats per token apart at the shape {shape.name}"
+        )
     one, other = map(load_file, files)
     assert one.keys() == other.keys()
     for layer in ("lora_A", "lora_B"):
-        ours, theirs = (
+        first, second = (
             torch.cat([found[name].flatten() for name in sorted(found) if layer in name]) for found in (one, other)
         )
-        assert float(ours.norm()) > 0
-        apart = float((ours - theirs).norm() / ours.norm())
+        assert float(first.norm()) > 0
+        apart = float((first - second).norm() / first.norm())
         assert apart < (5e-2 if cuda else 1e-6), (
             f"{layer}: the gradients differ by {apart:.1%} at the shape {shape.name}"
         )
 
 
-def ask(backend: str, prepared: Path, adapter: Path, gradient: Path) -> dict[str, Any]:
+def run_backend(backend: str, prepared: Path, adapter: Path, gradient: Path) -> dict[str, Any]:
+    """Run tests.gpu.logprobs with this backend; return what it prints."""
     command = [sys.executable, "-m", "tests.gpu.logprobs", *map(str, (prepared, adapter, gradient))]
     environment = os.environ | {"LLAMAREFINE_BACKEND": backend}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)

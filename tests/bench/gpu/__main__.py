@@ -1,16 +1,16 @@
-"""Tokens a second, use of the card, memory and seconds by phase, of SFT and DPO at TinyLlama's shape.
+"""Measure tokens per second, MFU, memory and seconds by phase of SFT and DPO at TinyLlama's shape.
 
     python -m tests.bench.gpu --json OUT.json [--markdown OUT.md] [--shape tiny] [--steps 60] [--arm ours --arm plain]
 
-Three arms on the same rows, each training in a process of its own so that none patches or fills memory for another:
+There are three arms on the same rows. Each training has its own process, so that patches and memory are not shared:
 
   ours     jobs/recipes/tinyllama-nvidia-docs.yaml, as the stages build it, on the backend they choose
   earlier  the first user's earlier attempt: 4 bits, q and v only, batches of 8; SFT rows padded to 256, DPO with the
-           reference's pass in each step
+           reference model's forward pass in each step
   plain    TRL + PEFT with the same recipe as ours and without Unsloth: rows padded to the longest of a batch
 
-Random weights of the right shape; rows from the CSV that LLAMAREFINE_GPU_CSV names (columns question and answer), else
-Python's docstrings. What was not measured is null: a card's use and memory without a card, a quantity that failed.
+Weights are random. The rows are those of the CSV that LLAMAREFINE_GPU_CSV names (columns question and answer), or
+Python's docstrings. What was not measured is null: MFU and memory without a card, figures of a failed arm.
 """
 
 import argparse
@@ -29,7 +29,11 @@ from typing import Any
 from tests.bench.gpu.table import markdown
 from tests.gpu import shapes
 
-ARMS = {"ours": None, "earlier": "transformers", "plain": "transformers"}  # and the backend each is held to
+ARMS = {
+    "ours": None,
+    "earlier": "transformers",
+    "plain": "transformers",
+}  # arm -> the backend it must use; None: the stage chooses
 STAGES = ("sft", "dpo")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth-zoo", "bitsandbytes", "triton", "accelerate")
 TIMEOUT_S = 1200
@@ -38,7 +42,7 @@ TIMEOUT_S = 1200
 def main() -> None:
     options = _options()
     shape = shapes.SHAPES[options.shape]
-    found: dict[str, Any] = about(shape.name) | {"measurements": []}
+    found: dict[str, Any] = environment_info(shape.name) | {"measurements": []}
     if shape.needs_cuda and not found["gpu"]:
         sys.exit(f"tests.bench.gpu: the shape {shape.name} needs a CUDA device, found none; --shape tiny needs none")
     with tempfile.TemporaryDirectory(prefix="llamarefine-bench-") as folder:
@@ -47,8 +51,10 @@ def main() -> None:
         found["rows"] = {"read": len(rows), "source": Path(os.environ.get(shapes.CSV, "python-docstrings")).name}
         for stage in options.stage or STAGES:
             for arm in options.arm or ARMS:
-                found["measurements"].append(measure_apart(arm, stage, prepared, options))
-                options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")  # what is there is kept
+                found["measurements"].append(measure_in_process(arm, stage, prepared, options))
+                options.json.write_text(
+                    json.dumps(found, indent=2) + "\n", encoding="utf-8"
+                )  # after each measurement, so that none is lost
     text = markdown(found)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
@@ -57,8 +63,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure_apart(arm: str, stage: str, prepared: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One arm's training of one stage, in a process of its own; where it fails, why, and no number."""
+def measure_in_process(arm: str, stage: str, prepared: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one arm of one stage in its own process; if it fails, return its error instead of figures."""
     environment = dict(os.environ)
     if backend := ARMS[arm]:
         environment["LLAMAREFINE_BACKEND"] = backend
@@ -76,8 +82,8 @@ def measure_apart(arm: str, stage: str, prepared: Path, options: argparse.Namesp
     return measured | {"error": None}
 
 
-def about(shape: str) -> dict[str, Any]:
-    """The machine, the versions and the command."""
+def environment_info(shape: str) -> dict[str, Any]:
+    """Return the machine, the versions and the command."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -111,13 +117,13 @@ def _version(name: str) -> str | None:
 
 def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--markdown", type=Path, help="where the table goes, besides the screen")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the printed table to this file")
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="tinyllama")
-    parser.add_argument("--rows", type=int, default=7108, help="at most so many questions and answers")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps that are timed, after the warm-up")
-    parser.add_argument("--arm", choices=list(ARMS), action="append", help="only this one; may repeat")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may repeat")
+    parser.add_argument("--rows", type=int, default=7108, help="maximum number of questions with answers")
+    parser.add_argument("--steps", type=int, default=60, help="number of timed optimizer steps, after the warm-up")
+    parser.add_argument("--arm", choices=list(ARMS), action="append", help="measure only this one; may be repeated")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="measure only this one; may be repeated")
     return parser.parse_args(arguments)
 
 

@@ -1,18 +1,18 @@
-"""The figures as a table for the documents, beside the targets they are held to."""
+"""Format the figures as a table for the documents, with the targets."""
 
 from typing import Any
 
 TARGETS = """\
-Targets, on an H100 or H200 at TinyLlama's shape: SFT at least 79,000 tokens/s (35 % of the card), five times the
+Targets, on an H100 or H200 at TinyLlama's shape: SFT at least 79,000 tokens/s (35 % MFU), five times the
 earlier attempt and 1.5 times plain TRL + PEFT; three epochs of 7,108 rows under 60 s of training; 10,000 pairs for one
 epoch under 180 s."""
 _NOT_MEASURED = "not measured"
-_COLUMNS = ("stage", "arm", "backend", "tokens/s", "× plain", "use of the card", "peak memory", "memory estimated")
+_COLUMNS = ("stage", "arm", "backend", "tokens/s", "× plain", "MFU", "peak memory", "memory estimated")
 _COLUMNS += ("load", "build", "timed steps", "whole training")
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """A table of all measurements; a figure that is null says so."""
+    """Return a table of all measurements; a figure that is null is shown as "not measured"."""
     libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items() if version)
     lines = [
         f"Measured {found['at']} at commit `{found['commit'] or 'unknown'}`, shape {found['shape']}, "

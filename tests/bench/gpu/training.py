@@ -1,8 +1,8 @@
-"""One arm's training of one stage, timed step by step; its figures as one line of JSON.
+"""Time the training steps of one arm of one stage, and print the figures as one line of JSON.
 
-Steps are timed after a warm-up in which kernels are compiled. Tokens are those the trainer fed, without padding. N is
-the number of the base's weights, embeddings included; a forward pass counts 2·N operations a token, and a backward pass
-through frozen weights 2·N more. So SFT costs 4·N, DPO with its reference 6·N.
+Steps are timed after a warm-up in which kernels are compiled. Tokens are those that the trainer processed, without
+padding. N is the number of weights of the base, embeddings included. A forward pass counts 2·N operations per token, a
+backward pass through frozen weights 2·N more, so SFT costs 4·N and DPO with its reference model 6·N.
 """
 
 import json
@@ -14,20 +14,23 @@ from typing import Any
 
 WARM_UP_STEPS = 10
 RECIPE = Path(__file__).parents[3] / "jobs/recipes/tinyllama-nvidia-docs.yaml"
-# Dense bf16 operations a second, by the vendor's datasheets.
+# Dense bf16 operations per second, from the vendor's datasheets.
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12}
 PEAK_FLOPS |= {"NVIDIA A100-SXM4-80GB": 312e12}
 EARLIER = {
     "sft": ("sft.batch_rows=8", "sft.micro_batch_rows=8", "sft.packing=never"),
     "dpo": ("dpo.batch_rows=8", "dpo.micro_batch_rows=8"),
 }
-EARLIER_EPOCHS = {"sft": 4, "dpo": 3}  # for the estimate only: with several, our DPO computes the reference beforehand
+EARLIER_EPOCHS = {
+    "sft": 4,
+    "dpo": 3,
+}  # only for estimated times: with several epochs, our DPO computes the reference before training
 EARLIER_LORA = "{rank: 16, alpha: 32.0, dropout: 0.1, target_layers: [q_proj, v_proj]}"
-EARLIER_TOKENS = 256  # each row of its SFT was padded to, or cut at, so many
+EARLIER_TOKENS = 256  # the length to which each of its SFT rows was padded or truncated
 
 
 def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
-    """Print the figures of `steps` optimizer steps, or of as many as the rows give."""
+    """Print the figures of `steps` optimizer steps, or fewer if there are not enough rows."""
     began_s = time.monotonic()
     from llamarefine_jobs.contract.memory import Shape, training_bytes
     from llamarefine_jobs.models import backends
@@ -41,12 +44,12 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
     section = recipe.section(stage)
     model, tokenizer = load(backend, recipe, section, prepared)
     loaded_s = time.monotonic()
-    trainer, tokens_a_row, rows = build(arm, stage, recipe, backend, model, tokenizer, prepared)
+    trainer, tokens_per_row, rows = build(arm, stage, recipe, backend, model, tokenizer, prepared)
     built_s = time.monotonic()
-    clock = watch(trainer)
+    clock = attach_clock(trainer)
     trainer.train()
     timed_s, tokens, timed_steps = clock.reading()
-    per_second = tokens / timed_s
+    tokens_per_s = tokens / timed_s
     flops = (4 if stage == "sft" else 6) * sum(part.numel() for part in base_parameters(trainer.model))
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name(0)) if cuda else None
     quantized = section.quantization != "none"
@@ -65,9 +68,9 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
         "timed_steps": timed_steps,
         "timed_seconds": timed_s,
         "tokens": tokens,
-        "tokens_per_s": per_second,
+        "tokens_per_s": tokens_per_s,
         "flops_per_token": None if quantized else flops,
-        "mfu": None if quantized or peak is None else per_second * flops / peak,
+        "mfu": None if quantized or peak is None else tokens_per_s * flops / peak,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "estimated_memory_bytes": training_bytes(
             Shape.of(trainer.model.config.to_dict()),
@@ -75,9 +78,9 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
             recipe.max_length_tokens,
             with_unsloth=backend.name == "unsloth",
         ),
-        "whole_training_seconds_estimated": rows * tokens_a_row * epochs / per_second,
+        "whole_training_seconds_estimated": rows * tokens_per_row * epochs / tokens_per_s,
         "training_rows": rows,
-        "tokens_per_row": tokens_a_row,
+        "tokens_per_row": tokens_per_row,
         "epochs": epochs,
         "last_loss": float(clock.loss),
     }
@@ -85,7 +88,7 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
 
 
 def recipe_of(arm: str, stage: str, steps: int, cuda: bool) -> Any:
-    """The repository's recipe, or the earlier attempt's settings in it. Without CUDA there are no 4 bits."""
+    """Return the repository's recipe, with the earlier attempt's settings for that arm (in 4 bits only with CUDA)."""
     from llamarefine_jobs.recipe_file import load_recipe
 
     overrides = [f"{stage}.max_steps={steps + WARM_UP_STEPS}", f"{stage}.checkpoint_every_s=null"]
@@ -96,7 +99,10 @@ def recipe_of(arm: str, stage: str, steps: int, cuda: bool) -> Any:
 
 
 def load(backend: Any, recipe: Any, section: Any, prepared: Path) -> tuple[Any, Any]:
-    """The base with a fresh adapter, and its tokenizer. DPO is timed on the bare base: its arithmetic is the same."""
+    """Return the base with a new adapter, and its tokenizer.
+
+    DPO is timed on the base instead of the SFT policy: the arithmetic is the same.
+    """
     from llamarefine_jobs.models.encoding import load_tokenizer
     from llamarefine_jobs.training import loop
 
@@ -114,7 +120,7 @@ def load(backend: Any, recipe: Any, section: Any, prepared: Path) -> tuple[Any, 
 def build(
     arm: str, stage: str, recipe: Any, backend: Any, model: Any, tokenizer: Any, prepared: Path
 ) -> tuple[Any, float, int]:
-    """The stage's own trainer, or the earlier attempt's padding in it; mean tokens a row; how many rows."""
+    """Return the stage's trainer (for its arm, with the earlier attempt's padding), mean tokens per row, row count."""
     from llamarefine_jobs import dpo, sft
     from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, read_rows
     from llamarefine_jobs.training import loop
@@ -124,38 +130,38 @@ def build(
     section = recipe.section(stage)
     if stage == "sft":
         encoded = encode_questions(tokenizer, rows)
-        trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, silent())
+        trainer = sft.build_trainer(context, section, backend, model, tokenizer, encoded, no_callback())
         if arm == "earlier":
             trainer.data_collator.pad_to_multiple_of = EARLIER_TOKENS
-            trainer.train_dataset = trainer.train_dataset.map(_cut)
+            trainer.train_dataset = trainer.train_dataset.map(_truncate)
             lengths = [min(len(row), EARLIER_TOKENS) for row in encoded]
         else:
             lengths = [len(row) for row in encoded]
         longest = lengths
     else:
-        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, silent())
+        trainer = dpo.build_trainer(context, section, backend, model, tokenizer, rows, no_callback())
         pairs = encode_pairs(tokenizer, rows)
         lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
         longest = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
-    if arm == "ours":  # the others take the rows as TRL does
+    if arm == "ours":  # the other arms use TRL's row order
         loop.use_whole_batches(trainer, section, longest)
     return trainer, sum(lengths) / len(lengths), len(rows)
 
 
-def _cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The earlier attempt's row: cut, and a loss on the prompt too."""
+def _truncate(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return a row as in the earlier attempt: truncated, and with labels for the prompt too."""
     return {"input_ids": row["input_ids"][:EARLIER_TOKENS], "labels": row["input_ids"][:EARLIER_TOKENS]}
 
 
-def silent() -> Any:
-    """In place of the stage's callback: nothing is evaluated, saved or told."""
+def no_callback() -> Any:
+    """Return a callback that does nothing, instead of the stage's, which evaluates, saves and reports."""
     from transformers import TrainerCallback
 
     return TrainerCallback()
 
 
 def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
-    """A context without a store: the trainers' settings need its folder and its recipe."""
+    """Return a context with an unused store: the trainers only need its folder and its recipe."""
     from llamarefine_jobs.context import Context
     from llamarefine_jobs.contract.stages import STAGES
     from llamarefine_jobs.process.sigterm import Stop
@@ -175,8 +181,8 @@ def bare_context(stage: str, recipe: Any, folder: Path) -> Any:
     )
 
 
-def watch(trainer: Any) -> Any:
-    """Count what the trainer is fed and when its steps end."""
+def attach_clock(trainer: Any) -> Any:
+    """Record the tokens that the trainer processes and the time at which each step ends; return the recorder."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -201,19 +207,19 @@ def watch(trainer: Any) -> Any:
 
     clock, step = Clock(), trainer.training_step
 
-    def counted(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+    def counting_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
         mask = inputs.get("attention_mask")
         clock.counts[-1].append(mask.sum() if mask is not None else inputs["input_ids"].numel())
         clock.loss = step(model, inputs, *rest, **more).detach()
         return clock.loss
 
-    trainer.training_step = counted
+    trainer.training_step = counting_step
     trainer.add_callback(clock)
     return clock
 
 
 def synchronize() -> None:
-    """Wait for the GPU, so that the clock reads what was done and not what was asked for."""
+    """Wait until the GPU has finished, so that the clock measures the computation and not its launch."""
     import torch
 
     if torch.cuda.is_available():
@@ -221,6 +227,7 @@ def synchronize() -> None:
 
 
 def base_parameters(model: Any) -> list[Any]:
+    """Return all parameters but the adapter's."""
     return [part for name, part in model.named_parameters() if "lora_" not in name]
 
 

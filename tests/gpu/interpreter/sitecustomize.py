@@ -1,8 +1,8 @@
-"""Unsloth without a card: torch says that there is one, and Triton interprets its kernels on the CPU. For tests alone.
+"""Run Unsloth without a card, for tests: torch reports a card, and Triton interprets its kernels on the CPU.
 
-Python imports a module of this name as it starts, so with this folder on PYTHONPATH each process of a stage is such a
-one. Unsloth's own code runs: how it loads, what it makes of trl's trainers, what its kernels compute, bf16 included.
-What does not run is CUDA: torch's kernels are the CPU's, nothing is compiled, no memory can run out, and all is slow.
+Python imports a module of this name at start, so with this folder on PYTHONPATH it applies to every process of a stage.
+Unsloth's own code runs: its loading, its changes to trl's trainers, and the arithmetic of its kernels, bf16 included.
+CUDA does not run: torch uses its CPU kernels, nothing is compiled, memory cannot run out, and everything is slow.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # `_InMemory` below holds for one thread
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # `_CudaOnCpu` below works in one thread only
 
 import ml_dtypes
 import numpy as np
 import torch
-import torch._dynamo  # it lists torch's functions, and wants each of them to be one of torch's
+import torch._dynamo  # before the patches below: it lists torch's functions and checks that each is torch's own
 import torch.utils.checkpoint
 import triton.language as tl
 from torch.overrides import TorchFunctionMode
@@ -34,7 +34,7 @@ _CARD = SimpleNamespace(
     warp_size=32,
     gcnArchName="",
 )
-_ANSWERS = {
+_RESULTS = {
     "current_device": 0,
     "device_count": 1,
     "get_device_capability": (9, 0),
@@ -53,7 +53,7 @@ _ANSWERS = {
     "memory_reserved": 0,
     "memory_stats": {},
 }
-_NOTHING_TO_DO = (
+_NO_OPS = (
     "_lazy_init",
     "empty_cache",
     "init",
@@ -67,8 +67,8 @@ _NOTHING_TO_DO = (
 )
 
 
-class _InMemory(TorchFunctionMode):
-    """What is asked to be on the card is on the CPU, and all that is on the CPU says that it is on the card."""
+class _CudaOnCpu(TorchFunctionMode):
+    """Keeps every tensor on the CPU, and reports CPU tensors as being on the card."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function == torch.Tensor.is_cuda.__get__:
@@ -93,14 +93,14 @@ def _on_cpu(value: Any) -> Any:
 
 
 class _Stream:
-    """A CUDA stream or event: whatever was asked for is done by now."""
+    """A CUDA stream or event; all work is finished when it is asked, since everything runs synchronously."""
 
     cuda_stream = 0
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
-        return _answer(None)
+        return _returning(None)
 
     def query(self) -> bool:
         return True
@@ -113,40 +113,40 @@ class _Device(contextlib.nullcontext[None]):
         super().__init__()
 
 
-def _answer(value: Any) -> Any:
+def _returning(value: Any) -> Any:
     return lambda *_, **__: value
 
 
-def stand_in_for_cuda() -> None:
-    """Let `torch.cuda` tell of a card that this machine lacks."""
-    for name, value in (_ANSWERS | dict.fromkeys(_NOTHING_TO_DO)).items():
-        setattr(torch.cuda, name, _answer(value))
+def fake_cuda() -> None:
+    """Replace functions of `torch.cuda` so that it reports a card."""
+    for name, value in (_RESULTS | dict.fromkeys(_NO_OPS)).items():
+        setattr(torch.cuda, name, _returning(value))
         if hasattr(torch.cuda.random, name):
-            setattr(torch.cuda.random, name, _answer(value))
+            setattr(torch.cuda.random, name, _returning(value))
     torch.cuda.Stream = torch.cuda.Event = _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = torch.accelerator.current_stream = _Stream
     torch.cuda.device, torch.cuda.stream = _Device, _Device
-    torch.accelerator.current_device_index = _answer(0)
-    torch._C._cuda_getCurrentRawStream = _answer(0)
-    mode, run_backward = _InMemory(), torch.autograd._engine_run_backward
+    torch.accelerator.current_device_index = _returning(0)
+    torch._C._cuda_getCurrentRawStream = _returning(0)
+    mode, run_backward = _CudaOnCpu(), torch.autograd._engine_run_backward
 
-    def run_backward_in_memory(*args: Any, **kwargs: Any) -> Any:
-        with mode:  # it is off while it has `backward` done, and layers that are recomputed run in that
+    def run_backward_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:  # torch turns it off during `backward`, in which recomputed layers run forward
             return run_backward(*args, **kwargs)
 
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     description = checks["default"]
 
-    def description_in_memory(tensor: Any) -> Any:  # in the forward pass the mode is off when it is asked for
+    def description_without_mode(tensor: Any) -> Any:  # the mode is off when the forward pass calls it
         with torch._C.DisableTorchFunction():
             return description(tensor)
 
-    torch.autograd._engine_run_backward, checks["default"] = run_backward_in_memory, description_in_memory
+    torch.autograd._engine_run_backward, checks["default"] = run_backward_with_mode, description_without_mode
     mode.__enter__()
 
 
 def interpret_bf16() -> None:
-    """Let Triton's interpreter compute in bf16: it adds the bits as whole numbers, and its rounding is wrong."""
+    """Make Triton's interpreter compute in bf16: its own code adds the bits as integers, and its rounding is wrong."""
     own, handle, builder = interpreter._get_np_dtype, interpreter.TensorHandle, interpreter.InterpreterBuilder
 
     def dtype_of(kind: Any) -> Any:
@@ -156,16 +156,16 @@ def interpret_bf16() -> None:
     def cast(self: Any, source: Any, kind: Any, *_: Any) -> Any:
         return handle(source.data.astype(dtype_of(kind)), kind.scalar)
 
-    def load(self: Any, places: Any, mask: Any, other: Any, *_: Any) -> Any:
-        kind = places.get_element_ty()
+    def load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
+        kind = pointers.get_element_ty()
         dtype = dtype_of(kind)
         bits = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
-        rest = np.zeros_like(places.data, dtype=bits) if other is None else other.data.astype(dtype).view(bits)
-        return handle(interpreter._interpreter.load(places.data, mask.data, rest, bits).view(dtype), kind)
+        rest = np.zeros_like(pointers.data, dtype=bits) if other is None else other.data.astype(dtype).view(bits)
+        return handle(interpreter._interpreter.load(pointers.data, mask.data, rest, bits).view(dtype), kind)
 
-    def store(self: Any, places: Any, value: Any, mask: Any, *_: Any) -> Any:
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *_: Any) -> Any:
         data = value.data.view(np.uint16) if value.data.dtype == _BFLOAT16 else value.data
-        return interpreter._interpreter.store(places.data, data, mask.data)
+        return interpreter._interpreter.store(pointers.data, data, mask.data)
 
     interpreter._get_np_dtype = dtype_of
     builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = builder.create_fp_to_fp = cast
@@ -173,4 +173,4 @@ def interpret_bf16() -> None:
 
 
 interpret_bf16()
-stand_in_for_cuda()
+fake_cuda()

@@ -1,4 +1,4 @@
-"""A world: a recipe, its sources, and a store. One stays undisturbed; each trial gets a copy of its own."""
+"""Workspaces: a recipe, its sources and a store in one folder. Each trial gets a copy of the undisturbed one."""
 
 import csv
 import hashlib
@@ -33,14 +33,14 @@ dpo: {max_steps: 12, learning_rate: 0.002, micro_batch_rows: 4, batch_rows: 4, l
       checkpoint_every_steps: 3, lora: {rank: 4}}
 evaluate: {generated_rows: 2, max_new_tokens: 4, bootstrap_resamples: 100}
 """  # noqa: E501
-_TIMELESS = ("metrics", "gates", "examples")  # of a report, which also says when it was made and how long it took
+_COMPARED = ("metrics", "gates", "examples")  # the parts of a report without times and durations
 
 
-def make(folder: Path) -> Path:
-    """A world in which nothing ran yet."""
+def create(folder: Path) -> Path:
+    """Create a workspace in which no stage has run."""
     folder.mkdir(parents=True)
     rows = made_up_rows(60)
-    (folder / "recipe.yaml").write_text(_RECIPE.replace("SOURCES", str(folder)))  # the same files for every copy
+    (folder / "recipe.yaml").write_text(_RECIPE.replace("SOURCES", str(folder)))  # every copy reads the same files
     with (folder / "questions.csv").open("w", newline="") as into:
         csv.writer(into).writerows([("question", "answer"), *rows])
     pairs = [{"prompt": q, "chosen": a, "rejected": " ".join(a.split()[::-1])} for q, a in rows]
@@ -49,7 +49,7 @@ def make(folder: Path) -> Path:
 
 
 def copy(undisturbed: Path, folder: Path, subject: str) -> Path:
-    """A world as it stands before `subject` ran."""
+    """Copy a workspace without the artifacts of `subject` and of the stages after it."""
     shutil.copytree(undisturbed, folder)
     stages = SEQUENCE[SEQUENCE.index(subject) :] if subject in SEQUENCE else SEQUENCE
     for stage in stages:
@@ -58,48 +58,51 @@ def copy(undisturbed: Path, folder: Path, subject: str) -> Path:
     return folder
 
 
-def recipe_of(world: Path) -> Recipe:
-    """The world's recipe, pinned."""
-    return pin(load_recipe(world / "recipe.yaml", ()))
+def recipe_of(workspace: Path) -> Recipe:
+    """Return the workspace's recipe, pinned."""
+    return pin(load_recipe(workspace / "recipe.yaml", ()))
 
 
-def manifests(world: Path, subject: str) -> dict[str, Manifest]:
-    """What stands for `subject` and all before it; an IntegrityError, or a KeyError that names who is missing."""
-    store = Store(str(world / "store"))
+def manifests(workspace: Path, subject: str) -> dict[str, Manifest]:
+    """Return the manifests of `subject` and of every stage before it.
+
+    Raises IntegrityError for a damaged manifest, and KeyError with the name of a stage whose artifact is missing.
+    """
+    store = Store(str(workspace / "store"))
     if subject == "store":
         found = store.manifest(samples.STAGE, samples.KEY)
         if found is None:
             raise KeyError(subject)
         return {subject: found}
-    recipe, standing = recipe_of(world), {}
+    recipe, published = recipe_of(workspace), {}
     for stage in SEQUENCE[: SEQUENCE.index(subject) + 1]:
-        parents = {name: standing[name] for name in STAGES[stage].reads}
+        parents = {name: published[name] for name in STAGES[stage].reads}
         manifest = store.manifest(stage, artifact_key(stage, recipe, parents))
         if manifest is None:
             raise KeyError(stage)
-        standing[stage] = manifest
-    return standing
+        published[stage] = manifest
+    return published
 
 
-def verify(world: Path, subject: str) -> IntegrityError | None:
-    """Every byte of `subject` and of what it was made from, compared with the manifests."""
-    store = Store(str(world / "store"))
+def verify(workspace: Path, subject: str) -> IntegrityError | None:
+    """Compare every file of `subject` and of the stages before it with the manifests; return the first error."""
+    store = Store(str(workspace / "store"))
     try:
-        for manifest in manifests(world, subject).values():
+        for manifest in manifests(workspace, subject).values():
             store.verify(manifest)
     except IntegrityError as error:
         return error
     return None
 
 
-def digests(world: Path, subject: str) -> dict[str, str]:
-    """What each stage up to `subject` made, as one sha256 each."""
-    return {stage: _digest(world, stage, manifest) for stage, manifest in manifests(world, subject).items()}
+def digests(workspace: Path, subject: str) -> dict[str, str]:
+    """Return one sha256 for the artifact of each stage up to `subject`."""
+    return {stage: _digest(workspace, stage, manifest) for stage, manifest in manifests(workspace, subject).items()}
 
 
-def _digest(world: Path, stage: str, manifest: Manifest) -> str:
+def _digest(workspace: Path, stage: str, manifest: Manifest) -> str:
     if stage != "evaluate":
         return manifest.content_sha256()
-    report = json.loads((world / "store" / manifest.folder / "report.json").read_text())
-    timeless = {name: report[name] for name in _TIMELESS}
-    return hashlib.sha256(json.dumps(timeless, sort_keys=True).encode()).hexdigest()
+    report = json.loads((workspace / "store" / manifest.folder / "report.json").read_text())
+    compared = {name: report[name] for name in _COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
