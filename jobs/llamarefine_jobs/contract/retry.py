@@ -38,8 +38,8 @@ class RetryPolicy:
     """Retry policy shared by all threads of one client. An outage begins with a failure and ends with the next success.
 
     A failed request is retried, with growing pauses, until the request or the whole outage has lasted
-    `give_up_after_s`. Before the first success of this client the limit is `first_s` instead: a wrong address should
-    be reported soon. `say` is called with one line when an outage is being retried, and with one when it is over.
+    `give_up_after_s`. Before the first success of this client the limit is `first_s`, because a wrong address
+    should fail soon. `say` is called with one line when an outage is being retried, and with one when it is over.
     """
 
     def __init__(
