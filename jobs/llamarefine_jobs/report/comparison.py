@@ -99,7 +99,7 @@ def judge(metrics: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, 
     )
     level = f"at {confidence * 100:g}% confidence"
     if all(clear):
-        detail = f"Both changes are larger than chance in the choice of test rows explains, {level}."
+        detail = f"Both changes are larger than noise from the choice of test rows, {level}."
     elif any(clear):
         detail = f"The {'second' if clear[0] else 'first'} change is not distinguishable from noise {level}."
     else:
