@@ -31,7 +31,7 @@ def work(context: Context) -> None:
     # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(backends.describe(backend))
+    context.note(backends.describe_backend(backend))
     from llamarefine_jobs.training import loop, step_zero
 
     recipe, section = context.recipe, context.recipe.dpo
@@ -113,7 +113,7 @@ def build_trainer(
     # that continues from one would use it as the policy.
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")
-    adapters.hold_in_fp32(trainer.model)
+    adapters.cast_trainable_to_fp32(trainer.model)
     return trainer
 
 

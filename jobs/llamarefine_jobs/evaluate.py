@@ -21,8 +21,15 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DivergedError
 from llamarefine_jobs.contract.recipe import Evaluate
 from llamarefine_jobs.models import adapters, backends
-from llamarefine_jobs.models.encoding import Encoded, Row, encode_pairs, encode_questions, load_tokenizer, read_rows
-from llamarefine_jobs.models.scoring import Score, Tick, generate, score
+from llamarefine_jobs.models.encoding import (
+    Encoded,
+    PublishedRow,
+    encode_pairs,
+    encode_questions,
+    load_tokenizer,
+    read_rows,
+)
+from llamarefine_jobs.models.scoring import OnBatch, Score, generate, score
 from llamarefine_jobs.report import comparison
 from llamarefine_jobs.report.metrics import MODELS, ComparedRows, ModelResults, check_gates, compare
 
@@ -34,7 +41,7 @@ def work(context: Context) -> None:
     # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend()
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(backends.describe(backend))
+    context.note(backends.describe_backend(backend))
     recipe, section = context.recipe, context.recipe.evaluate
 
     # Data: the test splits, tokenised as in training.
@@ -82,9 +89,9 @@ def work(context: Context) -> None:
 class Rows:
     """The test questions and pairs that are scored, the questions that the models answer, and how many rows exist."""
 
-    questions: list[Row]
-    answered: list[Row]
-    pairs: list[Row]
+    questions: list[PublishedRow]
+    answered: list[PublishedRow]
+    pairs: list[PublishedRow]
     questions_there: int
     pairs_there: int
 
@@ -126,14 +133,14 @@ class Evaluation:
                 self.rows.prompts,
                 max_new_tokens=self.context.recipe.evaluate.max_new_tokens,
                 batch_rows=batch_rows,
-                tick=self._ticker(f"{name}:generating"),
+                on_batch=self._ticker(f"{name}:generating"),
             ),
         )
 
-    def _ticker(self, phase: str) -> Tick:
+    def _ticker(self, phase: str) -> OnBatch:
         before = self.done
 
-        def tick(done: int, total: int) -> None:
+        def on_batch(done: int, total: int) -> None:
             self.done = before + done
             now_s = time.monotonic()
             if done == total or now_s - self.printed_s >= 1:
@@ -141,7 +148,7 @@ class Evaluation:
                 eta_s = (now_s - self.began_s) / self.done * (self.steps - self.done)
                 self.context.progress(self.done, self.steps, phase=phase, eta_s=eta_s)
 
-        return tick
+        return on_batch
 
 
 def load(name: str, context: Context, backend: backends.Backend) -> Any:
@@ -220,7 +227,7 @@ def examples(rows: Rows, results: dict[str, ModelResults], count: int) -> list[d
     return [_example(rows.answered[place], place, results) for place in evenly(range(len(rows.answered)), count)]
 
 
-def _example(row: Row, place: int, results: dict[str, ModelResults]) -> dict[str, Any]:
+def _example(row: PublishedRow, place: int, results: dict[str, ModelResults]) -> dict[str, Any]:
     answers = {name: found.generated[place] for name, found in results.items()}
     return {
         "question": row["messages"][-2]["content"],

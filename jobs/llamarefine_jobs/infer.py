@@ -84,7 +84,7 @@ class Respondent:
             batch_rows=section.batch_rows,
             temperature=section.temperature,
             top_p=section.top_p,
-            tick=_progress if len(prompts) > section.batch_rows else None,
+            on_batch=_progress if len(prompts) > section.batch_rows else None,
         )
 
     def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
@@ -106,7 +106,7 @@ def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
     parents = entry.find_parents("infer", recipe, store, NEEDS[name])
     # Backend: before anything imports trl, transformers or peft.
     backend = backends.choose_backend()
-    _log(backends.describe(backend))
+    _log(backends.describe_backend(backend))
     with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
         sigterm.STOP.cleanup_folder = Path(folder)
         inputs = entry.fetch_inputs(_STAGE, parents, store, Path(folder))

@@ -31,7 +31,7 @@ from llamarefine_jobs.data.row_sets import (
 from llamarefine_jobs.data.rows import Row, is_dialogue, pair_row, question_row
 from llamarefine_jobs.data.splits import SPLITS, assign_splits, group_rows
 from llamarefine_jobs.models import tiny_llama
-from llamarefine_jobs.models.base import bring_base, describe_base, install_base, write_tokenizer_and_config
+from llamarefine_jobs.models.base import describe_base, fetch_base, install_base, write_tokenizer_and_config
 from llamarefine_jobs.sources.locations import DOCSTRINGS, TINY_LLAMA
 
 
@@ -58,7 +58,7 @@ def work(context: Context) -> None:
     if is_tiny:
         tokenizer = tiny_llama.train_tokenizer(_training_texts(questions, preferences), section.base.tiny.vocabulary)
     else:
-        folder, commit = bring_base(section.base, context.work)
+        folder, commit = fetch_base(section.base, context.work)
         check_unchanged(section.base, "prepare.base")
         tokenizer = install_base(folder, base)
     for rows in (questions, preferences):

@@ -25,7 +25,7 @@ def work(context: Context) -> None:
     # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend(context.world.size)
     context.backend, context.accelerator = backend.name, backend.accelerator
-    context.note(backends.describe(backend))
+    context.note(backends.describe_backend(backend))
     from llamarefine_jobs.training import loop
 
     recipe, section = context.recipe, context.recipe.sft
@@ -95,7 +95,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[callback],
     )
-    adapters.hold_in_fp32(trainer.model)
+    adapters.cast_trainable_to_fp32(trainer.model)
     return trainer
 
 

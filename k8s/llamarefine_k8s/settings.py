@@ -161,7 +161,7 @@ class Settings(_Section):
 
     def retry_policy(self, announce: Callable[[str], None]) -> RetryPolicy:
         """Return the retry policy of a process that drives or follows a run; it passes its messages to `announce`."""
-        return RetryPolicy(self.give_up_after_s, announce, first_s=_FIRST_S)
+        return RetryPolicy(self.give_up_after_s, announce, first_limit_s=_FIRST_S)
 
     def image(self, name: str) -> str:
         """Return the image of a stage, or of the launcher, with registry and tag."""

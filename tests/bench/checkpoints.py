@@ -18,7 +18,7 @@ from tests import s3_server
 from tests.store import samples
 
 from llamarefine_jobs.store import Store
-from llamarefine_jobs.training.checkpoints import Checkpoint, Checkpoints
+from llamarefine_jobs.training.checkpoints import Checkpoint, CheckpointUploader
 
 ADAPTER_BYTES = 50_500_000  # 12.6 M parameters in fp32
 FILES = {"adapter_model.safetensors": 1, "best/adapter_model.safetensors": 1, "optimizer.pt": 2}  # x ADAPTER_BYTES
@@ -35,20 +35,20 @@ def write_checkpoint(folder: Path, step: int) -> Checkpoint:
 
 def measure(store: Store, folder: Path) -> None:
     """Print how long both ways interrupt the training, and how long the upload takes."""
-    checkpoints = Checkpoints(store, print)
+    checkpoints = CheckpointUploader(store, print)
     published_s, handed_over_s, uploaded_s = [], [], []
     for step in range(1, 2 * TIMES, 2):
         first, second = write_checkpoint(folder / "first", step), write_checkpoint(folder / "second", step + 1)
-        published_s.append(seconds(lambda made=first: checkpoints.publish(made)))
-        handed_over_s.append(seconds(lambda made=second: checkpoints.offer(made)))
-        uploaded_s.append(seconds(checkpoints.settle))
+        published_s.append(seconds(lambda made=first: checkpoints.upload_now(made)))
+        handed_over_s.append(seconds(lambda made=second: checkpoints.upload_in_background(made)))
+        uploaded_s.append(seconds(checkpoints.wait))
     results = {"published in the callback": published_s, "handed over": handed_over_s, "its upload": uploaded_s}
     for name, figures in results.items():
         print(f"  {name:27} median {statistics.median(figures):.4f} s  longest {max(figures):.4f} s")
     alone = products_per_s(lambda: True, limit_s=5)
-    checkpoints.offer(write_checkpoint(folder / "busy", 2 * TIMES + 1))
+    checkpoints.upload_in_background(write_checkpoint(folder / "busy", 2 * TIMES + 1))
     during = products_per_s(lambda: checkpoints.newest_step != 2 * TIMES + 1)
-    checkpoints.settle()
+    checkpoints.wait()
     print(f"  matrix products per second: {alone:.1f} alone, {during:.1f} during an upload")
 
 

@@ -100,7 +100,7 @@ def run_pipeline(cluster: Cluster, settings: Settings, times: JobTimes) -> list[
     rows = {"source": "python-docstrings"}
     sources = {"base": {"source": "tiny-llama"}, "questions": rows, "preferences": rows}
     unpinned = Recipe.model_validate({"name": "overhead", "seed": secrets.randbelow(10**6), "prepare": sources})
-    recipe = submission.bring_sources(unpinned, settings, lambda text: None, upload=False)
+    recipe = submission.pin_for_cluster(unpinned, settings, lambda text: None, upload=False)
     run = run_id(recipe)
     submission.start(cluster, recipe, settings, lambda text: None)
     times.wait(run, "complete")

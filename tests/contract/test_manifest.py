@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llamarefine_jobs.contract.artifact import File, Manifest, Parent, folded, safe_relative_path
+from llamarefine_jobs.contract.artifact import File, Manifest, Parent, comparable_path, safe_relative_path
 
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 
@@ -44,7 +44,7 @@ MANIFESTS = st.builds(
     files=st.lists(
         st.builds(File, path=PATHS, size_bytes=st.integers(0, 2**50), sha256=SHA256),
         max_size=4,
-        unique_by=lambda file: folded(file.path.split("/")[0]),
+        unique_by=lambda file: comparable_path(file.path.split("/")[0]),
     ).map(tuple),
     parents=st.dictionaries(NAMES, st.builds(Parent, key=SHA256, manifest_sha256=SHA256), max_size=2),
     recipe=st.dictionaries(st.text(max_size=4), VALUES, max_size=3),

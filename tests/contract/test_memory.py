@@ -26,7 +26,7 @@ TINYLLAMA = {
 
 @pytest.fixture
 def shape() -> Shape:
-    return Shape.of(TINYLLAMA)
+    return Shape.from_config(TINYLLAMA)
 
 
 def test_tinyllamas_parameters_are_counted_exactly(shape: Shape) -> None:
@@ -40,7 +40,7 @@ def test_parameter_counts_equal_those_of_a_real_model_and_adapter(tied: bool) ->
     from tests.jobs import tiny
 
     model: Any = tiny.make_model(400, tie_word_embeddings=tied, num_key_value_heads=2)
-    shape = Shape.of(model.config.to_dict())
+    shape = Shape.from_config(model.config.to_dict())
     assert shape.linear_parameters() + shape.other_parameters() == model.num_parameters()
     lora = Lora(rank=3, target_layers=("q_proj", "k_proj", "down_proj"))
     adapted = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=list(lora.target_layers)))

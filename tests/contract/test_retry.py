@@ -98,7 +98,7 @@ def test_an_outage_is_reported_once_when_it_lasts_and_once_when_it_is_over(clock
 
 
 def test_before_the_first_success_the_limit_is_shorter(clock: Clock) -> None:
-    policy = RetryPolicy(600, first_s=5)
+    policy = RetryPolicy(600, first_limit_s=5)
     with pytest.raises(StoreError, match="gave up after 5 s"):
         policy.call(failing(None))
     policy.call(failing(0))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.stages import SEQUENCE, STAGES
-from tests.chaos.on_kind import suffer
+from tests.chaos.on_kind import run_trials
 from tests.chart.kind_cluster import KindCluster
 
 from . import kind
@@ -229,9 +229,9 @@ def test_a_run_whose_training_pod_is_deleted_or_killed_ends_with_the_same_model(
 ) -> None:
     """A short form of `make chaos-kind ARGS=--train`, with the real trainers."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        monkeypatch.setenv(name, "")  # so that the test's end restores what `suffer` sets
+        monkeypatch.setenv(name, "")  # so that the test's end restores what `run_trials` sets
     cases = [("nothing", "step"), ("delete stage", "step"), ("kill stage", "step")]
-    report = suffer(kind_cluster, tmp_path, 1, cases, at_once=3, trains=True)
+    report = run_trials(kind_cluster, tmp_path, 1, cases, parallel=3, trains=True)
     assert [trial for trial in report["trials"] if trial["finding"]] == []
     assert [trial["stage_pods"] for trial in report["trials"]] == [1, 2, 2]
     assert "merge/model/model.safetensors" in report["trials"][0]["content"]

@@ -37,7 +37,7 @@ def fuzzed(share: float = 1.0) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 @contextmanager
-def held(reader: str) -> Iterator[None]:
+def allow_refusal(reader: str) -> Iterator[None]:
     """Accept a LlamaRefineError with a message; fail on any other error and on a reader that hangs."""
 
     def on_alarm(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from llamarefine_k8s.cluster.pod_log import PodLog
 from llamarefine_k8s.runs import signing
 from llamarefine_k8s.runs.pipeline import Task
 
-from .target import fuzzed, held, mutated
+from .target import allow_refusal, fuzzed, mutated
 
 RECIPE = b"""\
 name: small
@@ -66,7 +66,7 @@ def mutations(draw: Any, text: bytes) -> bytes:
 ))  # fmt: skip
 @example(b"name: 1" + b":59" * 100_000)
 def test_a_recipe(text: bytes) -> None:
-    with held("recipe YAML"):
+    with allow_refusal("recipe YAML"):
         recipe = parse_recipe(text.decode(errors="replace"), "fuzzed")
         assert parse_recipe(to_yaml(recipe), "again") == recipe
         artifact_key("prepare", recipe, {})
@@ -75,7 +75,7 @@ def test_a_recipe(text: bytes) -> None:
 @fuzzed(0.03)
 @given(st.lists(mutations(b"sft.epochs=2") | mutations(b"prepare.base.source=a"), max_size=3))
 def test_overrides(overrides: list[bytes]) -> None:
-    with held("--set"):
+    with allow_refusal("--set"):
         parse_recipe(RECIPE.decode(), "fuzzed", [each.decode(errors="replace") for each in overrides])
 
 
@@ -86,7 +86,7 @@ def test_overrides(overrides: list[bytes]) -> None:
 ))  # fmt: skip
 def test_settings(text: bytes) -> None:
     """Every Kubernetes object that is made from the parsed settings can be serialized as JSON."""
-    with held("settings YAML"):
+    with allow_refusal("settings YAML"):
         found = settings.parse(settings.read_text(text.decode(errors="replace"), "fuzzed"), "fuzzed")
         task = Task("small-00000000", "sft", "0" * 64, SMALL, "s3://bucket/prefix")
         json.dumps(
@@ -101,7 +101,7 @@ def test_settings(text: bytes) -> None:
 @fuzzed(0.25)
 @given(mutations(b"progress stage=sft step=40 steps=100 phase=step loss=4.2137 tokens_per_s=5120 eta_s=12"))
 def test_a_progress_line(line: bytes) -> None:
-    with held("progress lines"):
+    with allow_refusal("progress lines"):
         found = progress.parse(line.decode(errors="replace"))
         assert found is None or isinstance(found, Progress)
         if found:
@@ -130,7 +130,7 @@ class OneLog:
 @example([b"0001-01-01T00:00:00Z the first second\n"], "2026-11-24T24:00:00Z")
 def test_pod_log_lines(lines: list[bytes], after: str | None) -> None:
     """`after` is read from the bucket, so it may be hostile, too."""
-    with held("pod log lines"):
+    with allow_refusal("pod log lines"):
         for text in PodLog(OneLog(lines), "pod", "stage", after).lines(follow=False):
             assert "\n" not in strip_control_characters(text).replace("\n", "")
 
@@ -141,7 +141,7 @@ def test_pod_log_lines(lines: list[bytes], after: str | None) -> None:
 )
 def test_a_dialogue(text: bytes) -> None:
     """Every turn's text is a part of the dialogue's text."""
-    with held("HH dialogues"):
+    with allow_refusal("HH dialogues"):
         whole = text.decode(errors="replace")
         turns = parse_dialogue(whole)
         assert all(turn["content"] in whole for turn in turns)
@@ -161,7 +161,7 @@ STATEMENT = json.dumps(
 @fuzzed(0.1)
 @given(mutations(STATEMENT))
 def test_a_statement(line: bytes) -> None:
-    with held("statements"):
+    with allow_refusal("statements"):
         assert signing.parse(line).payload
 
 

@@ -89,12 +89,12 @@ def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
 ) -> None:
     trainer, _, tokenizer = build_sft(sft_context, prepared, backend)
     held_out = rows_of(sft_context, tokenizer, "validation")
-    before = sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"]
+    before = sft.validate(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"]
     frozen = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "lora_" not in name}
     assert frozen
     assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
     trainer.train()
-    assert sft.measure(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"] < before
+    assert sft.validate(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"] < before
     changed = [
         name
         for name, part in trainer.model.named_parameters()
@@ -206,10 +206,10 @@ def build_sft(context: Context, prepared: Path, backend: backends.Backend) -> tu
         loop.set_token_ids(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
     )
     held_out = rows_of(context, tokenizer, "validation")
-    watch = loop.Watch(
-        section, context, 10, lambda model: sft.measure(model, tokenizer.pad_token_id, held_out, context)
+    callback = loop.TrainingCallback(
+        section, context, 10, lambda model: sft.validate(model, tokenizer.pad_token_id, held_out, context)
     )
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, watch), rows, tokenizer
+    return sft.build_trainer(context, section, backend, model, tokenizer, rows, callback), rows, tokenizer
 
 
 def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:

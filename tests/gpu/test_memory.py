@@ -75,7 +75,7 @@ def test_a_step_needs_the_estimated_memory(
     model, tokenizer = bench.load(backend, recipe, section, prepared)
     trainer, tokens_per_row, _ = bench.build("ours", stage, recipe, backend, model, tokenizer, prepared)
     length_tokens = round(tokens_per_row if stage == "sft" else tokens_per_row / 2)
-    sizes = Sizes.of(trainer.model.config.to_dict())
+    sizes = Sizes.from_config(trainer.model.config.to_dict())
     estimated = training_bytes(sizes, section, length_tokens, with_unsloth=with_unsloth) - CUDA_CONTEXT_BYTES
     live = LiveTensorBytes(trainer.model) if INTERPRETED else None
     torch.cuda.reset_peak_memory_stats()

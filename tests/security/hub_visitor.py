@@ -13,13 +13,13 @@ from pathlib import Path
 from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.contract.recipe import Base, Rows
 from llamarefine_jobs.data.reading import read_table
-from llamarefine_jobs.models.base import bring_base, install_base
+from llamarefine_jobs.models.base import fetch_base, install_base
 
 
 def visit(kind: str, name: str, work: Path) -> dict[str, object]:
     try:
         if kind == "model":
-            folder, _ = bring_base(Base(source=name), work)
+            folder, _ = fetch_base(Base(source=name), work)
             install_base(folder, work / "base")
         else:
             read_table(Rows(source=f"hf://datasets/{name}"), "prepare.questions", work, ("question", "answer"))

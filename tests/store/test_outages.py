@@ -196,7 +196,7 @@ def test_before_the_first_success_retries_end_sooner(proxy: CuttingProxy, s3_uri
     """A wrong endpoint is reported soon."""
     proxy.refuses = True
     with pytest.raises(StoreError, match="gave up after 1 s"):
-        Store(s3_uri, RetryPolicy(600, first_s=1)).manifest(STAGE, KEY)
+        Store(s3_uri, RetryPolicy(600, first_limit_s=1)).manifest(STAGE, KEY)
     assert clock.now_s == pytest.approx(1)
     assert proxy.refused
 

@@ -51,7 +51,7 @@ def safe_relative_path(path: str) -> str:
     return path
 
 
-def folded(path: str) -> str:
+def comparable_path(path: str) -> str:
     """Return `path` as file systems compare it that ignore case and the Unicode normalization form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
 
@@ -104,7 +104,7 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _check_paths(self) -> Self:
         """Refuse two entries for one file, also if they differ in case only, and a file that is another's folder."""
-        paths = {folded(file.path) for file in self.files}
+        paths = {comparable_path(file.path) for file in self.files}
         if len(paths) != len(self.files):
             raise ValueError("a file is listed twice")
         for path in paths:

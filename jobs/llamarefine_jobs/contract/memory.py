@@ -36,7 +36,7 @@ class Shape:
     tied_embeddings: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Read the sizes from a config.json, trusted or not. Raises ValueError if one is missing or not valid."""
 
         def size(name: str, default: int | None = None) -> int:

@@ -38,20 +38,20 @@ class RetryPolicy:
     """Retry policy shared by all threads of one client. An outage begins with a failure and ends with the next success.
 
     A failed request is retried, with growing pauses, until the request or the whole outage has lasted
-    `give_up_after_s`. Before the first success of this client the limit is `first_s`, because a wrong address
-    should fail soon. `say` is called with one line when an outage is being retried, and with one when it is over.
+    `give_up_after_s`. Before the first success of this client the limit is `first_limit_s`, because a wrong address
+    should fail soon. `report` is called with one line when an outage is being retried, and with one when it is over.
     """
 
     def __init__(
         self,
         give_up_after_s: float = _INTERACTIVE_LIMIT_S,
-        say: Callable[[str], None] = lambda text: None,
-        first_s: float | None = None,
+        report: Callable[[str], None] = lambda text: None,
+        first_limit_s: float | None = None,
     ) -> None:
-        self.say = say
+        self.report = report
         self.has_succeeded = False  # whether any request of this client has succeeded so far
         self._limit_after_success_s = give_up_after_s
-        self._limit_s = give_up_after_s if first_s is None else min(first_s, give_up_after_s)
+        self._limit_s = give_up_after_s if first_limit_s is None else min(first_limit_s, give_up_after_s)
         self._outage_began_s: float | None = None
         self._is_announced = False
         self._lock = threading.Lock()
@@ -86,14 +86,14 @@ class RetryPolicy:
             began_s, self._outage_began_s = self._outage_began_s, None
             was_announced, self._is_announced = self._is_announced, False
         if began_s is not None and was_announced:
-            self.say(f"goes on after an outage of {time.monotonic() - began_s:.0f} s")
+            self.report(f"goes on after an outage of {time.monotonic() - began_s:.0f} s")
 
     def announce(self, error: StoreError) -> None:
         """Report once per outage that the request is being retried, and for how long."""
         with self._lock:
             was_announced, self._is_announced = self._is_announced, True
         if not was_announced and self._limit_s > _INTERACTIVE_LIMIT_S:
-            self.say(f"{error}; tries again for {self._limit_s:g} s")
+            self.report(f"{error}; tries again for {self._limit_s:g} s")
 
     @property
     def limit_s(self) -> float:

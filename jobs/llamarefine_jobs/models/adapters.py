@@ -85,7 +85,7 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     return into
 
 
-def hold_in_fp32(model: Any) -> None:
+def cast_trainable_to_fp32(model: Any) -> None:
     """Cast the trainable parameters of `model` to fp32.
 
     On a 4-bit base, TRL's trainer rounds adapters to bf16 when it is built. DPO's updates are then lost: next to a

@@ -85,7 +85,7 @@ def choose_backend(processes: int = 1) -> Backend:
     return backend
 
 
-def describe(backend: Backend) -> str:
+def describe_backend(backend: Backend) -> str:
     """Return the line that every stage logs: which backend runs, on which device, and why."""
     return f"backend: {backend.name} on {backend.accelerator}, because {backend.reason}"
 

@@ -24,7 +24,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jin
 _KEY = "prepare.base"
 
 
-def bring_base(base: Base, work: Path) -> tuple[Path, str | None]:
+def fetch_base(base: Base, work: Path) -> tuple[Path, str | None]:
     """Download the base if it is remote; return its local folder, and the commit of a Hub repository."""
     match locations.kind(base.source, hub_id_allowed=True):
         case locations.Kind.HUB:

@@ -11,7 +11,7 @@ from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, Message, answer
 from llamarefine_jobs.untrusted.remote_code import refuse_remote_code
 from llamarefine_jobs.untrusted.safe_json import read_object
 
-Row = dict[str, Any]
+PublishedRow = dict[str, Any]
 
 _ADDED_TOKEN_KEYS = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 _MOST_ADDED_TOKENS = 10_000  # Llama 3 has 256
@@ -119,18 +119,18 @@ def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
     return Encoded(prompt_ids, ids[len(prompt_ids) :])
 
 
-def read_rows(folder: Path, split: str) -> list[Row]:
+def read_rows(folder: Path, split: str) -> list[PublishedRow]:
     """Return the rows of one split, as prepare published them."""
     with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def encode_questions(tokenizer: Any, rows: Sequence[Row]) -> list[Encoded]:
+def encode_questions(tokenizer: Any, rows: Sequence[PublishedRow]) -> list[Encoded]:
     """Return the tokens of each question row. The last message of a row is its answer."""
     return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
 
 
-def encode_pairs(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[Encoded, Encoded]]:
+def encode_pairs(tokenizer: Any, rows: Sequence[PublishedRow]) -> list[tuple[Encoded, Encoded]]:
     """Return the tokens of each preference row: its prompt with the chosen answer, and with the rejected answer."""
     return [
         (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamarefine_jobs.models.encoding import Encoded
 
-Tick = Callable[[int, int], None]  # called after each batch with (rows done, rows in all)
+OnBatch = Callable[[int, int], None]  # called after each batch with (rows done, rows in all)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Answer:
     stopped: bool
 
 
-def score(model: Any, pad_id: int, rows: Sequence[Encoded], batch_rows: int, tick: Tick | None = None) -> list[Score]:
+def score(
+    model: Any, pad_id: int, rows: Sequence[Encoded], batch_rows: int, on_batch: OnBatch | None = None
+) -> list[Score]:
     """Return the log-probability that `model` gives to each row's answer after its prompt.
 
     Rows are scored longest first, so batches need little padding, and if memory is too small the first batch fails.
@@ -62,8 +64,8 @@ def score(model: Any, pad_id: int, rows: Sequence[Encoded], batch_rows: int, tic
                 target = torch.tensor(row.answer_ids, device=device)
                 logprobs = answer_logits.log_softmax(-1).gather(-1, target[:, None])
                 scores[index] = Score(float(logprobs.double().sum()), len(row.answer_ids))
-            if tick:
-                tick(min(start + batch_rows, len(order)), len(order))
+            if on_batch:
+                on_batch(min(start + batch_rows, len(order)), len(order))
     finally:
         model.train(was_training)
     return [scores[index] for index in range(len(rows))]
@@ -78,7 +80,7 @@ def generate(
     batch_rows: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    tick: Tick | None = None,
+    on_batch: OnBatch | None = None,
 ) -> list[Answer]:
     """Return the model's answers to tokenised prompts. Temperature 0 means greedy decoding.
 
@@ -114,6 +116,6 @@ def generate(
             stopped = tokenizer.eos_token_id in new
             kept = new[: new.index(tokenizer.eos_token_id)] if stopped else new
             answers[index] = Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept), stopped)
-        if tick:
-            tick(min(start + batch_rows, len(order)), len(order))
+        if on_batch:
+            on_batch(min(start + batch_rows, len(order)), len(order))
     return [answers[index] for index in range(len(prompts))]

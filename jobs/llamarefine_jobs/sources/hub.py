@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs.contract.artifact import folded, safe_relative_path
+from llamarefine_jobs.contract.artifact import comparable_path, safe_relative_path
 from llamarefine_jobs.contract.errors import AccessError, DataError, LlamaRefineError, StoreError, first_line
 from llamarefine_jobs.untrusted.log_redaction import redact, redact_logs
 
@@ -110,7 +110,7 @@ def _reason_to_refuse(names: Iterable[str], size_bytes: int) -> str | None:
             safe_relative_path(name)
         except ValueError as error:
             return str(error)
-        if (other := seen.setdefault(folded(name), name)) != name:
+        if (other := seen.setdefault(comparable_path(name), name)) != name:
             return f"{other!r:.80} and {name!r:.80} are one file on a file system that ignores case and accents"
     if len(seen) > _MOST_FILES:
         return f"{len(seen)} files match, expected at most {_MOST_FILES}"

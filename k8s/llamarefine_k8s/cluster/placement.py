@@ -11,7 +11,7 @@ from llamarefine_k8s.cluster import KubeObject, nodes
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.manifests import STAGE, run_config_map
 from llamarefine_k8s.cluster.reasons import why_refused
-from llamarefine_k8s.cluster.submission import bring_sources, objects_of
+from llamarefine_k8s.cluster.submission import objects_of, pin_for_cluster
 from llamarefine_k8s.runs import gpu_memory
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 from llamarefine_k8s.runs.plan import plan
@@ -62,7 +62,7 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, report: Ca
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
     checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards if stage in needed]
     excesses = [check for check in checks if check.state != "ok"]
-    pinned = bring_sources(recipe, given, report, upload=False) if excesses else recipe
+    pinned = pin_for_cluster(recipe, given, report, upload=False) if excesses else recipe
     due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if excesses else set()
     for check in excesses:
         if check.name.rpartition(" ")[2] not in due:

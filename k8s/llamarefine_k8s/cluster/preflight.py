@@ -68,7 +68,7 @@ def check_cluster(
     if uri:
         yield from check_store(uri)
     if recipe and given:
-        pinned = yield from _pin(lambda: submission.bring_sources(recipe, given, lambda text: None, upload=False))
+        pinned = yield from _pin(lambda: submission.pin_for_cluster(recipe, given, lambda text: None, upload=False))
     if pinned and given:
         yield from _check_plan(pinned, given.store)
     if cluster and given:

@@ -72,7 +72,7 @@ def is_in_cluster() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ
 
 
-def bring_sources(recipe: Recipe, given: Settings, report: Report, *, upload: bool = True) -> Recipe:
+def pin_for_cluster(recipe: Recipe, given: Settings, report: Report, *, upload: bool = True) -> Recipe:
     """Upload the recipe's local files to the bucket, under their sha256, and return the pinned recipe.
 
     The pinned recipe names the uploaded files. They keep their local fingerprint, so their artifacts keep their

@@ -205,7 +205,7 @@ def submit(
         submission.require_account(cluster, given.service_account)
     if not (dry_run or no_memory_check or submission.is_in_cluster()):
         placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
-    pinned = submission.bring_sources(loaded, given, progress.print, upload=not dry_run)
+    pinned = submission.pin_for_cluster(loaded, given, progress.print, upload=not dry_run)
     run = records.run_id(pinned)
     if dry_run:
         click.echo(output.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))

@@ -40,7 +40,7 @@ def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[s
         config = _prepared_config(recipe, Store(store_uri)) or (base_config(base) if may_read else None)
         if config is None:
             return {}
-        shape = Shape.of(config)
+        shape = Shape.from_config(config)
         sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
         return {
             # The images hold Unsloth, which trains in one process.

@@ -73,7 +73,7 @@ def main(arm: str, stage: str, prepared: Path, steps: int) -> None:
         "mfu": None if quantized or peak is None else tokens_per_s * flops / peak,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "estimated_memory_bytes": training_bytes(
-            Shape.of(trainer.model.config.to_dict()),
+            Shape.from_config(trainer.model.config.to_dict()),
             section,
             recipe.max_length_tokens,
             with_unsloth=backend.name == "unsloth",

@@ -6,6 +6,6 @@
 - `trials.py`: one trial: submit a run, apply its fault, watch the run to its end, compare logs and artifacts.
 """
 
-from .suite import suffer
+from .suite import run_trials
 
-__all__ = ["suffer"]
+__all__ = ["run_trials"]

@@ -17,7 +17,7 @@ from tests.chart.kind_cluster import cluster
 from tests.e2e import kind
 
 from .faults import CASES, TRAINED_CASES
-from .suite import suffer, table
+from .suite import run_trials, table
 
 _TWO_NODES = Path(__file__).with_name("two-nodes.yaml")
 
@@ -39,7 +39,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llamarefine-chaos-") as folder, cluster(Path(folder), nodes) as made:
         if options.train:
             kind.make(made.environment, "kind-up")  # builds and loads the stages' images too: gigabytes
-        report = suffer(made, Path(folder), options.seed, cases, at_once=options.parallel, trains=options.train)
+        report = run_trials(made, Path(folder), options.seed, cases, parallel=options.parallel, trains=options.train)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["trials"]))

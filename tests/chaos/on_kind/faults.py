@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.chart.kind_cluster import eventually
-from tests.k8s.acting import LESSONS, LESSONS_A_CHECKPOINT
+from tests.k8s.acting import LEARN_STEPS, LEARN_STEPS_PER_CHECKPOINT
 
 from .namespace import MINIO, NAMESPACE, STAGES_NODE, ChaosNamespace
 
@@ -188,6 +188,6 @@ def phase_test(phase: str, draw: random.Random) -> Callable[[list[str]], bool]:
     For the phase "step" a step is drawn among those without a checkpoint. Stages that train (`trials.TRAINED_RECIPE`)
     take as many steps with the same checkpoints; of the phases, only "start" and "step" exist for them.
     """
-    steps = [step for step in range(2, LESSONS) if step % LESSONS_A_CHECKPOINT]
+    steps = [step for step in range(2, LEARN_STEPS) if step % LEARN_STEPS_PER_CHECKPOINT]
     wanted = PHASES[phase].format(step=draw.choice(steps))
     return lambda lines: any(re.search(wanted, line) for line in lines) if wanted else True

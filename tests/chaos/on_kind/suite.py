@@ -16,12 +16,12 @@ from .namespace import ChaosNamespace
 from .trials import Trial, run_trial
 
 
-def suffer(
+def run_trials(
     cluster: KindCluster,
     folder: Path,
     seed: int,
     cases: Sequence[tuple[str, str]],
-    at_once: int = 1,
+    parallel: int = 1,
     *,
     trains: bool = False,
 ) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def suffer(
         run_trial(trial, namespace, api, folder / f"{folder.name}-{trial.number}", seed)
         print(f"{trial.finding or 'right'}: {row(trial.as_json())}", flush=True)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(run_one, [trial for trial in trials if trial.fault not in CLUSTER_WIDE]))
     for trial in trials:
         if trial.fault in CLUSTER_WIDE:

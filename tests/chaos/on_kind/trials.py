@@ -18,7 +18,7 @@ from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import records
 from llamarefine_k8s.runs.pipeline import READ_TO
-from tests.k8s.acting import LESSONS, LESSONS_A_CHECKPOINT
+from tests.k8s.acting import LEARN_STEPS, LEARN_STEPS_PER_CHECKPOINT
 from tests.store import cutting_proxy
 
 from .faults import FAULTS, LOSES_LINES, STAGE, Target, phase_test
@@ -136,7 +136,7 @@ def _submit_and_disturb(
     recipe.write_text((TRAINED_RECIPE if namespace.trains else _ACTED_RECIPE).format(name=f"chaos-{trial.number}"))
     launcher = namespace.launcher(folder, proxy and proxy.endpoint)
     if namespace.trains:
-        launcher.settle()
+        launcher.write_settings()
     else:
         launcher.act(f'{{"{STAGE}": "learn"}}', **(ON_THE_WORKER if trial.fault == "lose node" else {}))
     began_s = time.monotonic()
@@ -235,7 +235,7 @@ def _compare_trainers_log(trial: Trial, kept: list[str], observer: RunObserver) 
     begins = [number for number, line in enumerate(kept) if _TRAINER_BEGINS.match(line)]
     parts = [kept[first:after] for first, after in zip(begins, [*begins[1:], len(kept)], strict=True)]
     yield from _compare_steps(trial, parts)
-    if (reached := max(_steps(kept), default=0)) != LESSONS:
+    if (reached := max(_steps(kept), default=0)) != LEARN_STEPS:
         yield f"the log ends at step {reached}"
 
 
@@ -301,8 +301,8 @@ prepare:
   preferences: {{{{source: python-docstrings}}}}
   max_rows: 300
   too_long: truncate
-sft: {{{{max_steps: {LESSONS}, learning_rate: 2.0e-3, batch_rows: 32, micro_batch_rows: 8, log_every_steps: 1,
-  checkpoint_every_steps: {LESSONS_A_CHECKPOINT}}}}}
+sft: {{{{max_steps: {LEARN_STEPS}, learning_rate: 2.0e-3, batch_rows: 32, micro_batch_rows: 8, log_every_steps: 1,
+  checkpoint_every_steps: {LEARN_STEPS_PER_CHECKPOINT}}}}}
 dpo: {{{{max_steps: 10, learning_rate: 4.0e-4, batch_rows: 8, micro_batch_rows: 8}}}}
 evaluate: {{{{generated_rows: 2, max_new_tokens: 4, bootstrap_resamples: 100}}}}
 """

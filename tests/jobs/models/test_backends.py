@@ -127,7 +127,7 @@ def test_an_adapter_that_was_rounded_to_bf16_is_trained_in_fp32(base: Path, back
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.bfloat16()
-    adapters.hold_in_fp32(model)
+    adapters.cast_trainable_to_fp32(model)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 

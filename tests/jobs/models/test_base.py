@@ -15,7 +15,7 @@ from llamarefine_jobs.contract.errors import DataError, StoreError
 from llamarefine_jobs.contract.prompt import CHAT_TEMPLATE, question
 from llamarefine_jobs.contract.recipe import Base
 from llamarefine_jobs.models import tiny_llama
-from llamarefine_jobs.models.base import bring_base, describe_base, install_base
+from llamarefine_jobs.models.base import describe_base, fetch_base, install_base
 from llamarefine_jobs.models.encoding import encode_prompt, load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -150,9 +150,9 @@ def test_a_repository_folder_of_the_hubs_cache_is_read_at_its_revision(original:
     (cached / "refs" / "main").write_text(commit)
     for revision in (None, "main", commit):
         base = Base(source=str(cached), revision=revision)
-        assert bring_base(base, tmp_path) == (cached / "snapshots" / commit, commit)
+        assert fetch_base(base, tmp_path) == (cached / "snapshots" / commit, commit)
     with pytest.raises(DataError, match="no snapshot of v2"):
-        bring_base(Base(source=str(cached), revision="v2"), tmp_path)
+        fetch_base(Base(source=str(cached), revision="v2"), tmp_path)
 
 
 def test_a_cached_hub_id_needs_no_network(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +162,9 @@ def test_a_cached_hub_id_needs_no_network(original: Path, tmp_path: Path, monkey
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert bring_base(Base(source="owner/name"), tmp_path) == (cached / "snapshots" / commit, commit)
+    assert fetch_base(Base(source="owner/name"), tmp_path) == (cached / "snapshots" / commit, commit)
     with pytest.raises(StoreError, match="cannot be reached and owner/other is not in the cache"):
-        bring_base(Base(source="owner/other"), tmp_path)
+        fetch_base(Base(source="owner/other"), tmp_path)
 
 
 def test_a_base_in_a_bucket_is_downloaded(original: Path, tmp_path: Path, s3_uri: str) -> None:
@@ -173,14 +173,14 @@ def test_a_base_in_a_bucket_is_downloaded(original: Path, tmp_path: Path, s3_uri
     objects = open_objects(s3_uri)
     for file in original.iterdir():
         objects.write(f"base/{file.name}", file.read_bytes())
-    folder, _ = bring_base(Base(source=f"{s3_uri}/base"), tmp_path)
+    folder, _ = fetch_base(Base(source=f"{s3_uri}/base"), tmp_path)
     install_base(folder, tmp_path / "installed")
 
 
 @pytest.mark.parametrize("source", ["https://example.org/model", "/no/such/folder"])
 def test_a_source_that_is_not_a_base_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepare\.base: "):
-        bring_base(Base(source=source), tmp_path)
+        fetch_base(Base(source=source), tmp_path)
 
 
 def test_a_regular_expression_that_a_tokenizer_cannot_finish_is_refused_in_one_line(folder: Path) -> None:

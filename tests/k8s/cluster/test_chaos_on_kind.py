@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.on_kind import suffer
+from tests.chaos.on_kind import run_trials
 from tests.chart.kind_cluster import KindCluster
 
 pytestmark = pytest.mark.skipif(
@@ -18,8 +18,8 @@ def test_an_eviction_and_a_killed_api_server_do_not_change_what_a_run_makes(
     kind_cluster: KindCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        monkeypatch.setenv(name, "")  # so that pytest restores what `suffer` sets
-    report = suffer(kind_cluster, tmp_path, 1, CASES, at_once=2)
+        monkeypatch.setenv(name, "")  # so that pytest restores what `run_trials` sets
+    report = run_trials(kind_cluster, tmp_path, 1, CASES, parallel=2)
     assert [trial for trial in report["trials"] if trial["finding"]] == []
     assert [trial["fault"] for trial in report["trials"]] == [fault for fault, _ in CASES]
     evicted = report["trials"][1]

@@ -85,7 +85,7 @@ def test_a_second_submit_attaches_and_status_and_logs_show_the_finished_run(on: 
     assert "evaluate: done" in said
     assert "done" in on.run("status", run)[1]
     assert "sft: published" in on.run("logs", run, "sft")[1]
-    jobs = on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")
+    jobs = on.kind_cluster.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")
     assert {job["metadata"]["name"] for job in jobs} == {run, *(f"{run}-{stage}" for stage in SEQUENCE)}
 
 
@@ -93,7 +93,9 @@ def test_a_dry_run_prints_the_objects_that_submit_creates(on: OnCluster, recipe_
     shown = list(yaml.safe_load_all(on.run("submit", str(recipe_file), "--dry-run")[1]))
     run = on.submit(recipe_file)
     eventually(lambda: len(on.pods(run)) > len(SEQUENCE), 120)
-    created = {each["metadata"]["name"]: each for each in on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")}
+    created = {
+        each["metadata"]["name"]: each for each in on.kind_cluster.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")
+    }
     jobs = [each for each in shown if each["kind"] == "Job"]
     assert len(jobs) == len(SEQUENCE) + 1
     for job in jobs:
@@ -110,14 +112,14 @@ def test_a_deleted_driver_pod_and_a_deleted_stage_pod_lose_and_repeat_no_step(on
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 20), 90)
     first = on.drivers(run)
-    on.made.kubectl("-n", NAMESPACE, "delete", "pod", *first)
+    on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "pod", *first)
     eventually(lambda: on.drivers(run, "Running") not in ([], first))
     for each in on.pods(run, stage="sft"):
-        on.made.kubectl("-n", NAMESPACE, "delete", "pod", each["metadata"]["name"])
+        on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "pod", each["metadata"]["name"])
     code, said = on.run("submit", str(recipe_file))
     assert code == 0, said
     log = on.run("logs", run, "sft")[1]
-    on.made.kubectl("-n", NAMESPACE, "delete", "jobs", "-l", f"llamarefine/run={run}")
+    on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "jobs", "-l", f"llamarefine/run={run}")
     kept = on.run("logs", run, "sft")[1]
     assert [int(step) for step in re.findall(r"progress stage=sft step=(\d+)", kept)] == list(range(1, STEPS + 1))
     assert "goes on from the checkpoint" in log
@@ -166,7 +168,7 @@ def test_a_killed_stage_is_retried(on: OnCluster, recipe_file: Path) -> None:
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 5), 90)
     (pod,) = on.pods(run, stage="sft")
-    on.made.kubectl("-n", NAMESPACE, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
+    on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
     code, said = on.run("submit", str(recipe_file))
     assert code == 0, said
 
@@ -177,7 +179,7 @@ def test_cancel_removes_every_object_within_15_s(on: OnCluster, recipe_file: Pat
     eventually(has_step(on, run, 5), 90)
     code, said = on.run("cancel", run)
     assert code == 0, said  # it fails when something is left after 15 s
-    assert on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == []
+    assert on.kind_cluster.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == []
     assert "interrupted" in on.run("status", run)[1]
 
 
@@ -191,7 +193,7 @@ def test_a_run_and_its_log_continue_after_submit_is_killed(on: OnCluster, recipe
     code, said = on.run("logs", "-f", run, "driver")
     assert code == 0, said
     assert "evaluate: done" in said
-    assert on.made.objects(NAMESPACE, "jobs", f"llamarefine/run={run},llamarefine/stage=evaluate")
+    assert on.kind_cluster.objects(NAMESPACE, "jobs", f"llamarefine/run={run},llamarefine/stage=evaluate")
 
 
 def test_a_run_driven_from_this_machine_is_owned_by_the_release(on: OnCluster, recipe_file: Path) -> None:
@@ -199,11 +201,11 @@ def test_a_run_driven_from_this_machine_is_owned_by_the_release(on: OnCluster, r
     laptop = on.start("submit", str(recipe_file), "--foreground")
     run = eventually(lambda: next(iter(on.runs()), None), 60)
     eventually(lambda: on.pods(run, stage="sft"), 90)
-    (kept,) = on.made.objects(NAMESPACE, "configmaps", f"llamarefine/run={run}")
+    (kept,) = on.kind_cluster.objects(NAMESPACE, "configmaps", f"llamarefine/run={run}")
     assert [owner["name"] for owner in kept["metadata"]["ownerReferences"]] == ["llamarefine-settings"]
     laptop.send_signal(signal.SIGINT)
     assert laptop.wait(60) == 130
-    eventually(lambda: on.made.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == [])
+    eventually(lambda: on.kind_cluster.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == [])
 
 
 def test_after_correcting_the_settings_only_the_failed_stage_runs_again(on: OnCluster, recipe_file: Path) -> None:
@@ -237,7 +239,7 @@ def assert_status_shows(on: OnCluster, recipe_file: Path, stage: str, reason: st
     """Submit, and require that `status` shows `reason` and `to_do` within 30 s after the Job of `stage` exists."""
     run = on.submit(recipe_file, "--set", "prepare.questions.source=python-docstrings")  # no file to upload
     job = run if stage == "driver" else f"{run}-{stage}"
-    eventually(lambda: on.made.kubectl("-n", NAMESPACE, "get", "job", job, "--ignore-not-found"), 90)
+    eventually(lambda: on.kind_cluster.kubectl("-n", NAMESPACE, "get", "job", job, "--ignore-not-found"), 90)
 
     def shown_reason() -> str | None:
         text = on.run("status", run)[1]

@@ -24,7 +24,7 @@ from llamarefine_k8s.cluster.manifests import RUN
 from llamarefine_k8s.cluster.run_status import find_status
 from llamarefine_k8s.runs.records import Driver, RunRecord, all_runs, find, newest_names
 from llamarefine_k8s.settings import Settings
-from tests.k8s.acting_node import ActingNode
+from tests.k8s.acting_node import FakeNode
 from tests.k8s.api_server import ApiServer, served, use_kubeconfig
 
 FINISHED = 1000
@@ -134,10 +134,12 @@ def test_a_driver_stays_under_100_mib_and_sends_few_requests(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, tmp_path: Path
 ) -> None:
     given = Settings(store=s3_uri, gpu_resource=None)
-    pinned = submission.bring_sources(recipe("prepare.questions.source=python-docstrings"), given, print, upload=False)
+    pinned = submission.pin_for_cluster(
+        recipe("prepare.questions.source=python-docstrings"), given, print, upload=False
+    )
     (tmp_path / "pinned.yaml").write_text(to_yaml(pinned))
     (tmp_path / "llamarefine.yaml").write_text(yaml.safe_dump(given.model_dump(exclude_defaults=True)))
-    node = ActingNode(api, pinned, Store(s3_uri), seed=3)
+    node = FakeNode(api, pinned, Store(s3_uri), seed=3)
     environment = os.environ | {
         "KUBECONFIG": str(api.kubeconfig(tmp_path)),
         "LLAMAREFINE_DRIVER_JOB": "many",
@@ -154,7 +156,7 @@ def test_a_driver_stays_under_100_mib_and_sends_few_requests(
         timeout=300,
     )
     node.close()
-    assert node.made == list(SEQUENCE), done.stderr
+    assert node.started_stages == list(SEQUENCE), done.stderr
     peak = re.search(r"peak (\d+) MiB", done.stdout)
     assert peak, done.stdout + done.stderr
     assert int(peak[1]) < 100

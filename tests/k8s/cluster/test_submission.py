@@ -13,7 +13,7 @@ from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.sources import fingerprints, pinning
 from llamarefine_jobs.sources.s3 import download_s3
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.cluster.submission import bring_sources, check_gpus, objects_of
+from llamarefine_k8s.cluster.submission import check_gpus, objects_of, pin_for_cluster
 from llamarefine_k8s.runs.records import run_id
 from llamarefine_k8s.settings import Resources, Settings
 
@@ -29,7 +29,7 @@ def own_files(recipe_file: Path, tmp_path: Path) -> Path:
 
 def pin(file: Path, store: str, reported: list[str] | None = None, *, upload: bool = True) -> Recipe:
     report = (reported if reported is not None else []).append
-    return bring_sources(load_recipe(file), Settings(store=store), report, upload=upload)
+    return pin_for_cluster(load_recipe(file), Settings(store=store), report, upload=upload)
 
 
 def test_uploaded_files_keep_the_key_they_have_on_one_machine(own_files: Path, s3_uri: str) -> None:
@@ -94,7 +94,7 @@ def test_every_file_of_a_folder_is_uploaded(recipe: Callable[..., Recipe], s3_ur
     (folder / "config.json").write_text("{}")
     (folder / "deep" / "weights").write_bytes(b"\0" * 9)
     given = Settings(store=s3_uri)
-    base = bring_sources(recipe(f"prepare.base.source={folder}"), given, lambda text: None).prepare.base
+    base = pin_for_cluster(recipe(f"prepare.base.source={folder}"), given, lambda text: None).prepare.base
     fetched = download_s3(base.source, tmp_path / "fetched", base.fingerprint)
     assert fingerprints.content_sha256(fetched) == fingerprints.content_sha256(folder) == base.fingerprint
 
@@ -111,7 +111,7 @@ def test_objects_of_lists_every_object_of_a_run(recipe_file: Path, s3_uri: str) 
 
 def test_the_service_of_a_training_on_two_nodes_is_listed_before_its_job(recipe_file: Path, s3_uri: str) -> None:
     overrides = ["dpo.nodes=2", "dpo.micro_batch_rows=1"]
-    pinned = bring_sources(load_recipe(recipe_file, overrides), Settings(store=s3_uri), lambda text: None)
+    pinned = pin_for_cluster(load_recipe(recipe_file, overrides), Settings(store=s3_uri), lambda text: None)
     listed = [(each["kind"], each["metadata"]["name"]) for each in objects_of(pinned, Settings(store=s3_uri))]
     index = listed.index(("Job", f"{run_id(pinned)}-dpo"))
     assert listed[index - 1] == ("Service", f"nodes-{run_id(pinned)}-dpo")

@@ -19,9 +19,9 @@ from llamarefine_k8s.cluster import submission
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.runs import pipeline, records
 from llamarefine_k8s.runs.pipeline import StageLog
-from llamarefine_k8s.runs.records import Journal, RunRecord
+from llamarefine_k8s.runs.records import RecordWriter, RunRecord
 from llamarefine_k8s.settings import Settings
-from tests.k8s.acting_node import ActingNode
+from tests.k8s.acting_node import FakeNode
 from tests.k8s.api_server import ApiServer, eventually, served
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -43,7 +43,7 @@ def drive(environment: dict[str, str], recipe: Recipe, store: str) -> None:
     from kubernetes.config import kube_config
 
     os.environ.update(environment)
-    pipeline._KEEP_EVERY_S = 0.1  # so that the log is uploaded during a stage, too
+    pipeline._UPLOAD_EVERY_S = 0.1  # so that the log is uploaded during a stage, too
     kube_config.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
     given = Settings(store=store, gpu_resource=None)
     try:
@@ -92,7 +92,7 @@ def test_a_driver_killed_at_any_moment_creates_no_second_job_and_loses_no_line(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any], seed: int
 ) -> None:
     chance, store, run = random.Random(seed), Store(s3_uri), records.run_id(recipe())
-    node = ActingNode(api, recipe(), store, seed)
+    node = FakeNode(api, recipe(), store, seed)
     kills = 0
     while True:
         driver = start()
@@ -112,9 +112,9 @@ def test_a_driver_killed_at_any_moment_creates_no_second_job_and_loses_no_line(
             api.start()
     node.close()
     assert kills
-    assert node.made == list(SEQUENCE)
+    assert node.started_stages == list(SEQUENCE)
     for stage in SEQUENCE:
-        assert stored_lines(store, run, stage) == ActingNode.lines_of(stage)
+        assert stored_lines(store, run, stage) == FakeNode.lines_of(stage)
     record = records.load(store, run)
     assert record
     assert record.state == "done"
@@ -123,7 +123,7 @@ def test_a_driver_killed_at_any_moment_creates_no_second_job_and_loses_no_line(
 def test_lines_that_a_driver_read_are_stored_although_driver_and_pod_vanish_together(
     s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline, "_UPLOAD_EVERY_S", 0.0)
     store = Store(s3_uri)
     log = StageLog(store, "run", "sft").__enter__()  # never closed, as after a SIGKILL
     for second in (1, 2):
@@ -149,34 +149,34 @@ class Raises:
 def test_of_drivers_that_start_together_one_drives_and_the_others_fail(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
 ) -> None:
-    node = ActingNode(api, recipe(), Store(s3_uri), seed=1)
+    node = FakeNode(api, recipe(), Store(s3_uri), seed=1)
     drivers = [start(in_cluster=False) for _ in range(4)]
     for driver in drivers:
         driver.join(120)
     node.close()
     assert sorted(driver.exitcode for driver in drivers) == [0, 1, 1, 1]
-    assert node.made == list(SEQUENCE)
+    assert node.started_stages == list(SEQUENCE)
 
 
 def test_two_pods_of_one_driver_both_succeed(
     api: ApiServer, recipe: Callable[..., Recipe], s3_uri: str, start: Callable[..., Any]
 ) -> None:
     """The driver's node was marked as lost but works: the driver's pod runs beside its replacement."""
-    node = ActingNode(api, recipe(), Store(s3_uri), seed=2)
+    node = FakeNode(api, recipe(), Store(s3_uri), seed=2)
     first = start()
-    eventually(lambda: node.made, 60)
+    eventually(lambda: node.started_stages, 60)
     second = start()
     for driver in (first, second):
         driver.join(120)
         assert driver.exitcode == 0
     node.close()
-    assert node.made == list(SEQUENCE)
+    assert node.started_stages == list(SEQUENCE)
 
 
 def test_the_error_of_a_second_driver_names_the_first_one(
     recipe: Callable[..., Recipe], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (Journal(store, recipe(), lambda record: None) for _ in range(2))
+    first, second = (RecordWriter(store, recipe(), lambda record: None) for _ in range(2))
     monkeypatch.setenv(records.DRIVER_JOB, "another")
     second.record = second.record.model_copy(update={"driver": records.Driver.this_process()})
     monkeypatch.delenv(records.DRIVER_JOB)

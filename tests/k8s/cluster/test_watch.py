@@ -158,7 +158,7 @@ def test_an_outage_of_seconds_is_retried_and_reported_once(
         if len(reported) == 1:
             server.start()
 
-    cluster.retry_policy.say = report
+    cluster.retry_policy.report = report
     server.put("jobs", job("first", "there"))
     eventually(lambda: "first" in watcher.state)
     server.stop()

@@ -55,7 +55,7 @@ def test_a_folder_a_bucket_and_the_hub_give_the_same_estimate(
     plain = recipe()
     bases = [Base(source=str(base)), Base(source=f"{s3_uri}/base"), Base(source="owner/small", revision="v1")]
     expected = {
-        name: training_bytes(Shape.of(TINYLLAMA), section, plain.max_length_tokens, with_unsloth=True)
+        name: training_bytes(Shape.from_config(TINYLLAMA), section, plain.max_length_tokens, with_unsloth=True)
         for name, section in (("sft", plain.sft), ("dpo", plain.dpo))
     }
     for each in bases:
