@@ -78,7 +78,7 @@ class Context:
         step = self.world.agree_on_checkpoint(found)
         if step is None:
             return None
-        self.note(f"goes on from the checkpoint at step {step}")
+        self.note(f"resumes from the checkpoint at step {step}")
         return folder
 
     def publish(self) -> Manifest:

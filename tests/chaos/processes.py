@@ -104,7 +104,7 @@ def write_store(workspace: Path) -> None:
     if store.manifest(samples.STAGE, samples.KEY):
         return
     done = store.fetch_checkpoint(samples.STAGE, samples.KEY, workspace / f"resume-{os.getpid()}") or 0
-    print(f"sft: goes on from the checkpoint at step {done}" if done else "sft: makes it from nothing")
+    print(f"sft: resumes from the checkpoint at step {done}" if done else "sft: makes it from nothing")
     folder = samples.make_folder(workspace / f"made-{os.getpid()}", size_bytes=2_000_000)
     for step in range(done + 1, 4):
         print(f"progress stage=sft step={step} steps=3")

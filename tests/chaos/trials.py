@@ -145,7 +145,7 @@ def _steps(lines: list[str]) -> list[int]:
 
 def _resumed_at(lines: list[str]) -> int:
     """Return the step of the checkpoint that a run resumed from, or 0."""
-    found = [int(line.rsplit(" ", 1)[1]) for line in lines if "goes on from the checkpoint at step" in line]
+    found = [int(line.rsplit(" ", 1)[1]) for line in lines if "resumes from the checkpoint at step" in line]
     return found[0] if found else 0
 
 

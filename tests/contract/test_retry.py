@@ -66,7 +66,7 @@ def test_a_stage_retries_for_as_long_as_its_environment_says(
     with pytest.raises(StoreError, match=r"^the bucket is away; gave up after 90 s$"):
         policy.call(failing(None))
     assert clock.now_s == pytest.approx(90)
-    assert capsys.readouterr().out == "sft: the bucket is away; tries again for 90 s\n"
+    assert capsys.readouterr().out == "sft: the bucket is away; retrying for up to 90 s\n"
 
 
 def test_pauses_grow_up_to_ten_seconds(clock: Clock) -> None:
@@ -94,7 +94,7 @@ def test_an_outage_is_reported_once_when_it_lasts_and_once_when_it_is_over(clock
     before_s = clock.now_s
     policy.call(failing(9))
     outage_s = clock.now_s - before_s
-    assert lines == ["the bucket is away; tries again for 600 s", f"goes on after an outage of {outage_s:.0f} s"]
+    assert lines == ["the bucket is away; retrying for up to 600 s", f"continues after an outage of {outage_s:.0f} s"]
 
 
 def test_before_the_first_success_the_limit_is_shorter(clock: Clock) -> None:

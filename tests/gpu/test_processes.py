@@ -63,7 +63,7 @@ def test_a_stopped_or_killed_training_resumes_and_ends_with_the_same_adapter(
     assert process.returncode == (30 if number == signal.SIGTERM else -signal.SIGKILL), "\n".join(lines)
     exit_code, lines = processes.run(stage, recipe, str(store), "--set", every)
     assert exit_code == 0, "\n".join(lines)
-    resumed = next(re.search(r"goes on from the checkpoint at step (\d+)", line) for line in lines if "goes on" in line)
+    resumed = next(re.search(r"resumes from the checkpoint at step (\d+)", line) for line in lines if "resumes" in line)
     assert resumed
     assert int(resumed[1]) >= EVERY
     expected, found = adapter_of(undisturbed / "store", stage), adapter_of(store, stage)

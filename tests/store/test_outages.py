@@ -179,7 +179,7 @@ def test_a_lasting_outage_ends_with_one_error_and_leaves_nothing_half_written(
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 20
     assert len(notices) == 1
-    assert notices[0].endswith("tries again for 12 s")
+    assert notices[0].endswith("retrying for up to 12 s")
     assert ATTEMPTS < proxy.refused <= 10 * ATTEMPTS, "the pauses grow"
 
     refused = proxy.refused

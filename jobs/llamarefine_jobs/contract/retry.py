@@ -86,14 +86,14 @@ class RetryPolicy:
             began_s, self._outage_began_s = self._outage_began_s, None
             was_announced, self._is_announced = self._is_announced, False
         if began_s is not None and was_announced:
-            self.report(f"goes on after an outage of {time.monotonic() - began_s:.0f} s")
+            self.report(f"continues after an outage of {time.monotonic() - began_s:.0f} s")
 
     def announce(self, error: StoreError) -> None:
         """Report once per outage that the request is being retried, and for how long."""
         with self._lock:
             was_announced, self._is_announced = self._is_announced, True
         if not was_announced and self._limit_s > _INTERACTIVE_LIMIT_S:
-            self.report(f"{error}; tries again for {self._limit_s:g} s")
+            self.report(f"{error}; retrying for up to {self._limit_s:g} s")
 
     @property
     def limit_s(self) -> float:

@@ -29,7 +29,7 @@ _POLL_S = 0.3
 _LOG_DELAY_S = 25.0  # a driver writes the log to the bucket every 15 s, and reads a line some time after it is printed
 _BEGINS = re.compile(rf"{STAGE}: begins as (\S+)")
 _TRAINER_BEGINS = re.compile(rf"{STAGE}: makes ")
-_RESUMES = re.compile(r"goes on from the checkpoint at step (\d+)")
+_RESUMES = re.compile(r"resumes from the checkpoint at step (\d+)")
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
 _DRIVER_LINE = re.compile(rf"^{STAGE}: (waits: |.*another pod continues$|.*its pod \S+ is abandoned$)|^llamarefine: ")
 

@@ -141,13 +141,13 @@ def test_sigterm_saves_one_checkpoint_of_both_processes_and_the_resumed_result_i
     shutil.copytree(store, other)
     exit_code, lines = processes.run("sft", in_one / "recipe.yaml", str(store), *options_for("sft", IN_TWO))
     assert exit_code == 0, "\n".join(lines)
-    assert any("goes on from the checkpoint" in line for line in lines)
+    assert any("resumes from the checkpoint" in line for line in lines)
     undisturbed, _ = in_two("sft")
     assert processes.sha256s(store, "sft") == processes.sha256s(undisturbed, "sft"), "the adapter differs"
     # Resume the same checkpoint in one process.
     exit_code, lines = processes.run("sft", in_one / "recipe.yaml", str(other), *options_for("sft", IN_ONE))
     assert exit_code == 0, "\n".join(lines)
-    assert any("goes on from the checkpoint" in line for line in lines)
+    assert any("resumes from the checkpoint" in line for line in lines)
     assert_same_training(other, in_one / "store", "sft")
 
 
@@ -173,7 +173,7 @@ def test_a_killed_worker_ends_the_training_which_then_resumes_from_its_checkpoin
     exit_code, lines = processes.run("sft", in_one / "recipe.yaml", str(store), *options_for("sft", IN_TWO, often))
     assert exit_code == 0, "\n".join(lines)
     # The worker may do some more steps before the signal reaches it.
-    assert any(re.fullmatch(r"sft: goes on from the checkpoint at step [369]", line) for line in lines)
+    assert any(re.fullmatch(r"sft: resumes from the checkpoint at step [369]", line) for line in lines)
     undisturbed, _ = in_two("sft")
     assert processes.sha256s(store, "sft") == processes.sha256s(undisturbed, "sft"), "the adapter differs"
 

@@ -290,8 +290,8 @@ def test_a_full_disk_ends_the_training_with_a_one_line_error_and_publishes_nothi
 
 def assert_resumed(lines: list[str], stage: str, step: int) -> None:
     """The training continued after `step`, and made no step twice."""
-    resumed = [line for line in lines if "goes on from the checkpoint" in line]
-    assert resumed == ([f"{stage}: goes on from the checkpoint at step {step}"] if step else [])
+    resumed = [line for line in lines if "resumes from the checkpoint" in line]
+    assert resumed == ([f"{stage}: resumes from the checkpoint at step {step}"] if step else [])
     steps = [found for line in lines if (found := processes.step(line)) is not None]
     assert steps == list(range(step, max(steps) + 1))
 

@@ -122,7 +122,7 @@ def test_a_deleted_driver_pod_and_a_deleted_stage_pod_lose_and_repeat_no_step(on
     on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "jobs", "-l", f"llamarefine/run={run}")
     kept = on.run("logs", run, "sft")[1]
     assert [int(step) for step in re.findall(r"progress stage=sft step=(\d+)", kept)] == list(range(1, STEPS + 1))
-    assert "goes on from the checkpoint" in log
+    assert "resumes from the checkpoint" in log
 
 
 def test_submit_ends_with_the_message_and_exit_code_of_a_failed_stage(on: OnCluster, recipe_file: Path) -> None:

@@ -167,8 +167,8 @@ def test_an_outage_of_seconds_is_retried_and_reported_once(
     eventually(lambda: watcher.state == jobs_of(server))
     assert len(reported) == 2
     assert "cannot be reached" in reported[0]
-    assert "tries again for 20 s" in reported[0]
-    assert "goes on after an outage of" in reported[1]
+    assert "retrying for up to 20 s" in reported[0]
+    assert "continues after an outage of" in reported[1]
 
 
 @pytest.mark.parametrize("outage", ["unreachable", "503"])

@@ -50,7 +50,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes_from_it(
     assert launcher.run("status", "--store", store.uri)[1].startswith("small-")
     code, _, err = launcher.run("run", str(recipe_file), "--store", store.uri, ACTING=TRAIN)
     assert code == 0
-    assert f"sft: goes on from the checkpoint at step {found[1]}" in err.splitlines()
+    assert f"sft: resumes from the checkpoint at step {found[1]}" in err.splitlines()
     assert "prepare: already in the store" in err
 
 
@@ -80,7 +80,7 @@ def test_after_the_launcher_is_killed_the_stage_stops_and_the_run_counts_as_inte
     assert list(store.entries("checkpoints/sft/")), "the stage saved a checkpoint when its launcher died"
     code, _, err = launcher.run("run", str(recipe_file), "--store", store.uri, ACTING=TRAIN)
     assert code == 0
-    assert "sft: goes on from the checkpoint at step" in err
+    assert "sft: resumes from the checkpoint at step" in err
 
 
 def test_a_killed_stage_fails_the_run_and_the_same_command_resumes(

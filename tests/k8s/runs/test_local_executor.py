@@ -119,7 +119,7 @@ def test_a_cancelled_stage_saves_a_checkpoint_and_resumes_from_it(
     assert len(keys) == 1
     step = newest_checkpoint(store, "sft", keys.pop())
     assert step is not None
-    assert f"sft: goes on from the checkpoint at step {step}" in execute(task, "train")
+    assert f"sft: resumes from the checkpoint at step {step}" in execute(task, "train")
 
 
 def test_a_second_cancel_kills_the_stage(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
