@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_writable(options.answers)
 
         # Model and answers.
-        with entry.seeded_threads(recipe), loaded(options.model, recipe, Store(options.store)) as respondent:
+        with entry.seeded_threads(recipe), load_respondent(options.model, recipe, Store(options.store)) as respondent:
             if questions:
                 answers = respondent.answer(questions)
                 show(questions, answers, options.answers, options.model)
@@ -101,7 +101,7 @@ class Respondent:
 
 
 @contextlib.contextmanager
-def loaded(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
+def load_respondent(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
     """Load the model `name` of a run, downloaded into a folder that is removed at the end."""
     parents = entry.find_parents("infer", recipe, store, NEEDS[name])
     # Backend: before anything imports trl, transformers or peft.
