@@ -83,7 +83,7 @@ class ClusterExecutor:
             if not cancels and not feed.is_over:
                 self._check_start(watchdog, feed, on_line)
         if cancels and not feed.has_succeeded:
-            raise PreemptedError(f"{task.stage} was told to stop")
+            raise PreemptedError(f"{task.stage} was cancelled")
         if feed.has_succeeded:
             return
         if feed.has_failed:

@@ -23,7 +23,7 @@ from llamarefine_k8s.cluster.reasons import (
     with_node_prefix,
 )
 
-_POD_END_DELAY_S = 3.0  # for so long after the Job's end its last pod's end is waited for
+_POD_END_DELAY_S = 3.0  # the longest wait, after the Job's end, for its last pod's end
 _LOST_S = 60.0  # a node that works removes a pod soon after its grace period
 _STARTED_PHASES = ("Running", "Succeeded")
 
@@ -157,7 +157,7 @@ class JobFeed:
 
     @property
     def _last_pod_has_ended(self) -> bool:
-        """Whether the newest pod's end is known, so that its log is complete; true after 3 s without it."""
+        """Whether the newest pod's end is known, so that its log is complete; true if it is not known in time."""
         pod = newest(list(self.pods.values()))
         has_ended = pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed")
         return has_ended or time.monotonic() - self._ended_s > _POD_END_DELAY_S

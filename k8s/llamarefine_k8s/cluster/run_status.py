@@ -109,14 +109,14 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
     def lines() -> Iterator[str]:
         read: set[str] = set()
         while True:
-            is_active = follow and _job_is_active(cluster, job)  # read first: pods that started by then are read below
+            may_start_pods = follow and _job_is_active(cluster, job)  # read before the pods, so that none is missed
             for pod in started_pods():
                 if pod["metadata"]["uid"] not in read:
                     read.add(pod["metadata"]["uid"])
                     container = CONTAINER if stage != DRIVER else DRIVER
                     log = PodLog(cluster, pod["metadata"]["name"], container)
                     yield from (with_node_prefix(pod, line) for line in log.lines(follow=follow))
-            if not is_active:
+            if not may_start_pods:
                 return
             time.sleep(_POLL_S)
 
@@ -126,7 +126,8 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
 def remove(cluster: Cluster, run: str) -> None:
     """Delete all objects of a run. Its stage gets SIGTERM and 8 s to save a checkpoint.
 
-    Returns when nothing is left; raises LlamaRefineError if an object still exists after 15 s.
+    Returns when nothing is left; raises LlamaRefineError if an object still exists after 15 s. Pods that exist after
+    10 s are killed.
     """
     began_s = time.monotonic()
     deleted: set[str] = set()  # uids, and "<uid> at once" for pods
@@ -239,6 +240,10 @@ def all_lines(
 
 
 def _lines_of(store: Store, cluster: Cluster | None, run: str, stage: str, *, follow: bool) -> Iterator[str] | None:
+    """Return a stage's log lines, from the cluster if a pod has started, else from the store; None if there are none.
+
+    With `follow`, waits until the stage has a log, for as long as a driver runs.
+    """
     while True:
         stored = store.read(run_path(run, "logs", f"{stage}.log"))
         lines = log_lines(cluster, run, stage, follow=follow) if cluster else None

@@ -79,10 +79,10 @@ def has_step(on: OnCluster, run: str, step: int) -> Callable[[], bool]:
 
 def test_a_second_submit_attaches_and_status_and_logs_show_the_finished_run(on: OnCluster, recipe_file: Path) -> None:
     run = on.submit(recipe_file)
-    code, said = on.run("submit", str(recipe_file))
-    assert code == 0, said
-    assert "runs already; this attaches to it" in said
-    assert "evaluate: done" in said
+    code, output = on.run("submit", str(recipe_file))
+    assert code == 0, output
+    assert "runs already; this attaches to it" in output
+    assert "evaluate: done" in output
     assert "done" in on.run("status", run)[1]
     assert "sft: published" in on.run("logs", run, "sft")[1]
     jobs = on.kind_cluster.objects(NAMESPACE, "jobs", f"llamarefine/run={run}")
@@ -116,8 +116,8 @@ def test_a_deleted_driver_pod_and_a_deleted_stage_pod_lose_and_repeat_no_step(on
     eventually(lambda: on.drivers(run, "Running") not in ([], first))
     for each in on.pods(run, stage="sft"):
         on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "pod", each["metadata"]["name"])
-    code, said = on.run("submit", str(recipe_file))
-    assert code == 0, said
+    code, output = on.run("submit", str(recipe_file))
+    assert code == 0, output
     log = on.run("logs", run, "sft")[1]
     on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "jobs", "-l", f"llamarefine/run={run}")
     kept = on.run("logs", run, "sft")[1]
@@ -127,10 +127,10 @@ def test_a_deleted_driver_pod_and_a_deleted_stage_pod_lose_and_repeat_no_step(on
 
 def test_submit_ends_with_the_message_and_exit_code_of_a_failed_stage(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "diverge"}')
-    code, said = on.run("submit", str(recipe_file))
+    code, output = on.run("submit", str(recipe_file))
     assert code == 15
-    assert said.splitlines()[-1] == "error: sft: the loss became NaN at step 3; lower sft.learning_rate"
-    run = re.search(r"small-[0-9a-f]{8}", said)
+    assert output.splitlines()[-1] == "error: sft: the loss became NaN at step 3; lower sft.learning_rate"
+    run = re.search(r"small-[0-9a-f]{8}", output)
     assert run
     assert len(on.pods(run[0], stage="sft")) == 1
 
@@ -140,12 +140,12 @@ def test_a_stage_over_its_memory_limit_is_not_retried_and_the_error_names_the_li
 ) -> None:
     small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
     on.act('{"sft": "hoard memory"}', resources=dict.fromkeys(SEQUENCE, small))
-    code, said = on.run("submit", str(recipe_file))
+    code, output = on.run("submit", str(recipe_file))
     assert code == 14
-    assert said.splitlines()[-1] == (
+    assert output.splitlines()[-1] == (
         "error: sft was killed because it ran out of memory: its limit is 300Mi; raise resources.sft.limits.memory"
     )
-    assert "another pod continues" not in said
+    assert "another pod continues" not in output
 
 
 def test_a_stage_over_its_memory_limit_continues_with_half_the_micro_batch_if_the_recipe_allows_it(
@@ -155,10 +155,13 @@ def test_a_stage_over_its_memory_limit_continues_with_half_the_micro_batch_if_th
     small = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "300Mi"}}
     on.act('{"sft": "hoard memory for each row"}', resources=dict.fromkeys(SEQUENCE, small))
     leave = ("--set", "sft.on_out_of_memory=halve_micro_batch", "--set", "sft.micro_batch_rows=8")
-    code, said = on.run("submit", str(recipe_file), *leave)
-    assert code == 0, said
-    assert re.findall(r"starts anew with micro-batches of (\d) rows instead of (\d)", said) == [("4", "8"), ("2", "4")]
-    run = re.search(r"small-[0-9a-f]{8}", said)
+    code, output = on.run("submit", str(recipe_file), *leave)
+    assert code == 0, output
+    assert re.findall(r"starts anew with micro-batches of (\d) rows instead of (\d)", output) == [
+        ("4", "8"),
+        ("2", "4"),
+    ]
+    run = re.search(r"small-[0-9a-f]{8}", output)
     assert run
     assert "hoards for 2 rows" in on.run("logs", run[0], "sft")[1]
 
@@ -169,16 +172,16 @@ def test_a_killed_stage_is_retried(on: OnCluster, recipe_file: Path) -> None:
     eventually(has_step(on, run, 5), 90)
     (pod,) = on.pods(run, stage="sft")
     on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
-    code, said = on.run("submit", str(recipe_file))
-    assert code == 0, said
+    code, output = on.run("submit", str(recipe_file))
+    assert code == 0, output
 
 
 def test_cancel_removes_every_object_within_15_s(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)
     eventually(has_step(on, run, 5), 90)
-    code, said = on.run("cancel", run)
-    assert code == 0, said  # it fails when something is left after 15 s
+    code, output = on.run("cancel", run)
+    assert code == 0, output  # it fails when something is left after 15 s
     assert on.kind_cluster.objects(NAMESPACE, "jobs,pods,configmaps", f"llamarefine/run={run}") == []
     assert "interrupted" in on.run("status", run)[1]
 
@@ -190,9 +193,9 @@ def test_a_run_and_its_log_continue_after_submit_is_killed(on: OnCluster, recipe
     eventually(has_step(on, run, 5), 90)
     laptop.kill()
     laptop.wait()
-    code, said = on.run("logs", "-f", run, "driver")
-    assert code == 0, said
-    assert "evaluate: done" in said
+    code, output = on.run("logs", "-f", run, "driver")
+    assert code == 0, output
+    assert "evaluate: done" in output
     assert on.kind_cluster.objects(NAMESPACE, "jobs", f"llamarefine/run={run},llamarefine/stage=evaluate")
 
 
@@ -211,17 +214,17 @@ def test_a_run_driven_from_this_machine_is_owned_by_the_release(on: OnCluster, r
 def test_after_correcting_the_settings_only_the_failed_stage_runs_again(on: OnCluster, recipe_file: Path) -> None:
     huge = {"requests": {"cpu": "1000"}}
     on.act("{}", resources=dict.fromkeys(SEQUENCE, SMALL) | {"sft": huge}, start_timeout_s=30)
-    code, said = on.run("submit", str(recipe_file), "--detach")
-    assert code == 0, said
+    code, output = on.run("submit", str(recipe_file), "--detach")
+    assert code == 0, output
     on.act("{}")
-    code, said = on.run("submit", str(recipe_file))
-    assert "it keeps the settings it was submitted with; to change them, `llamarefine cancel small-" in said
+    code, output = on.run("submit", str(recipe_file))
+    assert "it keeps the settings it was submitted with; to change them, `llamarefine cancel small-" in output
     assert code != 0
-    assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in said
-    code, said = on.run("submit", str(recipe_file))
-    assert code == 0, said
-    assert "prepare: already in the store" in said
-    assert "sft: done" in said
+    assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in output
+    code, output = on.run("submit", str(recipe_file))
+    assert code == 0, output
+    assert "prepare: was in the store already" in output
+    assert "sft: done" in output
 
 
 @pytest.fixture

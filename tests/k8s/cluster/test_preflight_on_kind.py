@@ -100,11 +100,11 @@ def test_a_complete_setup_passes_and_nothing_is_created(
 
 def test_missing_permissions_are_named_with_the_command_that_grants_them(team: Namespace, recipe_file: Path) -> None:
     team.become("alice")
-    said = team.preflight(str(recipe_file))
+    checks = team.preflight(str(recipe_file))
     account = f"system:serviceaccount:{team.name}:alice"
-    assert said["permissions"].startswith(f"FAIL {account} may not create, get, list, watch, delete jobs.batch;")
-    assert f"--role=llamarefine-driver --serviceaccount={team.name}:alice" in said["permissions"]
-    assert said["questions"].startswith("ok"), "the other checks are made"
+    assert checks["permissions"].startswith(f"FAIL {account} may not create, get, list, watch, delete jobs.batch;")
+    assert f"--role=llamarefine-driver --serviceaccount={team.name}:alice" in checks["permissions"]
+    assert checks["questions"].startswith("ok"), "the other checks are made"
     team.grant("alice")
     code, out = team.run("preflight", str(recipe_file))
     assert code == 0, out
@@ -133,13 +133,13 @@ def test_an_invalid_token_is_reported(team: Namespace, recipe_file: Path) -> Non
 
 def test_a_missing_chart_and_a_missing_namespace_are_reported(team: Namespace, recipe_file: Path) -> None:
     team.environment["LLAMAREFINE_NAMESPACE"] = "default"
-    said = team.preflight(str(recipe_file), "--store", team.store)
-    assert "has no ConfigMap llamarefine-settings; install the chart" in said["chart"]
-    assert said["service accounts"].startswith("FAIL namespace default has no service account llamarefine-driver")
+    checks = team.preflight(str(recipe_file), "--store", team.store)
+    assert "has no ConfigMap llamarefine-settings; install the chart" in checks["chart"]
+    assert checks["service accounts"].startswith("FAIL namespace default has no service account llamarefine-driver")
     team.environment["LLAMAREFINE_NAMESPACE"] = "nowhere"
-    said = team.preflight(str(recipe_file))
-    assert said["namespace"].startswith("FAIL there is no namespace nowhere")
-    assert set(said) == {"cluster", "permissions", "namespace", "questions", "preferences", "base"}
+    checks = team.preflight(str(recipe_file))
+    assert checks["namespace"].startswith("FAIL there is no namespace nowhere")
+    assert set(checks) == {"cluster", "permissions", "namespace", "questions", "preferences", "base"}
 
 
 def test_a_missing_secret_or_key_is_named_and_no_value_is_printed(team: Namespace, recipe_file: Path) -> None:
@@ -161,9 +161,9 @@ def test_pods_that_admission_refuses_are_named_with_its_message(
         team.grant("alice")
         team.become("alice")
     team.write_settings(patches={"sft": {"spec": {"template": {"spec": {"hostNetwork": True}}}}})
-    said = {name: text for name, text in problems().items() if text.startswith("FAIL")}
-    assert set(said) == {"admission: sft"}
-    assert 'violate PodSecurity "restricted' in said["admission: sft"].replace("violates", "violate")
+    failures = {name: text for name, text in problems().items() if text.startswith("FAIL")}
+    assert set(failures) == {"admission: sft"}
+    assert 'violate PodSecurity "restricted' in failures["admission: sft"].replace("violates", "violate")
 
 
 @pytest.mark.parametrize("may_make_pods", [True, False])
@@ -178,14 +178,14 @@ def test_an_exceeded_quota_is_reported(
     team.write_settings(
         resources={**dict.fromkeys(STAGES, SMALL), "merge": {"requests": {"cpu": "10m", "memory": "1Gi"}}}
     )
-    said = [text for text in problems().values() if text.startswith("FAIL")]
-    assert len(said) == 1
-    assert "requests.memory" in said[0]
-    assert "ask for less" in said[0]
+    failures = [text for text in problems().values() if text.startswith("FAIL")]
+    assert len(failures) == 1
+    assert "requests.memory" in failures[0]
+    assert "ask for less" in failures[0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "reason"),
     [
         ({"node_selector": {"disk": "fast"}}, "does not have the label disk=fast"),
         ({"resources": {**dict.fromkeys(STAGES, SMALL), "sft": {**SMALL, "gpus": 8}}}, "has 2 nvidia.com/gpu, not 8"),
@@ -193,10 +193,10 @@ def test_an_exceeded_quota_is_reported(
     ],
 )
 def test_a_stage_that_fits_on_no_node_is_named(
-    team: Namespace, problems: Callable[..., dict[str, str]], settings: dict[str, Any], said: str
+    team: Namespace, problems: Callable[..., dict[str, str]], settings: dict[str, Any], reason: str
 ) -> None:
     team.write_settings(**settings)
-    assert said in problems()["node for sft"]
+    assert reason in problems()["node for sft"]
     assert problems()["node for sft"].startswith("FAIL it fits on none of 1")
     team.write_settings(**settings, queue="gpus")
     assert problems()["node for sft"].startswith("warning")
