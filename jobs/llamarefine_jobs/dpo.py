@@ -7,7 +7,7 @@ merged into the base in fp32 and a fresh adapter is added; with that adapter dis
 reference. training/step_zero.py proves this before the first step; if the proof fails, nothing is trained.
 """
 
-from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from llamarefine_jobs.contract.prompt import answer
 from llamarefine_jobs.contract.recipe import Dpo
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.models.scoring import score
-from llamarefine_jobs.report.intervals import Floats
+from llamarefine_jobs.report.intervals import Bootstrap, Floats, Interval
 from llamarefine_jobs.report.preference import likelihood_margins, preference
 
+# Not `evaluate.confidence` and `evaluate.bootstrap_resamples`: they may change without a new training.
+_CONFIDENCE, _RESAMPLES = 0.95, 2000
 _COMPARED_ROWS = 128  # how many of the trainer's rows are compared with ours, token by token
 
 
@@ -72,11 +75,9 @@ def work(context: Context) -> None:
     context.metrics["step_zero"] = step_zero.prove(trainer, reference, context)
     loop.train(trainer, callback, context)
 
-    # The published adapter's figures on pairs that it was not trained on.
-    context.metrics["validation"] = best = best_validation(context.metrics) | {"pairs": len(validation_rows)}
-    context.note(
-        f"on {best['pairs']} validation pairs: accuracy {best['accuracy']:.3f}, reward margin {best['margin']:.3f}"
-    )
+    # Validation of the published adapter.
+    if context.world.is_first:
+        context.metrics["validation"] = measure_published(trainer.model, tokenizer, validation_rows, context)
 
 
 def build_trainer(
@@ -171,14 +172,38 @@ class PairValidation:
         return likelihood_margins(scores[0::2], scores[1::2])
 
 
-def best_validation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the reward accuracy and margin of the published adapter, as its validation found them.
+def measure_published(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+    """Return the reward accuracy and margin of the published adapter on the validation pairs, with intervals.
 
-    Both are point values: an interval would depend on `evaluate.confidence`, which is not in the key of a DPO artifact.
-    The report gives intervals, on the test split.
+    The report computes both figures in the same way (report/preference.py), on the test pairs. Its confidence level and
+    its number of resamples are settings that are not in the key of a DPO artifact, so this stage has constants.
     """
-    (best,) = (row for row in metrics["history"] if row["step"] == metrics["best_step"] and "eval_loss" in row)
-    return {"accuracy": best["eval_reward_accuracy"], "margin": best["eval_reward_margin"]}
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    section = context.recipe.dpo
+    set_peft_model_state_dict(model, load_file(context.output / "adapter" / ADAPTER_WEIGHTS))
+    answers = [encoded for pair in encode_pairs(tokenizer, rows) for encoded in pair]
+
+    def margins() -> Floats:
+        scores = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
+        return likelihood_margins(scores[0::2], scores[1::2])
+
+    policy_margins = margins()
+    with model.disable_adapter():
+        reference_margins = margins()
+    found = preference(policy_margins, reference_margins, section.beta)
+    bootstrap = Bootstrap([row["group"] for row in rows], resamples=_RESAMPLES, seed=context.recipe.seed)
+    each_pair = np.ones(len(rows))
+    accuracy = bootstrap.ratio(found.credit, each_pair, (0, 1)).interval(_CONFIDENCE)
+    margin = bootstrap.ratio(found.reward_margin, each_pair).interval(_CONFIDENCE)
+    context.note(f"on {len(rows)} validation pairs: accuracy {_with_bounds(accuracy)}, margin {_with_bounds(margin)}")
+    return {"pairs": len(rows), "accuracy": asdict(accuracy), "margin": asdict(margin), "confidence": _CONFIDENCE}
+
+
+def _with_bounds(interval: Interval) -> str:
+    bounds = "too few for an interval" if interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
+    return f"{interval.value:.3f} ({bounds})"
 
 
 def _as_messages(rows: list[dict[str, Any]]) -> Any:

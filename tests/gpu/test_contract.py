@@ -117,7 +117,7 @@ def test_dpo_starts_with_a_proven_reference_and_trains_a_finite_adapter(
     margins = [row["eval_reward_margin"] for row in dpo_context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > 0
     # With the interpreter there are only two pairs, too few for an accuracy.
-    assert INTERPRETED or dpo_context.metrics["validation"]["accuracy"] > 0.5, "chance level"
+    assert INTERPRETED or dpo_context.metrics["validation"]["accuracy"]["value"] > 0.5, "chance level"
     adapter = load_file(dpo_context.output / "adapter" / ADAPTER_WEIGHTS)
     sft_adapter = load_file(dpo_context.inputs["sft"] / "adapter" / ADAPTER_WEIGHTS)
     assert adapter.keys() == sft_adapter.keys()

@@ -1,4 +1,4 @@
-"""Estimate of the GPU memory that a training needs, computed from shapes, NOT measured on a GPU.
+"""Estimate of the GPU memory that a training needs, computed from shapes, compared with a GPU only for a tiny model.
 
 The estimate is for the worst batch, where every row has `max_length_tokens`. The tensors that a step keeps were
 counted one by one in the real trainers, without a GPU; tests/gpu/test_memory.py compares the estimate with that count,

@@ -1,7 +1,7 @@
 """Estimated GPU memory of a recipe's trainings: the estimate of contract/memory.py for the recipe's base model.
 
-The estimate was derived without a GPU and never measured on one. So a training is refused only if its estimate far
-exceeds the card's memory.
+The estimate was derived without a GPU, and compared with a GPU only for a tiny model. So a training is refused only if
+its estimate far exceeds the card's memory.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
 REFUSED_FROM = 1.5  # an estimate above so many times the card's memory is refused
-UNMEASURED = "an estimate that was never measured on a card"
+UNMEASURED = "an estimate that was checked on a card only for a tiny model"
 _CONFIG_BYTES = 1 << 20
 _KEY = "prepare.base"
 _PREPARED_CONFIG = "base/config.json"

@@ -66,9 +66,11 @@ def test_training_raises_the_margin_on_validation_pairs(context: Context) -> Non
     dpo.work(context)
     margins = [row["eval_reward_margin"] for row in context.metrics["history"] if "eval_reward_margin" in row]
     assert margins[-1] > margins[0] > 0
-    assert context.metrics["validation"]["pairs"] == 10
-    assert context.metrics["validation"]["accuracy"] == 1
-    assert context.metrics["validation"]["margin"] == pytest.approx(margins[-1], rel=0.05)
+    validation = context.metrics["validation"]
+    assert validation["pairs"] == 10
+    assert validation["accuracy"]["value"] == 1
+    assert validation["margin"]["value"] == pytest.approx(margins[-1], rel=0.05)
+    assert 0 < validation["margin"]["low"] < validation["margin"]["value"] < validation["margin"]["high"]
     adapter = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
     given = load_file(context.inputs["sft"] / "adapter" / ADAPTER_WEIGHTS)
     assert adapter.keys() == given.keys()
@@ -92,8 +94,8 @@ def test_the_manifest_has_the_same_preference_figures_as_the_report(context: Con
         line["name"]: line["values"]["merged"]["value"]
         for line in compare(models, rows, Evaluate(bootstrap_resamples=10), beta=context.recipe.dpo.beta, seed=0)
     }
-    assert context.metrics["validation"]["accuracy"] == lines["preference_accuracy"]
-    assert context.metrics["validation"]["margin"] == pytest.approx(lines["preference_margin"], abs=1e-6)
+    assert context.metrics["validation"]["accuracy"]["value"] == lines["preference_accuracy"]
+    assert context.metrics["validation"]["margin"]["value"] == pytest.approx(lines["preference_margin"], abs=1e-6)
 
 
 def test_changing_the_reports_confidence_changes_no_byte_of_dpo(prepared: Path, trained: Path, tmp_path: Path) -> None:
