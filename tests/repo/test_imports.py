@@ -48,6 +48,10 @@ def test_the_code_breaks_no_rule(tree: Path) -> None:
         ("jobs/llamarefine_jobs/entry.py", "import llamarefine_k8s.cli", "Stages know neither"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_k8s.cluster.api", "The launcher: commands"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import kubernetes", "Only cluster/api.py"),
+        ("k8s/llamarefine_k8s/cluster/executor.py", "import kubernetes", "Only cluster/api.py"),
+        ("k8s/llamarefine_k8s/cluster/submission.py", "import llamarefine_k8s.commands.display", "The launcher: commands"),
+        ("k8s/llamarefine_k8s/cluster/pod_log.py", "import rich", "Only commands print"),
+        ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_jobs.entry", "The launcher runs stages"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import torch", "The launcher never reaches"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_jobs.sft", "The launcher never reaches"),
     ],
@@ -56,3 +60,8 @@ def test_a_violation_is_found(tree: Path, module: str, line: str, rule: str) -> 
     file = tree / module
     file.write_text(f"{file.read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
     assert any(name.startswith(rule) for name in broken_contracts(tree))
+
+
+def test_a_package_without_a_layer_is_found(tree: Path) -> None:
+    (tree / "jobs/llamarefine_jobs/helpers.py").write_text('"""A module that no layer names."""\n', encoding="utf-8")
+    assert any(name.startswith("Who may import whom") for name in broken_contracts(tree))
