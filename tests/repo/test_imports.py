@@ -49,7 +49,11 @@ def test_the_code_breaks_no_rule(tree: Path) -> None:
         ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_k8s.cluster.api", "The launcher: commands"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import kubernetes", "Only cluster/api.py"),
         ("k8s/llamarefine_k8s/cluster/executor.py", "import kubernetes", "Only cluster/api.py"),
-        ("k8s/llamarefine_k8s/cluster/submission.py", "import llamarefine_k8s.commands.display", "The launcher: commands"),
+        (
+            "k8s/llamarefine_k8s/cluster/submission.py",
+            "import llamarefine_k8s.commands.display",
+            "The launcher: commands",
+        ),
         ("k8s/llamarefine_k8s/cluster/pod_log.py", "import rich", "Only commands print"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import llamarefine_jobs.entry", "The launcher runs stages"),
         ("k8s/llamarefine_k8s/runs/plan.py", "import torch", "The launcher never reaches"),

@@ -128,7 +128,7 @@ def with_halved_micro_batch(task: Task, killed: OutOfMemoryError, on_line: Calla
     if section is None or (tried := with_micro_batch_below(section, task.oom_micro_batch_rows)).micro_batch_rows == 1:
         raise killed
     on_line(
-        f"{task.stage}: {killed}; starts anew with micro-batches of {halved_micro_batch_rows(tried)} rows instead of "
+        f"{task.stage}: {killed}; restarts with micro-batches of {halved_micro_batch_rows(tried)} rows instead of "
         f"{tried.micro_batch_rows}, from the newest checkpoint; the {section.batch_rows} rows of a step stay"
     )
     return replace(task, oom_micro_batch_rows=(*task.oom_micro_batch_rows, tried.micro_batch_rows))

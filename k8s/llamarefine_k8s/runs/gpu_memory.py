@@ -70,7 +70,7 @@ def base_config(base: Base) -> dict[str, Any] | None:
         case _:
             return None
     if data is None:
-        raise DataError(f"{_KEY}: {base.source} holds no config.json; expected a model's folder")
+        raise DataError(f"{_KEY}: {base.source} has no config.json; expected a model folder")
     try:
         return parse_object(data, "config.json")
     except ValueError as error:

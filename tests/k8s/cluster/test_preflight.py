@@ -45,7 +45,7 @@ def test_every_check_is_made_although_the_first_ones_fail(
     lines = {line.split(": ")[0].split()[1]: line for line in out.splitlines()}
     assert lines["store"].startswith("FAIL")
     assert "has no column `ask`, only `question`, `answer`" in lines["questions"]
-    assert "holds no config.json" in lines["base"]
+    assert "has no config.json" in lines["base"]
     assert err.startswith("error: 3 of ")
 
 

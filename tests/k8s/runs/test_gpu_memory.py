@@ -72,7 +72,7 @@ def test_tiny_llama_has_no_estimate(recipe: Callable[..., Recipe]) -> None:
 def test_base_config_raises_without_a_config_or_a_connection_and_estimates_are_empty(
     tmp_path: Path, web: str, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match=r"holds no config.json"):
+    with pytest.raises(DataError, match=r"has no config.json"):
         base_config(Base(source=str(tmp_path)))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="cannot be reached"):
