@@ -67,7 +67,7 @@ class Context:
     def check_stop(self) -> None:
         """Raise PreemptedError if SIGTERM has arrived. Long work calls this, so that it does not delay a checkpoint."""
         if self.stop.is_set():
-            raise PreemptedError(f"{self.stage.name} was told to stop")
+            raise PreemptedError(f"{self.stage.name} was stopped by SIGTERM")
 
     def fetch_checkpoint(self) -> Path | None:
         """Download the newest complete checkpoint of this key; return its folder, shared by the node, or None."""

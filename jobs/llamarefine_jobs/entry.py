@@ -213,7 +213,7 @@ def exit_code(stage_name: str) -> Iterator[None]:
                 DiskFullError(f"no space is left where {stage_name} works ({full[0]}): free some, then run again"),
             )
         if sigterm.is_worker(os.environ) and means_lost_peer(error):
-            _end(stage_name, PeerLostError(f"{stage_name} lost another process; it goes on from the last checkpoint"))
+            _end(stage_name, PeerLostError(f"{stage_name} lost another process; it resumes from the last checkpoint"))
         traceback.print_exc()
         _end(
             stage_name,

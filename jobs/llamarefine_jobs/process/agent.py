@@ -126,7 +126,7 @@ class Agent:
                 if manifest is not None:
                     return manifest
             if stop.is_set():
-                raise PreemptedError(f"{self._stage} was told to stop while the first node was publishing")
+                raise PreemptedError(f"{self._stage} was stopped by SIGTERM while the first node was publishing")
             if not self._is_first_node_reachable():
                 break
             time.sleep(_POLL_S * 5)
@@ -230,7 +230,7 @@ class Agent:
             number = self.node.rank * self.node.gpus + rank
             return PeerLostError(
                 f"process {number} of {self.node.nodes * self.node.gpus} was killed by {signal.Signals(-code).name}; "
-                f"if it was for lack of memory, lower {self._stage}.micro_batch_rows; the same command goes on from "
+                f"if it was for lack of memory, lower {self._stage}.micro_batch_rows; the same command resumes from "
                 "the last checkpoint"
             )
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

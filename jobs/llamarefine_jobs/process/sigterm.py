@@ -67,7 +67,7 @@ class Stop:
 
     def _exit(self) -> NoReturn:
         """End the process, using only functions that are safe in a signal handler."""
-        error = PreemptedError(f"{self.stage} was told to stop; run the same command again to go on")
+        error = PreemptedError(f"{self.stage} was stopped by SIGTERM; run the same command again to resume")
         if not is_worker(os.environ):  # its agent prints the error, once for all workers
             os.write(2, f"{self.stage}: error: {error}\n".encode())  # print may be the call that was interrupted
         write_termination_message(self.stage, error)

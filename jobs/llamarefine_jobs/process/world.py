@@ -71,7 +71,7 @@ class World:
         except PreemptedError as error:
             preempted = error
         if self.any(preempted is not None)[0]:
-            raise preempted or PreemptedError("another process was told to stop")
+            raise preempted or PreemptedError("another process was stopped by SIGTERM")
         return self._all_reduce(values, "SUM")
 
     def barrier(self) -> None:

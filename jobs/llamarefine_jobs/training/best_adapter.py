@@ -102,4 +102,6 @@ def check_best(folder: Path, adapter: Mapping[str, Any], where: str) -> None:
 
 def damaged(where: str, what: str) -> IntegrityError:
     """Return the error for a damaged checkpoint at `where`."""
-    return IntegrityError(f"the checkpoint under {where} is damaged: {what}; remove it, and the training begins again")
+    return IntegrityError(
+        f"the checkpoint under {where} is damaged: {what}; remove it, and the training starts from the beginning"
+    )

@@ -118,7 +118,7 @@ class CheckpointPolicy:
     def _upload_on_sigterm(self, checkpoint: Checkpoint) -> None:
         """Upload the checkpoint now and set `preempted_error`, which says whether the upload succeeded."""
         saved = f"its checkpoint at step {checkpoint.step}"
-        self._context.note(f"told to stop: {saved} goes to the store")
+        self._context.note(f"SIGTERM received: uploading {saved}")
         # This message stays if the grace period ends before the upload: the store is slow or unreachable.
         sigterm.write_termination_message(
             self._context.stage.name, self._preemption(f"{saved} did not reach the store in time")
@@ -133,5 +133,5 @@ class CheckpointPolicy:
     def _preemption(self, what: str) -> PreemptedError:
         """Return the error that says from which step the next attempt continues."""
         step = self._uploader.newest_step
-        rest = f"goes on from step {step}" if step else "begins again"
-        return PreemptedError(f"{self._context.stage.name} was told to stop; {what}, and the same command {rest}")
+        rest = f"resumes from step {step}" if step else "starts from the beginning"
+        return PreemptedError(f"{self._context.stage.name} was stopped by SIGTERM; {what}, and the same command {rest}")

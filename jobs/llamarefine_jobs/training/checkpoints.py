@@ -72,7 +72,7 @@ class CheckpointUploader:
             try:
                 self._upload(checkpoint)
             except LlamaRefineError as error:
-                self._note(f"the checkpoint at step {checkpoint.step} is not in the store, training goes on: {error}")
+                self._note(f"the checkpoint at step {checkpoint.step} is not in the store, training continues: {error}")
             except Exception as error:  # a bug of ours: raised again in the thread that trains
                 self._unexpected_error = error
 

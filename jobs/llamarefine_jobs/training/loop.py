@@ -187,14 +187,14 @@ def train(trainer: Trainer, callback: TrainingCallback, context: Context) -> Non
             callback.checkpoints.upload_last_checkpoint()
         has_other_cause = isinstance(error, LlamaRefineError) or is_out_of_memory(error) or means_lost_peer(error)
         if checkpoint and not callback.has_begun and not has_other_cause:
-            what = f"a training cannot go on from it ({type(error).__name__}: {first_line(error)})"
+            what = f"a training cannot resume from it ({type(error).__name__}: {first_line(error)})"
             raise damaged(callback.checkpoints.address, what) from None
         raise
     callback.checkpoints.discard_waiting()
     state, best, progress = trainer.state, callback.best, callback.progress
     if callback.preempted:
         context.world.barrier()  # a process that ends would end the first one, which is still uploading the checkpoint
-        raise callback.checkpoints.preempted_error or PreemptedError(f"{context.stage.name} was told to stop")
+        raise callback.checkpoints.preempted_error or PreemptedError(f"{context.stage.name} was stopped by SIGTERM")
     if not math.isfinite(best.loss):
         raise DivergedError(f"the validation loss is {best.loss}; lower {context.stage.name}.learning_rate")
     if context.world.is_first:

@@ -20,7 +20,7 @@ from llamarefine_jobs.store import Store
 from tests.jobs import tiny
 
 IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--kill-child")
-STOPPED = "sft: error: sft was told to stop; run the same command again to go on"
+STOPPED = "sft: error: sft was stopped by SIGTERM; run the same command again to resume"
 
 
 def has_namespaces() -> bool:
@@ -156,4 +156,4 @@ def test_sigterm_around_a_restart_by_exec_ends_the_stage(
     exit_code, lines = wait_for_end(start(started, wrapper, "-c", REPLACE_BY_STAGE, moment, *options))
     assert exit_code == PreemptedError.exit_code, lines
     assert ("still running" in lines) == (moment == "before")
-    assert "told to stop" in lines[-1]
+    assert "was stopped by SIGTERM" in lines[-1]

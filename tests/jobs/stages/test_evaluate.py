@@ -306,6 +306,6 @@ def test_sigterm_ends_the_stage_and_publishes_nothing(trained: Run, tmp_path: Pa
     process = processes.start("evaluate", tmp_path / "recipe.yaml", trained.store.uri, environment=work)
     lines = processes.signal_when(process, signal.SIGTERM, lambda line: "phase=base" in line)
     assert process.returncode == PreemptedError.exit_code, "\n".join(lines)
-    assert lines[-1] == "evaluate: error: evaluate was told to stop; run the same command again to go on"
+    assert lines[-1] == "evaluate: error: evaluate was stopped by SIGTERM; run the same command again to resume"
     assert {item.path for item in trained.store.entries("artifacts/evaluate/")} == before
     assert list((tmp_path / "work").iterdir()) == []

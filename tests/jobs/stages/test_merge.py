@@ -201,7 +201,7 @@ def test_sigterm_during_a_merge_leaves_no_artifact_and_no_files(
     process = processes.start("merge", tmp_path / "recipe.yaml", copied.store.uri)
     lines = processes.signal_when(process, signal.SIGTERM, lambda line: "phase=adding" in line)
     assert process.returncode == 30, lines
-    assert lines[-1] == "merge: error: merge was told to stop; run the same command again to go on"
+    assert lines[-1] == "merge: error: merge was stopped by SIGTERM; run the same command again to resume"
     assert copied.merged_artifacts() == []
     assert list((tmp_path / "work").iterdir()) == []
 

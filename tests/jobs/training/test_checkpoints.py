@@ -125,7 +125,7 @@ def test_a_failed_upload_is_logged_and_the_next_checkpoint_is_uploaded(
     gate.error = StoreError("the bucket is away")
     uploader.upload_in_background(made(2))
     uploader.wait()
-    assert notes == ["the checkpoint at step 2 is not in the store, training goes on: the bucket is away"]
+    assert notes == ["the checkpoint at step 2 is not in the store, training continues: the bucket is away"]
     assert stored(store, tmp_path / "after the failure") == uploader.newest_step == 1
     gate.error = None
     uploader.upload_in_background(made(3))

@@ -76,7 +76,7 @@ def test_a_training_saves_a_checkpoint_on_sigterm_and_continues_from_it(
     process = processes.start(stage, uninterrupted / "recipe.yaml", str(store))
 
     def is_due(line: str) -> bool:
-        if "told to stop: its checkpoint" in line:  # a second SIGTERM, while the checkpoint is saved
+        if "SIGTERM received: uploading its checkpoint" in line:  # a second SIGTERM, while the checkpoint is saved
             process.send_signal(signal.SIGTERM)
         return processes.step(line) == 5
 
@@ -178,10 +178,12 @@ def test_the_termination_message_names_a_checkpoint_that_was_not_uploaded_in_tim
     )
 
     lines = processes.signal_when(process, signal.SIGKILL, lambda line: line.strip() == "the upload hangs")
-    assert "sft: told to stop: its checkpoint at step 4 goes to the store" in lines
+    assert "sft: SIGTERM received: uploading its checkpoint at step 4" in lines
     written = json.loads(message.read_text())
     assert written["reason"] == "preempted"
-    assert "step 4 did not reach the store in time, and the same command begins again" in written["message"]
+    assert (
+        "step 4 did not reach the store in time, and the same command starts from the beginning" in written["message"]
+    )
 
 
 def test_a_training_is_preempted_also_if_its_checkpoint_cannot_be_uploaded(uninterrupted: Path, tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_training_is_preempted_also_if_its_checkpoint_cannot_be_uploaded(unint
     assert process.returncode == 30, output
     assert "Traceback" not in output
     assert "its checkpoint at step 4 is not in the store (" in output.splitlines()[-1]
-    assert "the same command begins again" in output.splitlines()[-1]
+    assert "the same command starts from the beginning" in output.splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_with_correct_digests_ends_with_a_one_line_error(
@@ -204,7 +206,7 @@ def test_a_damaged_checkpoint_with_correct_digests_ends_with_a_one_line_error(
     assert process.returncode == 30
 
     damages: dict[str, Callable[[Path], object]] = {  # cumulative: the second is found before the first
-        "a training cannot go on from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
+        "a training cannot resume from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
         "its best.json names nan as a loss": lambda it: (it / "best/best.json").write_text('{"loss": NaN, "step": 4}'),
     }
     for message, damage in damages.items():
