@@ -1,4 +1,4 @@
-"""Out-of-memory errors: recognise them, name the setting to change, restart a training with smaller micro-batches."""
+"""Out-of-memory errors: how they are recognised, which setting to change, and how a training resumes with less memory."""
 
 import contextlib
 import errno
