@@ -1,4 +1,4 @@
-"""Out-of-memory errors: how they are recognised, which setting to change, and how a training resumes with less memory."""
+"""Out-of-memory errors: how they are recognised, which setting to change, how a training resumes with less memory."""
 
 import contextlib
 import errno
