@@ -44,6 +44,7 @@ class Fault:
     hangs: bool = False  # sends no response and keeps the connection open
     drops_response: bool = False  # performs the request, then closes the connection without a response
     times: int = 1
+    applied: int = 0  # how often a response was really failed, cut, delayed or dropped
 
 
 class ApiServer:
@@ -193,7 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
             api.requests.append(address)
             fault = next((each for each in api.faults if each.times and re.search(each.request, address)), Fault(""))
             fault.times -= 1
-        self._left, self._clean = fault.cut_after, fault.is_clean
+        self._fault, self._left, self._clean = fault, fault.cut_after, fault.is_clean
+        if fault.hangs or fault.status or fault.drops_response:
+            fault.applied += 1
         try:
             if fault.hangs:
                 self._hang()
@@ -303,6 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data[: self._left])
         self.close_connection = is_cut
+        self._fault.applied += is_cut
 
     def _begin(self) -> None:
         self.send_response(200)
@@ -317,6 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data:
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         if is_cut:
+            self._fault.applied += 1
             if self._clean:
                 self._end()
             raise _CutError

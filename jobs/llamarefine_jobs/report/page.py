@@ -77,7 +77,7 @@ def _charts(report: Mapping[str, Any]) -> list[tuple[str, str, Chart]]:
     wanted = (
         ("SFT: loss", "sft", {"training": "loss", "validation": "eval_loss"}, None),
         ("DPO: loss", "dpo", {"training": "loss", "validation": "eval_loss"}, math.log(2)),
-        ("DPO: preference accuracy", "dpo", {"training": "reward_accuracy", "validation": "eval_reward_accuracy"}, 0.5),
+        ("DPO: preference accuracy", "dpo", {"validation": "eval_reward_accuracy"}, 0.5),
     )
     drawn = []
     for title, stage, columns, guide in wanted:

@@ -257,14 +257,15 @@ def _base_name(context: Context) -> str | None:
 
 
 def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
-    """Yield the logged steps, in step order, with the names that the report reads."""
+    """Yield the logged steps, in step order, with the names that the report reads.
+
+    TRL's own accuracy and margin of a training batch are left out: TRL counts a tie as 0, report/preference.py as one half.
+    """
     names = {
         "step": "step",
         "loss": "loss",
         "eval_loss": "eval_loss",
         "learning_rate": "learning_rate",
-        "rewards/accuracies": "reward_accuracy",
-        "rewards/margins": "reward_margin",
         "eval_reward_accuracy": "eval_reward_accuracy",
         "eval_reward_margin": "eval_reward_margin",
     }

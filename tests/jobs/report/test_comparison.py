@@ -91,7 +91,7 @@ def hostile_report() -> dict[str, Any]:
         store=f"s3://{HOSTILE[1]}",
         curves={
             "sft": [*({"step": step, "loss": 4 - step / 10} for step in range(1, 9)), {"step": 8, "eval_loss": 3.1}],
-            "dpo": [{"step": 1, "loss": 0.7, "reward_accuracy": 0.4}],
+            "dpo": [{"step": 1, "loss": 0.7}, {"step": 1, "eval_loss": 0.6, "eval_reward_accuracy": 0.4}],
         },
         stages=[
             {"stage": "sft", "key": "0" * 64, "seconds": 3671.0, "steps": 10, "tokens_per_s": 12345.6}

@@ -72,6 +72,7 @@ def test_a_cut_at_any_byte_loses_and_repeats_nothing(server: ApiServer, cluster:
     for cut in range(len(b"".join(lines)) + 1):
         server.faults = [Fault(LOGS, cut_after=cut, is_clean=is_clean)]
         assert list(PodLog(cluster, "pod", "stage").lines()) == texts(lines), cut
+        assert server.faults[0].applied or cut == len(b"".join(lines))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -102,6 +103,7 @@ def test_a_log_that_grows_is_read_once_through_cuts_refusals_and_restarts(
     end(server)
     reader.join(120)
     assert read == [f"line {number // 2}" for number in range(60)]
+    assert sum(fault.applied for fault in server.faults) >= 4
 
 
 def test_lines_of_two_streams_may_be_out_of_order_around_a_second(server: ApiServer, cluster: Cluster) -> None:
@@ -114,6 +116,7 @@ def test_lines_of_two_streams_may_be_out_of_order_around_a_second(server: ApiSer
     put(server, lines)
     server.faults = [Fault(LOGS, cut_after=len(lines[0] + lines[1]))]
     assert list(PodLog(cluster, "pod", "stage").lines()) == texts(lines)
+    assert server.faults[0].applied
 
 
 def test_another_reader_continues_where_the_first_one_stopped(server: ApiServer, cluster: Cluster) -> None:
