@@ -1,7 +1,7 @@
 """The command `llamarefine`: one click group, assembled from the modules in commands/.
 
-Each command translates its options, calls into runs/ or cluster/, and prints the result. Everything except click is
-imported inside the command that uses it, so that `llamarefine --help` stays fast.
+Each command translates its options, calls into runs/ or cluster/, and prints the result. Third-party packages other
+than click are imported inside the command that uses them, so that `llamarefine --help` stays fast.
 """
 
 import click

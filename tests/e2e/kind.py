@@ -27,9 +27,8 @@ def environment(folder: Path) -> dict[str, str]:
     if SUBSTITUTE.exists() and (home / "bin/kind").exists():
         subprocess.run([SUBSTITUTE / "up-engine"], check=True)
         env["PATH"] = f"{env['PATH']}:{home / 'bin'}:{folder}"
-        (folder / "kubectl").symlink_to(
-            home / "bin/node-tools"
-        )  # node-tools acts as the program by whose name it is called
+        # node-tools runs the program by whose name it is called.
+        (folder / "kubectl").symlink_to(home / "bin/node-tools")
         env.setdefault("KIND_NODE_IMAGE", "localhost/kind-node:dev")
         env.setdefault("BASE", "localhost/kind-base:dev")
         env.setdefault("MINIO_BINARY", str(home / "bin/minio"))

@@ -69,9 +69,8 @@ def write_base(folder: Path, kind: str, config: dict[str, Any]) -> None:
     for key, weight in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.2)
-    model.half().save_pretrained(
-        folder
-    )  # the dtype of the merged model, so that weights that are not merged stay equal
+    # Half precision is the merged model's dtype, so that weights that are not merged stay equal.
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

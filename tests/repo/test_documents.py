@@ -16,7 +16,7 @@ RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
 
 
-def test_there_are_the_two_recipes_of_the_design() -> None:
+def test_both_packaged_recipes_exist() -> None:
     assert {"demo.yaml", "tinyllama-nvidia-docs.yaml"} <= {path.name for path in RECIPES}
 
 

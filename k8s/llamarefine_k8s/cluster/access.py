@@ -41,7 +41,7 @@ def check_driver(cluster: Cluster, account: str) -> Iterator[Check]:
 
 
 def current_user(cluster: Cluster) -> str | None:
-    """Return the user's name as the API server knows it; None if the server does not tell."""
+    """Return the user's name from the API server; None if the server does not return one."""
     try:
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         name: str = (cluster.create(review) or {})["status"]["userInfo"]["username"]

@@ -22,7 +22,7 @@ Query = Sequence[tuple[str, Any]]
 Result = TypeVar("Result")
 
 _CONNECT_S, _READ_S = 5, 30
-_STARTING_S = 30.0  # for so long a starting API server may refuse users whom it accepted before
+_STARTING_S = 30.0  # how long a starting API server may refuse users whom it accepted before
 _STARTING_PAUSE_S = 1.0
 _PATHS = {
     "Job": "/apis/batch/v1/namespaces/{namespace}/jobs",

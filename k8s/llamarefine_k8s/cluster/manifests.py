@@ -5,8 +5,9 @@
     Job <run>-<stage>            one for each stage that is due, created by the driver
     Service nodes-<run>-<stage>  for a training on several nodes: the name by which its pods find the first node
 
-`--dry-run` prints exactly what is sent. The stage Jobs are owned by the driver Job, or by the ConfigMap if the driver
-runs on the user's machine; Kubernetes deletes them with their owner.
+`--dry-run` prints the same objects, but without owners, and with zeros as the keys of all stages but the first. The
+stage Jobs are owned by the driver Job, or by the ConfigMap if the driver runs on the user's machine; Kubernetes deletes
+them with their owner.
 """
 
 import hashlib
@@ -29,9 +30,8 @@ from llamarefine_k8s.runs.signing import SIGNING_KEY
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
 
 RUN, STAGE, KEY = "llamarefine/run", "llamarefine/stage", "llamarefine/key"
-TEMPLATE_DIGEST = (
-    "llamarefine/made-from"  # a digest of key and spec: an active Job is followed only if a new one would equal it
-)
+# Annotation with a digest of key and spec: an active Job is followed only if a new one would have the same digest.
+TEMPLATE_DIGEST = "llamarefine/made-from"
 JOB_NAME = "batch.kubernetes.io/job-name"
 RECIPE_FILE = "/etc/llamarefine/recipe.yaml"
 SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamarefine.yaml"
@@ -75,7 +75,7 @@ def stage_job(task: Task, settings: Settings, owner: KubeObject | None = None) -
 def stage_service(task: Task, owner: KubeObject | None = None) -> KubeObject | None:
     """Return the Service that gives DNS names to the pods of a training on several nodes; None for a single pod.
 
-    Its owner is the run's, not the Job: a Job that is created again needs the Service at once.
+    It is owned by the owner of the stage's Job, not by that Job: a Job that is created again needs the Service at once.
     """
     if nodes_of(task.recipe, task.stage) == 1:
         return None

@@ -23,7 +23,7 @@ _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIm
 class Reason:
     """Why a stage does not run, and what to do about it."""
 
-    name: str  # Kubernetes' own reason where it gives one, such as `Unschedulable`
+    name: str  # Kubernetes' own reason if there is one, such as `Unschedulable`; else ours
     text: str
     hint: str
     kind: type[LlamaRefineError] = LlamaRefineError
@@ -229,7 +229,7 @@ def _last_message(events: Sequence[KubeObject], reason: str) -> str | None:
 
 
 def why_replaced(pod: KubeObject) -> str:
-    """Return how a pod ended that its Job replaced, as a clause such as "its pod was stopped"."""
+    """Return how a replaced pod ended, as a clause such as "its pod was stopped"."""
     code = container_state(pod).get("terminated", {}).get("exitCode")
     is_disrupted = any(
         each["type"] == "DisruptionTarget" and each["status"] == "True"

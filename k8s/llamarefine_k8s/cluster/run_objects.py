@@ -68,7 +68,7 @@ class StageObjects:
             self._cluster.delete("ConfigMap", self._owner["name"])
 
     def _ensure_service(self, manifest: KubeObject, run: str) -> None:
-        """Create a stage's Service, or make the current owner own the existing one, whose owner may be deleted soon."""
+        """Create a stage's Service. An existing one gets the current owner, because its own may be deleted soon."""
         name = manifest["metadata"]["name"]
         if self._cluster.create(manifest):
             return
@@ -80,7 +80,7 @@ class StageObjects:
             self._cluster.create(manifest)
 
     def _may_be_followed(self, existing: KubeObject, manifest: KubeObject) -> bool:
-        """Whether a Job equals `manifest` and is active, or was created by an earlier pod of this driver."""
+        """Whether a Job equals `manifest`, and either is active or was created by an earlier pod of this driver."""
         metadata = existing["metadata"]
         digest = manifest["metadata"]["annotations"][TEMPLATE_DIGEST]
         if (metadata.get("annotations") or {}).get(TEMPLATE_DIGEST) != digest:
@@ -114,7 +114,7 @@ def put_run_config_map(cluster: Cluster, manifest: KubeObject) -> KubeObject:
             raise LlamaRefineError(f"the ConfigMap {name} was deleted while the run started; submit again")
         return existing
     require_own(existing | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
-    # The owner from an earlier drive may be deleted, and this drive's stages with it.
+    # Without a new owner, deleting the owner from an earlier drive would delete this drive's stages too.
     owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
     return cluster.patch("ConfigMap", name, {"metadata": owners, "data": manifest["data"]}) or existing
 

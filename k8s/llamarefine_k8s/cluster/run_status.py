@@ -177,17 +177,18 @@ def find_status(
     The record is None for a run that was submitted just now. The statuses are empty for a run whose Jobs are deleted
     or that never was in a cluster.
     """
-    cluster, trouble = _connect_for(store, context, namespace)
+    cluster, cluster_error = _connect_for(store, context, namespace)
     try:
         record = records.find(store, name)
     except RecipeError:
-        newest = _newest_run(cluster, name) if cluster else None
-        if newest is None:
+        run = _run_in_cluster(cluster, name) if cluster else None
+        if cluster is None or run is None:
             raise
-        return records.load(store, newest), stage_statuses(cluster, newest) if cluster else [], None
+        return records.load(store, run), stage_statuses(cluster, run), None
     if cluster is None:
-        return record, [], trouble
-    newest = _newest_run(cluster, None) if name is None else None  # only if needed: it lists the objects of all runs
+        return record, [], cluster_error
+    # Only without a name, because this lists the objects of all runs.
+    newest = _run_in_cluster(cluster, None) if name is None else None
     if newest and newest != record.run and records.load(store, newest) is None:
         return None, stage_statuses(cluster, newest), None
     return record, stage_statuses(cluster, record.run), None
@@ -223,10 +224,10 @@ def all_lines(
     With `follow` the lines are yielded as they are written, until the run ends; an outage of the API server is then
     retried for `give_up_after_s`.
     """
-    cluster, trouble = _connect_for(store, context, namespace)
+    cluster, cluster_error = _connect_for(store, context, namespace)
     if cluster and follow:
         cluster.retry_policy = RetryPolicy(give_up_after_s)
-    run = (_newest_run(cluster, name) if cluster else None) or records.find(store, name).run
+    run = (_run_in_cluster(cluster, name) if cluster else None) or records.find(store, name).run
     has_lines = False
     for each in [stage] if stage else SEQUENCE:
         lines = _lines_of(store, cluster, run, each, follow=follow)
@@ -235,7 +236,7 @@ def all_lines(
             yield line if stage else f"{each:<8} {line}"
     if not has_lines:
         raise RecipeError(
-            f"{run} has no log{f' of {stage}' if stage else ''} yet" + (f"; {trouble}" if trouble else "")
+            f"{run} has no log{f' of {stage}' if stage else ''} yet" + (f"; {cluster_error}" if cluster_error else "")
         )
 
 
@@ -277,7 +278,8 @@ def _connect_for(store: Store, context: str | None, namespace: str | None) -> tu
         return None, str(error)
 
 
-def _newest_run(cluster: Cluster, name: str | None) -> str | None:
+def _run_in_cluster(cluster: Cluster, name: str | None) -> str | None:
+    """Return the run that `find_run` finds; None where it raises."""
     try:
         return find_run(cluster, name)
     except RecipeError:

@@ -9,7 +9,7 @@ from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.job_feed import JobFeed
 from llamarefine_k8s.cluster.reasons import Reason, newest, why_waiting
 
-_FIRST_CHECK_S, _LONGEST_CHECK_S = 2.0, 30.0  # between checks: the first one, and one after long without a change
+_FIRST_CHECK_S, _LONGEST_CHECK_S = 2.0, 30.0  # time between checks: after a new reason, and at most
 
 
 class StartWatchdog:

@@ -108,7 +108,7 @@ def print_status(console: Console, store: Store, record: RunRecord) -> None:
 def print_cluster_status(
     console: Console, record: RunRecord | None, jobs: Sequence[StageStatus], cluster_error: str | None
 ) -> None:
-    """Print what the cluster knows beyond the run's record: a driver or a stage that waits or failed, and why.
+    """Print what only the cluster shows, not the run's record: a driver or a stage that waits or failed, and why.
 
     `cluster_error` says why the cluster could not be read, if it could not; it is printed only for a running run.
     """
@@ -127,7 +127,7 @@ def print_cluster_status(
 
 
 def yaml_of(objects: Sequence[dict[str, Any]]) -> str:
-    """Return Kubernetes objects as a stream of YAML documents, each exactly as it would be sent."""
+    """Return Kubernetes objects as a stream of YAML documents, without anchors."""
     return yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120).rstrip()
 
 

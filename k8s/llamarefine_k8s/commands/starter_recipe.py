@@ -41,7 +41,7 @@ def write_recipe(path: Path, sources: Mapping[str, str], *, demo: bool = False) 
 
 
 def defaults(path: Path) -> dict[str, str]:
-    """Return the default of each value in KEYS: those of the full recipe, and a name derived from `path`."""
+    """Return the default of each value in KEYS: the full recipe's sources, and a name derived from `path`."""
     recipe = parse_recipe(recipes_folder().joinpath(FULL).read_text(encoding="utf-8"), FULL)
     return {"name": _run_name(path)} | {name: source.source for name, source in recipe.sources().items()}
 

@@ -44,15 +44,16 @@ def open_console(*, stderr: bool = False) -> "Console":
 
 
 def command() -> str:
-    """Return how to type `llamarefine` here: as LLAMAREFINE_COMMAND says (set by a wrapper), or by name if it is on the
-    PATH, or else by the path it was started with.
+    """Return how the user types `llamarefine`, for commands that a message suggests.
+
+    LLAMAREFINE_COMMAND if a wrapper has set it; else the name if it is on the PATH; else the path it was started with.
     """
     by_name = "llamarefine" if shutil.which("llamarefine") else shlex.quote(sys.argv[0])
     return os.environ.get("LLAMAREFINE_COMMAND") or by_name
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, with the control characters that json.dumps leaves as they are escaped, too."""
+    """Print a value as JSON. Also escapes the control characters that json.dumps leaves unescaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     click.echo(re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 

@@ -67,7 +67,7 @@ def _check_operations(name: str, objects: Objects) -> Check:
 
 @contextlib.contextmanager
 def _remove_new_folders(folder: Path) -> Iterator[None]:
-    """At the end, remove the folders on the way to `folder` that did not exist before, where they are empty."""
+    """At the end, remove `folder` and those of its parents that did not exist before, if they are empty."""
     absent = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield

@@ -62,7 +62,7 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class GarbageItem:
-    """One thing to remove: its files and, if it has one, its `marker`.
+    """A run, artifact, checkpoint or other file to remove: its files and, if it has one, its `marker`.
 
     The marker is the record of a run or the manifest of an artifact or checkpoint. Without it the files are garbage.
     """
@@ -211,7 +211,7 @@ class _Inventory:
         try:
             recipe = Recipe.model_validate(record.recipe)
         except ValidationError:
-            return  # of another version, which gives every artifact another key
+            return  # a recipe of another version: this version would compute other keys
         found: dict[str, Manifest] = {}
         for stage in SEQUENCE:
             if not STAGES[stage].reads.keys() <= found.keys():

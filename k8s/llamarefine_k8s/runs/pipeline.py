@@ -38,7 +38,7 @@ RETRY_AFTER_S = (2.0, 10.0)
 READ_TO = "# read to "  # begins the marker, the last line of a log in a bucket
 _MARKER_BYTES = 100  # more than the longest marker
 _UPLOAD_EVERY_S, _UPLOAD_AT_MOST_BYTES = 15.0, 4 << 20  # a longer log is uploaded only when its stage ends
-_IN_THE_RECORD = ("error: ", "makes ", "published ")  # log lines not shown as notes: the record holds the same
+_IN_THE_RECORD = ("error: ", "makes ", "published ")  # log lines not shown as notes: the record says the same
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _earlier_attempt(stage: str, key: str, this_run: RunRecord | None, store: St
 
 
 def _other_parents(stage: str, found: Mapping[str, Manifest], last: RunRecord | None) -> tuple[str, ...]:
-    """Return which parents differ from those of the last run."""
+    """Return which parents have another artifact than in the last run."""
     if not last:
         return ()
     others = [name for name in STAGES[stage].reads if name in last.stages and last.stages[name].key != found[name].key]

@@ -201,7 +201,7 @@ def pull(store: Store, manifest: Manifest, what: str, into: Path, *, force: bool
 
 @contextlib.contextmanager
 def _work_folder(into: Path) -> Iterator[Path]:
-    """A folder beside `into` that one pull at a time may use.
+    """Yield a folder beside `into`, locked so that only one pull at a time uses it; remove it at the end.
 
     Its name is always the same, so that a pull finds and cleans up what a killed one left.
     """

@@ -38,10 +38,8 @@ class ChaosNamespace:
 
     def __init__(self, cluster: KindCluster, *, trains: bool = False) -> None:
         self.cluster, self.trains = cluster, trains
-        self.node, self.worker = (
-            f"{kind.CLUSTER}-control-plane",
-            f"{kind.CLUSTER}-worker",
-        )  # the latter may be lost
+        self.node = f"{kind.CLUSTER}-control-plane"
+        self.worker = f"{kind.CLUSTER}-worker"  # the node that "lose node" freezes
         cluster.make_namespace(NAMESPACE)
         cluster.apply(program_map() | {"metadata": program_map()["metadata"] | {"namespace": NAMESPACE}})
         values = {

@@ -96,9 +96,8 @@ class RunObserver:
         stage = pod.metadata.labels.get("llamarefine/stage")
         if stage not in (None, STAGE):
             return
-        if (
-            stage and pod.status.phase != "Pending"
-        ):  # read before the phase is stored: a pod that has ended has a complete log
+        if stage and pod.status.phase != "Pending":
+            # Read the log before storing the phase, so that the log of a pod that has ended is complete.
             text = self._api.core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE)
             lines = text[: text.rfind("\n") + 1].splitlines()
             if len(lines) < len(self.logs.get(pod.metadata.name, [])) or (not lines and pod.status.phase != "Running"):

@@ -63,7 +63,7 @@ def test_a_run_is_found_by_the_beginning_of_its_name(store: Store) -> None:
         find(store, "three")
 
 
-def test_without_a_name_the_run_driven_last_is_meant(store: Store) -> None:
+def test_without_a_name_the_newest_run_is_found(store: Store) -> None:
     with pytest.raises(RecipeError, match="holds no runs yet"):
         find(store, None)
     record(store, "old-11111111", updated_at=datetime.now(UTC) - timedelta(hours=1))
