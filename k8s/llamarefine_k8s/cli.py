@@ -25,11 +25,11 @@ def cli() -> None:
 
     \b
     llamarefine init --demo            write a recipe to start from
-    llamarefine run recipe.yaml        run its stages; skip those whose artifact is in the store
+    llamarefine run recipe.yaml        run the stages whose artifacts are missing
     llamarefine infer "Your question"  ask the trained model
     llamarefine pull --into ./model    download that model
     \b
-    llamarefine submit recipe.yaml     run the same stages on Kubernetes, one Job per stage
+    llamarefine submit recipe.yaml     run them on Kubernetes, one Job per stage
     llamarefine status                 show the progress, and why a stage is waiting
 
     RUN is the name of a run or the beginning of it. Without RUN, the newest run is used.

@@ -113,7 +113,8 @@ class Settings(_Section):
     )
     give_up_after_s: Seconds = Field(
         int(GIVE_UP_AFTER_S),
-        description="a stage or driver fails if the bucket or the API server is unreachable for longer",
+        description="a stage or driver fails if the bucket or the API server is unreachable for longer; the "
+        "processes of one training wait 300 s longer for each other",
     )
     deadline_s: Seconds | None = Field(86_400, description="the longest that a stage may run; null: no limit")
     ttl_s: int = Field(3600, ge=0, description="finished Jobs and their pods are deleted after so many seconds")

@@ -19,7 +19,7 @@ class Disposition(Enum):
 
 
 class LlamaRefineError(Exception):
-    """Base class of all errors: a one-line message that a person can act on. Itself: a failure of no other kind."""
+    """A failure with a one-line message that a person can act on; raised itself if no subclass fits."""
 
     exit_code: ClassVar[int] = 1
     reason: ClassVar[str] = "failed"

@@ -1,4 +1,5 @@
 """Data: reads tables, checks their rows, drops duplicates, splits the rest, and describes the result in the data card.
 
-Only prepare and infer read tables. The other stages read the rows that prepare published (models/encoding.py).
+Only prepare and infer read tables, and preflight reads their first bytes. The other stages read the rows that prepare
+published (models/encoding.py).
 """

@@ -1,6 +1,6 @@
 """The files of a merged model besides its weights: configs, tokenizer and model card.
 
-The layout is that of transformers, which loads the folder in the merge's proof; the configs also use the spellings of
+The layout follows transformers, which loads the folder in the merge's proof; the configs also use the spellings of
 older transformers versions. The same inputs give the same bytes: no file holds a date or a path.
 """
 

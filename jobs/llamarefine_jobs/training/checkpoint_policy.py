@@ -101,7 +101,7 @@ class CheckpointPolicy:
         good = "no checkpoint was written before"
         if step is not None:
             where = f"{self._context.store.uri}/{checkpoint_path(stage, self._context.key, step)}"
-            good = f"the last good checkpoint is that of step {step}, {where}"
+            good = f"the last good checkpoint is at step {step}, {where}"
             good += "" if self._has_good_loss else " (its weights are finite, but no loss with them was seen yet)"
         return DivergedError(f"{what}; lower {stage}.learning_rate (now {self._section.learning_rate:g}); {good}")
 

@@ -259,7 +259,8 @@ def _base_name(context: Context) -> str | None:
 def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
     """Yield the logged steps, in step order, with the names that the report reads.
 
-    TRL's own accuracy and margin of a training batch are left out: TRL counts a tie as 0, report/preference.py as one half.
+    TRL's own accuracy and margin of a training batch are left out: TRL counts a tie as 0,
+    report/preference.py as one half.
     """
     names = {
         "step": "step",

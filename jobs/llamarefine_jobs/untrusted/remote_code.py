@@ -44,5 +44,5 @@ def refuse_programs(folder: Path) -> None:
 
 
 def pickles_in(folder: Path) -> list[str]:
-    """Return the names of the files in `folder` whose suffix is that of a pickle."""
+    """Return the names of the files in `folder` with a suffix that pickles use."""
     return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)

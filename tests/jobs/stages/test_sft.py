@@ -198,7 +198,7 @@ def test_a_loss_that_explodes_ends_the_training_and_names_the_last_good_checkpoi
         sft.work(context)
     found = re.fullmatch(
         r"the loss is [\d.e+]+ at step (\d+) of 16; lower sft.learning_rate \(now 0.01\); "
-        r"the last good checkpoint is that of step (\d+), (\S+)",
+        r"the last good checkpoint is at step (\d+), (\S+)",
         str(caught.value),
     )
     assert found, caught.value
