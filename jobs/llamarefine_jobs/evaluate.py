@@ -75,8 +75,8 @@ def work(context: Context) -> None:
         examples=examples(rows, results, section.shown_examples),
         data_card=json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
         facts=comparison.Facts(
-            questions_there=rows.questions_there,
-            pairs_there=rows.pairs_there,
+            questions_in_split=rows.questions_in_split,
+            pairs_in_split=rows.pairs_in_split,
             types=types,
             chosen_tokens=[score.tokens for score in results["base"].chosen],
             rejected_tokens=[score.tokens for score in results["base"].rejected],
@@ -86,14 +86,14 @@ def work(context: Context) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TestSplits:
     """The test questions and pairs that are scored, the questions that the models answer, and how many rows exist."""
 
     questions: list[PublishedRow]
     answered: list[PublishedRow]
     pairs: list[PublishedRow]
-    questions_there: int
-    pairs_there: int
+    questions_in_split: int
+    pairs_in_split: int
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,16 @@ def merged_dtype(context: Context) -> str:
     return dtype
 
 
-def read_test_rows(prepared: Path, section: Evaluate) -> Rows:
+def read_test_rows(prepared: Path, section: Evaluate) -> TestSplits:
     """Return the test rows; if the recipe limits their number, rows at even distances."""
     questions, pairs = (read_rows(prepared / name, "test") for name in ("questions", "preferences"))
     scored = evenly(questions, section.max_rows)
-    return Rows(
+    return TestSplits(
         questions=scored,
         answered=evenly(scored, section.generated_rows),
         pairs=evenly(pairs, section.max_rows),
-        questions_there=len(questions),
-        pairs_there=len(pairs),
+        questions_in_split=len(questions),
+        pairs_in_split=len(pairs),
     )
 
 
@@ -187,7 +187,7 @@ def evenly(rows: Sequence[Item], count: int | None) -> list[Item]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def encode_rows(tokenizer: Any, rows: Rows) -> EncodedRows:
+def encode_rows(tokenizer: Any, rows: TestSplits) -> EncodedRows:
     """Tokenise the rows as in training."""
     encoded, pairs = encode_questions(tokenizer, rows.questions), encode_pairs(tokenizer, rows.pairs)
     prompt_of = {id(row): tokens.prompt_ids for row, tokens in zip(rows.questions, encoded, strict=True)}
@@ -210,7 +210,7 @@ def check_finite(name: str, part: str, scores: list[Score]) -> list[Score]:
     return scores
 
 
-def compared_rows(rows: Rows) -> ComparedRows:
+def compared_rows(rows: TestSplits) -> ComparedRows:
     """Return the groups that the bootstrap resamples, and the reference answers of the generated ones."""
     return ComparedRows(
         {
@@ -222,7 +222,7 @@ def compared_rows(rows: Rows) -> ComparedRows:
     )
 
 
-def examples(rows: Rows, results: dict[str, ModelResults], count: int) -> list[dict[str, Any]]:
+def examples(rows: TestSplits, results: dict[str, ModelResults], count: int) -> list[dict[str, Any]]:
     """Return at most `count` questions, at even distances, with the reference answer and each model's answer."""
     return [_example(rows.answered[place], place, results) for place in evenly(range(len(rows.answered)), count)]
 

@@ -63,6 +63,18 @@ def test_the_layers_in_contributing_are_those_that_lint_checks() -> None:
     assert described == checked
 
 
+def test_every_package_has_its_folder_of_tests() -> None:
+    elsewhere = {"contract": "tests/contract", "store": "tests/store", "untrusted": "tests/security"}
+    packages = [
+        (side, path.parent.name)
+        for side in ("jobs", "k8s")
+        for path in (ROOT / side / f"llamarefine_{side}").glob("*/__init__.py")
+    ]
+    assert len(packages) > 10
+    folders = [elsewhere.get(name, f"tests/{side}/{name}") for side, name in packages]
+    assert [folder for folder in folders if not list((ROOT / folder).glob("test_*.py"))] == []
+
+
 @pytest.mark.parametrize("name", documents())
 def test_every_link_leads_to_a_file_and_to_a_heading_in_it(name: str) -> None:
     broken = []

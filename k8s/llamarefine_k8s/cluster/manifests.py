@@ -1,4 +1,6 @@
-"""Stage + recipe + settings → the Kubernetes objects of a run, as plain dictionaries in the API's own form. Pure.
+"""Kubernetes manifests of a run: stage + recipe + settings → plain dictionaries in the API's own form. Pure.
+
+(Not the manifest of an artifact, which is contract/artifact.py's.)
 
     ConfigMap <run>              the pinned recipe, and the settings it was submitted with
     Job <run>                    the driver: `llamarefine submit --foreground` inside the cluster
