@@ -1,4 +1,4 @@
-"""One of several processes that train together; the agent of its node starts it.
+"""Worker process: one of several that train together. The agent of its node starts it.
 
     python -m llamarefine_jobs.worker sft --recipe recipe.yaml --store s3://bucket/prefix
 

@@ -2,7 +2,7 @@
 
 Every unknown key is an error. Names contain the unit. A field marked `_NOT_IN_KEY` is not part of the
 artifact's key: it changes at most the rounding of a result (micro-batches, processes), or what a training logs
-and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this for every field.
+and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this, or names the test that does.
 """
 
 from collections.abc import Mapping
