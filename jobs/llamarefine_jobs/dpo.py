@@ -26,7 +26,7 @@ from llamarefine_jobs.report.preference import likelihood_margins, preference
 
 # Not `evaluate.confidence` and `evaluate.bootstrap_resamples`: they may change without a new training.
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
-_COMPARED_ROWS = 128  # how many of the trainer's rows are compared with ours, token by token
+_COMPARED_ROWS = 128  # at least so many of the trainer's rows (or all) are compared with ours, token by token
 
 
 def work(context: Context) -> None:
@@ -147,7 +147,7 @@ class PairValidation:
     def validate(self, model: Any) -> dict[str, float]:
         """Return the DPO loss, the reward accuracy and the reward margin: means over the pairs of all processes.
 
-        PreemptedError on SIGTERM.
+        Raises PreemptedError on SIGTERM.
         """
 
         def sums_of_own_pairs() -> list[float]:

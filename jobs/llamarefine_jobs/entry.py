@@ -1,4 +1,4 @@
-"""Entry point of every stage, around its work: arguments, seed, SIGTERM, inputs, publishing, the exit code.
+"""Run a stage around its work function: arguments, seed, SIGTERM, inputs, publishing, the exit code.
 
 A stage needs only a recipe and a store, because it finds its parents by their keys:
 ``python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix`` runs by itself.
@@ -194,7 +194,7 @@ def seeded_threads(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_code(stage_name: str) -> Iterator[None]:
-    """End the process on an exception, with the exit code of its kind; a traceback only for an unexpected error."""
+    """End the process on an exception, with its exit code. Prints a traceback only for an unexpected error."""
     redact_logs()
     try:
         yield

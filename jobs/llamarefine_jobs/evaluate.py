@@ -2,10 +2,10 @@
 
     python -m llamarefine_jobs.evaluate --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads the test splits and base/ of prepare, adapter/ of sft and model/ of merge; of dpo only the manifest, for its
-curves and its proof. Writes report.html, report.md and report.json. The merged model is loaded without adapters, as
-its users will load it. A quality gate that fails is written into the report and does not fail the stage; the
-launcher reads the report and ends the run with an error.
+Reads base/, the test splits and data_card.json of prepare, adapter/ of sft and model/ of merge. Of dpo it reads only
+the manifest: its beta, its curves and its proof. Writes report.html, report.md and report.json. The merged model is
+loaded without adapters, as its users will load it. A quality gate that fails is written into the report and does not
+fail the stage; the launcher reads the report and ends the run with an error.
 """
 
 import json
@@ -117,7 +117,7 @@ class Evaluation:
         self.began_s = self.printed_s = time.monotonic()
 
     def evaluate(self, name: str, model: Any) -> ModelResults:
-        """Score the rows with `model` and generate its answers; DivergedError if a score is not finite."""
+        """Score the rows with `model` and generate its answers. Raises DivergedError if a score is not finite."""
         batch_rows, pad_id = self.context.recipe.evaluate.batch_rows, self.tokenizer.pad_token_id
 
         def scores(part: str, rows: list[Encoded]) -> list[Score]:
@@ -152,7 +152,7 @@ class Evaluation:
 
 
 def load(name: str, context: Context, backend: backends.Backend) -> Any:
-    """Return one of the three models, ready to score rows."""
+    """Load one of the three models: `base`, `sft` or `merged`."""
     inputs, length = context.inputs, context.recipe.max_length_tokens
     if name == "merged":
         # In the type that the weights were rounded to: a coarser type would round the DPO update away.
@@ -200,7 +200,7 @@ def encode_rows(tokenizer: Any, rows: Rows) -> EncodedRows:
 
 
 def check_finite(name: str, part: str, scores: list[Score]) -> list[Score]:
-    """Return `scores`; DivergedError unless all of them are finite."""
+    """Return `scores`. Raises DivergedError unless all of them are finite."""
     not_finite = sum(not math.isfinite(score.logprob) for score in scores)
     if not_finite:
         raise DivergedError(
