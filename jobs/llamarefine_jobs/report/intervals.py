@@ -127,7 +127,7 @@ class Bootstrap:
 
 
 def enough_groups(groups: int, confidence: float) -> bool:
-    """Return whether an interval has a meaning: all groups agree by chance with probability at most 1 - confidence."""
+    """Return whether there are enough groups: all agree by chance with a probability of at most 1 - confidence."""
     return bool(2.0 ** (1 - groups) <= 1 - confidence)
 
 

@@ -68,8 +68,8 @@ def _retried(
 class S3Objects:
     """The objects of `bucket` whose keys start with `prefix`.
 
-    Every operation raises StoreError for a failure that may be temporary, after the retries; AccessError, RecipeError
-    or DiskFullError for one that is not.
+    For a failure that may be temporary, every operation raises StoreError after the retries. For a lasting failure it
+    raises AccessError, RecipeError or DiskFullError at once.
     """
 
     keeps_checksums = True
@@ -188,7 +188,7 @@ class S3Objects:
         yield from self._listed(prefix)
 
     def unfinished(self, folder: str = ".") -> Iterator[Entry]:
-        yield from ()  # an upload shows in no listing before it is complete
+        yield from ()  # a bucket lists no upload before it is complete
 
     @_retried
     def delete(self, path: str) -> None:

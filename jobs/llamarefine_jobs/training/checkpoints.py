@@ -61,7 +61,7 @@ class CheckpointUploader:
         self._raise_unexpected_error()
 
     def discard_waiting(self) -> None:
-        """Discard the checkpoint that waits, and wait for the running upload; interrupted, it would leave partial files."""
+        """Discard the checkpoint that waits, and wait for the running upload: stopping it would leave partial files."""
         with self._lock:
             discarded, self._waiting = self._waiting, None
         _remove(discarded)

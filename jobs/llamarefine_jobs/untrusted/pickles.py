@@ -12,7 +12,7 @@ _TENSORS = (".pt", ".pth")  # torch's pickles of the optimizer's, scheduler's an
 
 
 def refuse_pickled_code(checkpoint: Path) -> None:
-    """Raise IntegrityError if a checkpoint holds more than tensors and plain values; nothing in it is run.
+    """Raise IntegrityError if a checkpoint holds more than tensors and plain values. Runs no code from the checkpoint.
 
     The states of the optimizer, the scheduler and the random generators are torch's pickles. They are read here as the
     trainer reads them, by an unpickler that accepts tensors, numbers and texts, and refuses every other call.
