@@ -1,4 +1,4 @@
-"""Self-signed certificates for servers of the tests."""
+"""Self-signed certificates for test servers."""
 
 import ssl
 from datetime import UTC, datetime, timedelta
