@@ -35,7 +35,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
     with sigterm.ignoring_sigterm_at_exit(), exit_code(options.stage):
-        work(options.stage, pinning.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
+        recipe = pinning.pin(load_recipe(options.recipe), check=False)  # as in a training in one process
+        work(options.stage, recipe, open_store(options.stage, options.store))
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:
