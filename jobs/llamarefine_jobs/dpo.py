@@ -26,7 +26,9 @@ from llamarefine_jobs.report.preference import likelihood_margins, preference
 
 # Not `evaluate.confidence` and `evaluate.bootstrap_resamples`: they may change without a new training.
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
-_COMPARED_ROWS = 128  # at least so many of the trainer's rows (or all) are compared with ours, token by token
+_COMPARED_ROWS = (
+    128  # least number of the trainer's rows that are compared with ours, token by token, if there are more
+)
 
 
 def work(context: Context) -> None:

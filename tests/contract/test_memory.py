@@ -1,6 +1,6 @@
 """The memory estimate: its parameter counts equal those of real models, and settings that need less memory lower it.
 
-tests/gpu/test_memory.py compares the estimate with the real trainers; some of its tests run here without a GPU.
+tests/gpu/test_memory.py compares the estimate with the real trainers; the last test runs a part of it without a GPU.
 """
 
 import functools

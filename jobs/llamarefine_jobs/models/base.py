@@ -73,7 +73,7 @@ def write_tokenizer_and_config(into: Path, tokenizer: Any, generation: dict[str,
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """Return the config of the model in `folder`; DataError if adapters cannot be trained on it and merged."""
+    """Return the config of a model folder. Raises DataError if adapters cannot be trained on the model and merged."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{_KEY}: {folder} has no config.json; expected a model folder")
     config = _json(folder / "config.json")

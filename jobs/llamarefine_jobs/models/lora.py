@@ -94,7 +94,10 @@ def changes_nothing(updates: Updates) -> bool:
 
 
 def _scale(config: Mapping[str, Any], name: str) -> float:
-    """Return the scale of the update: alpha/r, or alpha/sqrt(r) with rslora. DataError unless it is a plain LoRA."""
+    """Return the scale of the update: alpha/r, or alpha/sqrt(r) with rslora.
+
+    Raises DataError unless the config describes a plain LoRA.
+    """
     if config.get("peft_type") != "LORA":
         raise DataError(f"the {name} adapter has the type {config.get('peft_type')}; only LORA can be merged")
     start = config.get("init_lora_weights", True)

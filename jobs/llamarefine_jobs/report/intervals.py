@@ -5,7 +5,7 @@ A metric is a ratio of two sums over rows: nats per token, credit per pair. All 
 rows use the same resamples, so the difference of two estimates is a paired difference.
 
 Axes: G groups, R resamples. Intervals are BCa, bias-corrected and accelerated (Efron 1987,
-https://doi.org/10.2307/2289144); a test compares them with those of scipy.
+https://doi.org/10.2307/2289144); a test compares them with scipy's.
 """
 
 from collections.abc import Callable, Sequence

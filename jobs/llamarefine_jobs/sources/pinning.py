@@ -17,7 +17,7 @@ from llamarefine_jobs.sources.s3 import list_s3
 
 
 def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
-    """Return `recipe` with absolute paths and with a fingerprint at each source that can be read from here.
+    """Return `recipe` with absolute paths, and with a fingerprint for each source except https and the Hub.
 
     With `check`, fingerprints that the recipe already holds are computed again and compared, except those that cannot
     be computed from the source (`was_computed_elsewhere`). Raises DataError if a file or an object is missing or has

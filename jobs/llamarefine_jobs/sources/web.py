@@ -49,7 +49,8 @@ def redirects_inward(target: str, origin: str) -> bool:
 
     A redirect to a link-local address, where clouds serve credentials, always counts. A redirect to this machine or to
     a private network does not count if `origin` is private, too: a private file server may redirect within its network.
-    A name that does not resolve here counts as public, because only the proxy that resolves it can check it.
+    A target whose name does not resolve here does not count: only the proxy that resolves it can check it. An origin
+    whose name does not resolve here counts as private.
     """
     target_host, origin_host = urlsplit(target).hostname or "", urlsplit(origin).hostname or ""
     if target_host == origin_host:

@@ -62,7 +62,7 @@ class Store:
     def publish(self, folder: Path, draft: Manifest) -> Manifest:
         """Publish all files of `folder` as an artifact; return the artifact's manifest.
 
-        `draft` holds everything except the files and the attempt, which are filled in here. If another writer has
+        `draft` holds everything except the files and the attempt, which this method adds. If another writer has
         published the same key first, that writer's manifest is returned.
         """
         return self._publish(artifact_path(draft.stage, draft.key), folder, draft)
@@ -76,7 +76,7 @@ class Store:
         return self._fetch(artifact_path(manifest.stage, manifest.key), manifest, into, prefixes)
 
     def verify(self, manifest: Manifest) -> None:
-        """Read every byte of an artifact and compare it with the manifest; IntegrityError names a wrong file."""
+        """Read every byte of an artifact and compare it with the manifest. The IntegrityError names a wrong file."""
         where = artifact_path(manifest.stage, manifest.key)
         _in_parallel(lambda file: self._read_verified(where, manifest, file, Path(os.devnull)), manifest.files)
 

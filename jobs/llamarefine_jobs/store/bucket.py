@@ -83,7 +83,7 @@ class S3Objects:
 
     @cached_property
     def client(self) -> "S3Client":
-        """The boto3 client, created on first use; AccessError if boto3 cannot create it."""
+        """The boto3 client, created on first use. Raises AccessError if boto3 cannot create it."""
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -232,7 +232,7 @@ class S3Objects:
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        """Turn boto3's errors into the package's: StoreError if the failure may be temporary, another class if not."""
+        """Turn boto3's errors into ours: StoreError if the failure may be temporary, another class if it is not."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import (
             BotoCoreError,

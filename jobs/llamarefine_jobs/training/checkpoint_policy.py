@@ -95,7 +95,7 @@ class CheckpointPolicy:
     def diverged_error(self, what: str) -> DivergedError:
         """Return the error for a diverged training; it names the last good checkpoint in the store."""
         self._uploader.wait()
-        self._context.world.barrier()  # if one process ended, torch would kill the one that is still uploading
+        self._context.world.barrier()  # if one process ended, torch would kill rank 0, which may still be uploading
         step, stage = self._uploader.newest_step, self._context.stage.name
         good = "no checkpoint was written before"
         if step is not None:

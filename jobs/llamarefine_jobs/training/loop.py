@@ -96,7 +96,7 @@ class TrainingCallback(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         # The loss right after a checkpoint confirms it; without it the checkpoint would wait for the next logged loss.
         control.should_log = last or step % self.section.log_every_steps == 0 or self.checkpoints.needs_loss_of(step)
-        # The processes have separate clocks and receive SIGTERM at different steps: here they agree on both.
+        # The processes have separate clocks and receive SIGTERM at different steps, so they must agree on both.
         is_due = self.context.world.is_first and self.checkpoints.is_due(step)
         self.preempted, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
         if self._is_validation_due(state) and not self.preempted:

@@ -1,8 +1,8 @@
 """Prove before the first DPO step that the reference is the SFT policy.
 
 A loss of ln 2 shows only that policy and reference agree; a fresh adapter on the *bare base* has that loss too.
-Therefore the reference's log-probabilities are compared with those of base + SFT adapter, which are computed separately
-(with the adapter beside the weights, not merged into them), and must differ from those of the bare base.
+Therefore the reference's log-probabilities must match the log-probabilities of base + SFT adapter within a tolerance,
+and must differ from the bare base's. Both are computed separately, with the adapter beside the weights, not merged.
 """
 
 import math

@@ -231,7 +231,7 @@ def test_the_trainer_has_no_copy_of_the_adapter_as_reference(context: Context) -
 
 
 def test_precomputing_the_reference_does_not_change_the_losses(prepared: Path, trained: Path, tmp_path: Path) -> None:
-    """With two epochs the reference is computed once; the losses equal those of a run that computes it each step."""
+    """With two epochs the reference is computed once; with one epoch, in each step. The losses must be equal."""
     losses = []
     for epochs in ("1", "2"):
         (tmp_path / epochs).mkdir()

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_with_correct_digests_ends_with_a_one_line_error(
     process.communicate(timeout=300)
     assert process.returncode == 30
 
-    damages: dict[str, Callable[[Path], object]] = {  # each is added to the one before, and is detected first
+    damages: dict[str, Callable[[Path], object]] = {  # the second is added to the first, and is detected before it
         "a training cannot resume from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
         "its best.json names nan as a loss": lambda it: (it / "best/best.json").write_text('{"loss": NaN, "step": 4}'),
     }
