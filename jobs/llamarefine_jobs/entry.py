@@ -116,7 +116,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
             started_at=datetime.now(UTC),
             stop=stop,
         )
-        context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
+        context.note(f"makes {short(key)} from " + (_describe_parents(parents) or "the recipe's sources"))
         agent = find_agent(stage_name, recipe, work_folder)
         if agent is None:
             with seeded_threads(recipe):
@@ -230,5 +230,5 @@ def _end(stage_name: str, error: LlamaRefineError) -> None:
     sys.exit(error.exit_code)
 
 
-def _names(parents: dict[str, Manifest]) -> str:
+def _describe_parents(parents: dict[str, Manifest]) -> str:
     return ", ".join(f"{name} {short(parent.key)}" for name, parent in parents.items())

@@ -75,8 +75,8 @@ def work(context: Context) -> None:
         examples=examples(rows, results, section.shown_examples),
         data_card=json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
         facts=comparison.Facts(
-            questions_there=rows.questions_there,
-            pairs_there=rows.pairs_there,
+            questions_total=rows.questions_total,
+            pairs_total=rows.pairs_total,
             types=types,
             chosen_tokens=[score.tokens for score in results["base"].chosen],
             rejected_tokens=[score.tokens for score in results["base"].rejected],
@@ -92,8 +92,8 @@ class Rows:
     questions: list[PublishedRow]
     answered: list[PublishedRow]
     pairs: list[PublishedRow]
-    questions_there: int
-    pairs_there: int
+    questions_total: int
+    pairs_total: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ class Evaluation:
         batch_rows, pad_id = self.context.recipe.evaluate.batch_rows, self.tokenizer.pad_token_id
 
         def scores(part: str, rows: list[Encoded]) -> list[Score]:
-            return check_finite(name, part, score(model, pad_id, rows, batch_rows, self._ticker(f"{name}:{part}")))
+            return check_finite(
+                name, part, score(model, pad_id, rows, batch_rows, self._progress_callback(f"{name}:{part}"))
+            )
 
         return ModelResults(
             answers=scores("answers", self.rows.questions),
@@ -133,11 +135,11 @@ class Evaluation:
                 self.rows.prompts,
                 max_new_tokens=self.context.recipe.evaluate.max_new_tokens,
                 batch_rows=batch_rows,
-                on_batch=self._ticker(f"{name}:generating"),
+                on_batch=self._progress_callback(f"{name}:generating"),
             ),
         )
 
-    def _ticker(self, phase: str) -> OnBatch:
+    def _progress_callback(self, phase: str) -> OnBatch:
         before = self.done
 
         def on_batch(done: int, total: int) -> None:
@@ -175,8 +177,8 @@ def read_test_rows(prepared: Path, section: Evaluate) -> Rows:
         questions=scored,
         answered=evenly(scored, section.generated_rows),
         pairs=evenly(pairs, section.max_rows),
-        questions_there=len(questions),
-        pairs_there=len(pairs),
+        questions_total=len(questions),
+        pairs_total=len(pairs),
     )
 
 

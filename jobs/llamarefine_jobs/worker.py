@@ -45,8 +45,8 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     world = join()
     parents = find_parents(stage_name, recipe, store)
     shared = Path(os.environ[sigterm.SHARED_FOLDER])
-    own = shared / f"process-{world.rank}"
-    own.mkdir()
+    own_folder = shared / f"process-{world.rank}"
+    own_folder.mkdir()
     context = Context(
         stage=STAGES[stage_name],
         recipe=recipe,
@@ -55,7 +55,7 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
         parents=parents,
         inputs={name: shared / "inputs" / name for name in parents},
         output=shared / "output",
-        work=own,
+        work=own_folder,
         started_at=datetime.now(UTC),
         stop=stop,
         world=world,

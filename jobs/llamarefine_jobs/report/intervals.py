@@ -93,9 +93,9 @@ class Estimate:
         resamples = len(self.resampled)
         below = np.mean(self.resampled < self.value) + np.mean(self.resampled == self.value) / 2
         bias = _NORMAL.inv_cdf(float(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
-        pull_G = self.without.mean() - self.without
-        spread = float((pull_G**2).sum()) ** 1.5
-        acceleration = float((pull_G**3).sum()) / (6 * spread) if spread else 0.0
+        influence_G = self.without.mean() - self.without
+        spread = float((influence_G**2).sum()) ** 1.5
+        acceleration = float((influence_G**3).sum()) / (6 * spread) if spread else 0.0
         shifted = [bias + _NORMAL.inv_cdf(level) for level in (tail, 1 - tail)]
         return [_NORMAL.cdf(bias + z / max(1 - acceleration * z, 0.01)) for z in shifted]
 
