@@ -3,8 +3,8 @@
 import sys
 
 # Handle SIGTERM during the slow imports of `python -m llamarefine_jobs.<stage>`. Python runs this file before it looks
-# for that module, and sys.argv[0] is "-m" only then. The package's root imports nothing else from its own packages, and
-# this only under `-m`: any other program that imports the package (launcher, tests) keeps its own signal handlers.
+# for that module, and sys.argv[0] is "-m" only then. Any other program that imports the package (launcher, tests) keeps
+# its own signal handlers. This file imports nothing else from the package.
 if sys.argv[:1] == ["-m"]:
     from llamarefine_jobs.process import sigterm
 

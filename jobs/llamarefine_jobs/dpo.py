@@ -26,7 +26,9 @@ from llamarefine_jobs.report.preference import likelihood_margins, preference
 
 # Not `evaluate.confidence` and `evaluate.bootstrap_resamples`: they may change without a new training.
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
-_COMPARED_ROWS = 128  # how many of the trainer's rows are compared with ours, token by token
+_COMPARED_ROWS = (
+    128  # least number of the trainer's rows that are compared with ours, token by token, if there are more
+)
 
 
 def work(context: Context) -> None:
@@ -147,7 +149,7 @@ class PairValidation:
     def validate(self, model: Any) -> dict[str, float]:
         """Return the DPO loss, the reward accuracy and the reward margin: means over the pairs of all processes.
 
-        PreemptedError on SIGTERM.
+        Raises PreemptedError on SIGTERM.
         """
 
         def sums_of_own_pairs() -> list[float]:

@@ -1,4 +1,4 @@
-"""Entry point of every stage, around its work: arguments, seed, SIGTERM, inputs, publishing, the exit code.
+"""Run a stage around its work function: arguments, seed, SIGTERM, inputs, publishing, the exit code.
 
 A stage needs only a recipe and a store, because it finds its parents by their keys:
 ``python -m llamarefine_jobs.sft --recipe recipe.yaml --store s3://bucket/prefix`` runs by itself.
@@ -116,7 +116,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
             started_at=datetime.now(UTC),
             stop=stop,
         )
-        context.note(f"makes {short(key)} from " + (_names(parents) or "the recipe's sources"))
+        context.note(f"makes {short(key)} from " + (_describe_parents(parents) or "the recipe's sources"))
         agent = find_agent(stage_name, recipe, work_folder)
         if agent is None:
             with seeded_threads(recipe):
@@ -194,7 +194,7 @@ def seeded_threads(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_code(stage_name: str) -> Iterator[None]:
-    """End the process on an exception, with the exit code of its kind; a traceback only for an unexpected error."""
+    """End the process on an exception, with its exit code. Prints a traceback only for an unexpected error."""
     redact_logs()
     try:
         yield
@@ -230,5 +230,5 @@ def _end(stage_name: str, error: LlamaRefineError) -> None:
     sys.exit(error.exit_code)
 
 
-def _names(parents: dict[str, Manifest]) -> str:
+def _describe_parents(parents: dict[str, Manifest]) -> str:
     return ", ".join(f"{name} {short(parent.key)}" for name, parent in parents.items())

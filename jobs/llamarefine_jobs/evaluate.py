@@ -2,10 +2,10 @@
 
     python -m llamarefine_jobs.evaluate --recipe recipe.yaml --store s3://bucket/prefix
 
-Reads the test splits and base/ of prepare, adapter/ of sft and model/ of merge; of dpo only the manifest, for its
-curves and its proof. Writes report.html, report.md and report.json. The merged model is loaded without adapters, as
-its users will load it. A quality gate that fails is written into the report and does not fail the stage; the
-launcher reads the report and ends the run with an error.
+Reads base/, the test splits and data_card.json of prepare, adapter/ of sft and model/ of merge. Of dpo it reads only
+the manifest: its beta, its curves and its proof. Writes report.html, report.md and report.json. The merged model is
+loaded without adapters, as its users will load it. A quality gate that fails is written into the report and does not
+fail the stage; the launcher reads the report and ends the run with an error.
 """
 
 import json
@@ -75,8 +75,8 @@ def work(context: Context) -> None:
         examples=examples(rows, results, section.shown_examples),
         data_card=json.loads((context.inputs["prepare"] / "data_card.json").read_text(encoding="utf-8")),
         facts=comparison.Facts(
-            questions_in_split=rows.questions_in_split,
-            pairs_in_split=rows.pairs_in_split,
+            questions_total=rows.questions_total,
+            pairs_total=rows.pairs_total,
             types=types,
             chosen_tokens=[score.tokens for score in results["base"].chosen],
             rejected_tokens=[score.tokens for score in results["base"].rejected],
@@ -92,8 +92,8 @@ class TestSplits:
     questions: list[PublishedRow]
     answered: list[PublishedRow]
     pairs: list[PublishedRow]
-    questions_in_split: int
-    pairs_in_split: int
+    questions_total: int
+    pairs_total: int
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ class Evaluation:
         self.began_s = self.printed_s = time.monotonic()
 
     def evaluate(self, name: str, model: Any) -> ModelResults:
-        """Score the rows with `model` and generate its answers; DivergedError if a score is not finite."""
+        """Score the rows with `model` and generate its answers. Raises DivergedError if a score is not finite."""
         batch_rows, pad_id = self.context.recipe.evaluate.batch_rows, self.tokenizer.pad_token_id
 
         def scores(part: str, rows: list[Encoded]) -> list[Score]:
-            return check_finite(name, part, score(model, pad_id, rows, batch_rows, self._ticker(f"{name}:{part}")))
+            return check_finite(
+                name, part, score(model, pad_id, rows, batch_rows, self._progress_callback(f"{name}:{part}"))
+            )
 
         return ModelResults(
             answers=scores("answers", self.rows.questions),
@@ -133,11 +135,11 @@ class Evaluation:
                 self.rows.prompts,
                 max_new_tokens=self.context.recipe.evaluate.max_new_tokens,
                 batch_rows=batch_rows,
-                on_batch=self._ticker(f"{name}:generating"),
+                on_batch=self._progress_callback(f"{name}:generating"),
             ),
         )
 
-    def _ticker(self, phase: str) -> OnBatch:
+    def _progress_callback(self, phase: str) -> OnBatch:
         before = self.done
 
         def on_batch(done: int, total: int) -> None:
@@ -152,7 +154,7 @@ class Evaluation:
 
 
 def load(name: str, context: Context, backend: backends.Backend) -> Any:
-    """Return one of the three models, ready to score rows."""
+    """Load one of the three models: `base`, `sft` or `merged`."""
     inputs, length = context.inputs, context.recipe.max_length_tokens
     if name == "merged":
         # In the type that the weights were rounded to: a coarser type would round the DPO update away.
@@ -175,8 +177,8 @@ def read_test_rows(prepared: Path, section: Evaluate) -> TestSplits:
         questions=scored,
         answered=evenly(scored, section.generated_rows),
         pairs=evenly(pairs, section.max_rows),
-        questions_in_split=len(questions),
-        pairs_in_split=len(pairs),
+        questions_total=len(questions),
+        pairs_total=len(pairs),
     )
 
 
@@ -200,7 +202,7 @@ def encode_rows(tokenizer: Any, rows: TestSplits) -> EncodedRows:
 
 
 def check_finite(name: str, part: str, scores: list[Score]) -> list[Score]:
-    """Return `scores`; DivergedError unless all of them are finite."""
+    """Return `scores`. Raises DivergedError unless all of them are finite."""
     not_finite = sum(not math.isfinite(score.logprob) for score in scores)
     if not_finite:
         raise DivergedError(

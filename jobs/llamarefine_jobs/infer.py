@@ -102,9 +102,9 @@ class Respondent:
 
 @contextlib.contextmanager
 def load_respondent(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
-    """Load the model `name` of a run, downloaded into a folder that is removed at the end."""
+    """Yield the loaded model `name` of a run. Its files are downloaded into a folder that is removed afterwards."""
     parents = entry.find_parents("infer", recipe, store, NEEDS[name])
-    # Backend: before anything imports trl, transformers or peft.
+    # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend()
     _log(backends.describe_backend(backend))
     with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:

@@ -119,9 +119,9 @@ class Sum:
             yield rounded.view(torch.uint8).numpy()
 
     def _factors(self, name: str) -> tuple[Any, Any]:
-        """Return all adapters' A of a tensor stacked (n, C) and their scaled B concatenated (R, n); None without one.
+        """Return A (n, C) and B (R, n) whose product B A is the sum of all adapters' updates of the tensor `name`.
 
-        The product B A of the result is the sum of all adapters' updates.
+        Both are None if no adapter updates the tensor.
         """
         import torch
 

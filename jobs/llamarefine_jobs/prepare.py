@@ -127,7 +127,7 @@ def _group(questions: RowSet, preferences: RowSet, similarity: float) -> None:
 
 
 def _split(context: Context, questions: RowSet, preferences: RowSet) -> None:
-    """Set the split of every row to the split of its group. Each set has rows in each split."""
+    """Set the split of every row to the split of its group. Raises DataError if a set has too few groups."""
     section = context.recipe.prepare
     sets = {rows.name: {row.group for row in rows.rows} for rows in (questions, preferences)}
     split_of = assign_splits(sets, context.recipe.seed, section.validation_fraction, section.test_fraction)

@@ -102,7 +102,7 @@ def build_trainer(
 def validate(model: Any, pad_id: int, rows: list[Encoded], context: Context) -> dict[str, float]:
     """Return the validation loss: the mean over the tokens of all answers, in nats. Each process scores its share.
 
-    PreemptedError on SIGTERM.
+    Raises PreemptedError on SIGTERM.
     """
 
     def sums_of_own_rows() -> list[float]:

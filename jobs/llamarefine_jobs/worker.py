@@ -1,4 +1,4 @@
-"""One of several processes that train together; the agent of its node starts it.
+"""Worker process: one of several that train together. The agent of its node starts it.
 
     python -m llamarefine_jobs.worker sft --recipe recipe.yaml --store s3://bucket/prefix
 
@@ -35,7 +35,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
     with sigterm.ignoring_sigterm_at_exit(), exit_code(options.stage):
-        work(options.stage, pinning.pin(load_recipe(options.recipe, [])), open_store(options.stage, options.store))
+        recipe = pinning.pin(load_recipe(options.recipe), check=False)  # as in a training in one process
+        work(options.stage, recipe, open_store(options.stage, options.store))
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:
@@ -44,8 +45,8 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     world = join()
     parents = find_parents(stage_name, recipe, store)
     shared = Path(os.environ[sigterm.SHARED_FOLDER])
-    own = shared / f"process-{world.rank}"
-    own.mkdir()
+    own_folder = shared / f"process-{world.rank}"
+    own_folder.mkdir()
     context = Context(
         stage=STAGES[stage_name],
         recipe=recipe,
@@ -54,7 +55,7 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
         parents=parents,
         inputs={name: shared / "inputs" / name for name in parents},
         output=shared / "output",
-        work=own,
+        work=own_folder,
         started_at=datetime.now(UTC),
         stop=stop,
         world=world,

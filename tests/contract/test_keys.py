@@ -52,7 +52,7 @@ def manifest_of(stage: str, key: str, content: dict[str, str], parents: dict[str
 
 
 def run(recipe: Recipe, **prepared: str) -> dict[str, str]:
-    """Return every stage's key, if a stage makes the same bytes for the same key. `prepared` sets prepare's content."""
+    """Return every stage's key. The text of a stage's files is its key, or `prepared` for parts with these names."""
     manifests: dict[str, Manifest] = {}
     for stage in STAGES.values():
         parents = {name: manifests[name] for name in stage.reads}
@@ -138,7 +138,7 @@ def test_new_preferences_do_not_train_sft_again() -> None:
 
 
 def test_a_parent_made_again_with_the_same_bytes_does_not_change_the_key() -> None:
-    """Its manifest has another attempt, other times and other metrics, but the same files."""
+    """The parent's new manifest has another attempt, other times and other metrics, but the same files."""
     parent = manifest_of("prepare", "1" * 64, PREPARED, {})
     again = parent.model_copy(update={"attempt": "another", "finished_at": datetime.now(UTC), "metrics": {"rows": 3}})
     assert parent.sha256() != again.sha256()

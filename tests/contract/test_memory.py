@@ -1,6 +1,6 @@
-"""The memory estimate: it counts parameters as real models have them, and less demanding settings give less.
+"""The memory estimate: its parameter counts equal those of real models, and settings that need less memory lower it.
 
-tests/gpu/test_memory.py compares the estimate with the real trainers; a part of it runs here without a GPU.
+tests/gpu/test_memory.py compares the estimate with the real trainers; the last test runs a part of it without a GPU.
 """
 
 import functools
@@ -71,7 +71,7 @@ def test_settings_that_need_less_memory_are_estimated_lower(shape: Shape, less: 
 
 
 def test_the_estimate_matches_the_real_trainers() -> None:
-    """Runs the GPU test with transformers + peft, in a process where a GPU is simulated."""
+    """Run a GPU test with transformers + peft, in a process that simulates a GPU."""
     pytest.importorskip("triton")
     environment = os.environ | {"LLAMAREFINE_GPU_TESTS": "interpreter", "LLAMAREFINE_BACKEND": "transformers"}
     arguments = "-q -p no:cacheprovider tests/gpu/test_memory.py -k tiny-none"

@@ -23,7 +23,7 @@ PROGRESS = st.builds(
 
 
 def same(first: float | None, second: float | None) -> bool:
-    """Whether two values are equal within the precision that a line shows."""
+    """Return whether two values are equal within the precision of a progress line."""
     if first is None or second is None:
         return first is second
     if math.isnan(first) or math.isnan(second):

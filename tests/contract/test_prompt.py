@@ -22,9 +22,8 @@ def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True
-)  # with the options that transformers uses
+# The options are those of transformers.
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 ENVIRONMENT.globals["raise_exception"] = refuse
 TEMPLATE = ENVIRONMENT.from_string(CHAT_TEMPLATE)
 

@@ -10,7 +10,7 @@ from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, R
 
 
 class Clock:
-    """A clock that stands in for `time`: only `sleep` and the test move it."""
+    """Replaces the module `time`: only `sleep` and the test move this clock."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -32,14 +32,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def failing(times: int | None, retry_after_s: float | None = 0.0) -> Callable[[], str]:
-    """A request that fails so many times, or always, and then succeeds."""
+    """Return a request that fails `times` times and then succeeds; None: it always fails."""
     attempts = 0
 
     def request() -> str:
         nonlocal attempts
         attempts += 1
         if times is None or attempts <= times:
-            error = StoreError("the bucket is away")
+            error = StoreError("the bucket is unreachable")
             error.retry_after_s = retry_after_s
             raise error
         return f"attempt {attempts}"
@@ -63,10 +63,10 @@ def test_a_stage_retries_for_as_long_as_its_environment_says(
 ) -> None:
     monkeypatch.setenv(GIVE_UP_VARIABLE, "90")
     policy = retry.stage_retry_policy("sft")
-    with pytest.raises(StoreError, match=r"^the bucket is away; gave up after 90 s$"):
+    with pytest.raises(StoreError, match=r"^the bucket is unreachable; gave up after 90 s$"):
         policy.call(failing(None))
     assert clock.now_s == pytest.approx(90)
-    assert capsys.readouterr().out == "sft: the bucket is away; retrying for up to 90 s\n"
+    assert capsys.readouterr().out == "sft: the bucket is unreachable; retrying for up to 90 s\n"
 
 
 def test_pauses_grow_up_to_ten_seconds(clock: Clock) -> None:
@@ -81,7 +81,7 @@ def test_the_pause_that_a_server_asks_for_is_kept(clock: Clock) -> None:
 
 
 def test_an_error_that_a_retry_cannot_help_is_raised_at_once(clock: Clock) -> None:
-    with pytest.raises(StoreError, match=r"^the bucket is away$"):
+    with pytest.raises(StoreError, match=r"^the bucket is unreachable$"):
         RetryPolicy(600).call(failing(None, retry_after_s=None))
     assert clock.pauses_s == []
 
@@ -94,7 +94,10 @@ def test_an_outage_is_reported_once_when_it_lasts_and_once_when_it_is_over(clock
     before_s = clock.now_s
     policy.call(failing(9))
     outage_s = clock.now_s - before_s
-    assert lines == ["the bucket is away; retrying for up to 600 s", f"continues after an outage of {outage_s:.0f} s"]
+    assert lines == [
+        "the bucket is unreachable; retrying for up to 600 s",
+        f"continues after an outage of {outage_s:.0f} s",
+    ]
 
 
 def test_before_the_first_success_the_limit_is_shorter(clock: Clock) -> None:

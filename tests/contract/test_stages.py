@@ -1,4 +1,4 @@
-"""One name per stage: its module, its recipe section, and what it reads and writes agree with the table."""
+"""The table of stages agrees with the modules, the recipe's sections, and what each stage reads and writes."""
 
 import ast
 import importlib.util

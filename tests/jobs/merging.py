@@ -95,7 +95,7 @@ def _prepared() -> Path:
 
 
 def make_adapter(base: Path, into: Path, seed: int, size: float = 0.02, **lora: Any) -> None:
-    """Save an adapter with PEFT. Its B has the standard deviation `size`; 0 makes an adapter that adds nothing.
+    """Save an adapter with PEFT. The standard deviation of B is `size`; with 0 the adapter adds nothing.
 
     `lora` are arguments of PEFT's LoraConfig.
     """

@@ -1,4 +1,4 @@
-"""Runs stages as processes, as users and Kubernetes do."""
+"""Run stages as processes, as users and Kubernetes do."""
 
 import hashlib
 import os

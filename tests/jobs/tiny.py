@@ -1,4 +1,4 @@
-"""A prepare artifact that is small enough to train on within a second: a random Llama, made-up questions and pairs."""
+"""A prepare artifact on which training takes a second: a random Llama, made-up questions and pairs."""
 
 import json
 import random

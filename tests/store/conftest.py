@@ -13,14 +13,14 @@ from . import samples
 
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest) -> Store:
-    """An empty store: each test with this fixture runs on a folder and on a bucket."""
+    """Return an empty store. Each test with this fixture runs on a folder and on a bucket."""
     uri: str = request.getfixturevalue(f"{request.param}_uri")
     return Store(uri)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder to publish."""
+    """Return a folder to publish."""
     return samples.make_folder(tmp_path / "made")
 
 
@@ -43,7 +43,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the retry policy, which passes its pauses at once; boto3's own pauses take no time either."""
+    """Replace the clock of the retry policy, so that its pauses take no time; boto3's pauses take no time, too."""
     clock = Clock()
     monkeypatch.setattr("llamarefine_jobs.contract.retry.time", clock)
     monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))

@@ -1,4 +1,4 @@
-"""A TCP proxy that imitates failing networks and restarting servers, and counts what it did to connections."""
+"""A TCP proxy that imitates failing networks and restarting servers, and counts the failures that it caused."""
 
 import contextlib
 import select
@@ -17,10 +17,10 @@ _CHUNK_BYTES = 1 << 14
 
 
 class CuttingProxy:
-    """Forwards bytes to `endpoint`, except as its attributes say. Changes also affect open connections.
+    """Forwards bytes to `endpoint`, with the failures that its attributes set. Changes affect open connections, too.
 
-    Each attribute that ends with `_left` is a number of failures still to happen. A test that ends with 0 left has met
-    every one of them.
+    Each attribute that ends with `_left` is the number of failures that will still happen. If it is 0 at the end of a
+    test, all of them have happened.
     """
 
     def __init__(self, endpoint: str, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
@@ -34,17 +34,17 @@ class CuttingProxy:
         self.connections = 0
         self.refused = 0  # connections that were closed before a byte was forwarded
         self.refuses = False  # close every connection
-        self.refusals_left = 0  # close every connection until so many new ones were closed
-        self.outage_at_byte: int | None = None  # once so many bytes were forwarded, `refusals_left` becomes 12
-        self.stalls_left = 0  # forward nothing on so many new connections, and keep them open
-        self.cuts_left = 0  # close so many connections once they have forwarded `cut_after_bytes`
+        self.refusals_left = 0  # close all open connections, and this number of new ones
+        self.outage_at_byte: int | None = None  # number of forwarded bytes at which `refusals_left` becomes 12
+        self.stalls_left = 0  # forward nothing on this number of new connections, and keep them open
+        self.cuts_left = 0  # close this number of connections once they have forwarded `cut_after_bytes`
         self.cut_after_bytes = 0  # per connection, in both directions together
-        self.slow_downs_left = 0  # answer 503 SlowDown to so many requests
+        self.slow_downs_left = 0  # answer 503 SlowDown to this number of requests
         self.retry_after_s = 0  # send Retry-After with these answers
-        self.strangers_left = 0  # let another server answer so many new connections, until the client closes them
-        self.stranger_status = b"404 Not Found"  # its answer to every request
-        self.impostors: list[ssl.SSLContext | None] = []  # certificates shown to the next connections; None: no TLS
-        self.lost_answers_left = 0  # close the connection instead of forwarding so many answers to PUT
+        self.wrong_servers_left = 0  # answer this number of new connections as another server would
+        self.wrong_server_status = b"404 Not Found"  # the other server's answer to every request
+        self.wrong_certificates: list[ssl.SSLContext | None] = []  # for the next connections, one each; None: no TLS
+        self.lost_answers_left = 0  # close the connection instead of forwarding this number of answers to PUT
 
     def close(self) -> None:
         self._listener.close()
@@ -52,7 +52,7 @@ class CuttingProxy:
 
     @contextlib.contextmanager
     def away(self, seconds: float) -> Iterator[None]:
-        """Close every connection for some seconds; wait for their end when the context ends."""
+        """Close every connection for some seconds. When the context ends, wait until this time is over."""
         self.refuses = True
         timer = threading.Timer(seconds, lambda: setattr(self, "refuses", False))
         timer.start()
@@ -75,8 +75,8 @@ class CuttingProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):
-            if self.impostors:
-                _greet(client, self.impostors.pop(0))
+            if self.wrong_certificates:
+                _show_certificate(client, self.wrong_certificates.pop(0))
                 return
             if self.refuses or self._take("refusals_left"):
                 with self._lock:
@@ -91,8 +91,8 @@ class CuttingProxy:
                 retry_after = b"\r\nRetry-After: %d" % self.retry_after_s if self.retry_after_s else b""
                 head = b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close" + retry_after
                 _answer(client, head, _SLOW_DOWN)
-            elif self._take("strangers_left"):
-                while _answer(client, self.stranger_status + b"\r\nContent-Type: text/plain", b"nothing here\n"):
+            elif self._take("wrong_servers_left"):
+                while _answer(client, self.wrong_server_status + b"\r\nContent-Type: text/plain", b"nothing here\n"):
                     pass
             else:
                 with socket.create_connection(self._server) as server:
@@ -132,8 +132,8 @@ class CuttingProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
 
-def _greet(client: socket.socket, tls: ssl.SSLContext | None) -> None:
-    """Begin the connection as a server with this certificate, or as one without TLS."""
+def _show_certificate(client: socket.socket, tls: ssl.SSLContext | None) -> None:
+    """Begin the connection as a server with this certificate, or as a server without TLS."""
     if tls:
         tls.wrap_socket(client, server_side=True).close()
     else:

@@ -1,4 +1,4 @@
-"""Writers in separate processes, for the tests of concurrency and of SIGKILL."""
+"""Writers in separate processes, for tests of concurrency and SIGKILL."""
 
 import multiprocessing
 import os

@@ -13,7 +13,7 @@ STAGE = "sft"
 
 
 def key_of(text: str) -> str:
-    """Return the artifact key for `text`."""
+    """Return an artifact key that is made from `text`."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -94,7 +94,7 @@ def test_a_dead_endpoint_is_a_store_error_after_ten_seconds(
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
-    """Forwards requests to the real server, but sends only a share of the first response bodies."""
+    """Forwards requests to the real server, but breaks off the first `breaks_left` large response bodies."""
 
     server: "FlakyServer"
 

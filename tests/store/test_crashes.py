@@ -16,11 +16,11 @@ from .samples import KEY, STAGE
 
 
 class Crash(BaseException):
-    """Stands for the end of the process: no code of the store catches it."""
+    """Simulates the end of the process: no code of the store catches it."""
 
 
 class CrashingObjects:
-    """Real objects, of which the `at`th write and every later one raise Crash."""
+    """Real objects whose first `at` writes succeed; every later write raises Crash."""
 
     def __init__(self, objects: Objects, at: int) -> None:
         self._objects, self._left = objects, at
@@ -40,7 +40,7 @@ class CrashingObjects:
 
 
 def crashed_at(store: Store, at: int, act: Callable[[Store], object]) -> bool:
-    """Run `act` on the same store; return whether it crashed at its `at`th write (otherwise it completed)."""
+    """Run `act` on the same store and let it crash after `at` writes; return whether it crashed or completed before."""
     crashing = copy.copy(store)
     crashing.objects = CrashingObjects(store.objects, at)  # type: ignore[assignment]
     try:

@@ -23,7 +23,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Yield the folder of a file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
@@ -38,7 +38,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user can reach, unlike pytest's own."""
+    """Yield a folder that every user can read, unlike pytest's temporary folders."""
     with tempfile.TemporaryDirectory(prefix="llamarefine-test-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)

@@ -28,7 +28,7 @@ def replace(store: Store, path: str, damage: Callable[[bytes], bytes]) -> None:
 
 
 def assert_refused(store: Store, manifest: Manifest, name: str, tmp_path: Path) -> None:
-    """Fetch and verify fail; the one-line error names the file; the target's folder stays empty."""
+    """Assert that fetch and verify fail, that the one-line error names the file, and that no file is left."""
     target = tmp_path / "target" / "fetched"
     with pytest.raises(IntegrityError) as error:
         store.fetch(manifest, target)

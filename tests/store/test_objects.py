@@ -1,4 +1,4 @@
-"""Objects: what a folder and a bucket do alike."""
+"""Objects behave the same in a folder and in a bucket."""
 
 import io
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Temporary failures of a bucket are retried, and nothing half-written is left.
 
-Each test counts the failures that the proxy caused, so none passes without an outage.
+Each test counts the failures that the proxy caused, so that no test passes without an outage.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from .cutting_proxy import CuttingProxy
 from .samples import KEY, STAGE
 
 LARGE_BYTES = 3_000_000
-ATTEMPTS = 4  # of boto3 for one request, before the retry policy begins
+ATTEMPTS = 4  # boto3's attempts for one request; only after these the retry policy counts a failure
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -35,7 +35,7 @@ def proxy(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 @pytest.fixture
 def store(proxy: CuttingProxy, s3_uri: str) -> Store:
-    """A store behind the proxy, whose retry policy gives up after 30 s."""
+    """Return a store behind the proxy, whose retry policy gives up after 30 s."""
     return Store(s3_uri, RetryPolicy(30))
 
 
@@ -75,7 +75,7 @@ WORK: list[Callable[[Store, Path], None]] = [write_record, publish, save_checkpo
 
 
 def prepare(work: Callable[[Store, Path], None], store: Store, folder: Path) -> None:
-    """Publish what `work` reads, then close the connections, so that its first request opens a new one."""
+    """Publish what `work` reads, then close the connections, so that the first request of `work` opens a new one."""
     if work is fetch:
         store.publish(folder, samples.draft())
     store.objects.client.close()  # type: ignore[union-attr]
@@ -134,16 +134,16 @@ def test_another_server_at_the_address_of_a_known_bucket_is_retried(
     """Another pod has the bucket's address for a while, or a proxy's backend is gone."""
     store.read("something")  # the endpoint has answered as S3, so it is right
     prepare(work, store, folder)
-    proxy.strangers_left, proxy.stranger_status = 4, status
+    proxy.wrong_servers_left, proxy.wrong_server_status = 4, status
     work(store, folder)
-    assert proxy.strangers_left == 0
+    assert proxy.wrong_servers_left == 0
 
 
 def test_another_server_at_the_first_request_is_a_wrong_endpoint(store: Store, proxy: CuttingProxy) -> None:
-    proxy.strangers_left = 1
+    proxy.wrong_servers_left = 1
     with pytest.raises(AccessError, match="does not answer as S3"):
         store.read("something")
-    assert proxy.strangers_left == 0
+    assert proxy.wrong_servers_left == 0
 
 
 def test_a_silent_bucket_is_retried_after_the_read_timeout(
@@ -217,7 +217,7 @@ def test_an_error_that_would_repeat_is_not_retried(store: Store) -> None:
 
 @pytest.fixture
 def tls_proxy(s3: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CuttingProxy]:
-    """A proxy with TLS, whose certificate the store trusts."""
+    """Yield a proxy with TLS, whose certificate the store trusts."""
     file, context = tls.certificate(tmp_path, "bucket")
     with cutting_proxy.before(s3.endpoint, tls=context) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
@@ -232,24 +232,24 @@ def test_refused_tls_connections_are_retried(tls_proxy: CuttingProxy, s3_uri: st
     assert tls_proxy.refused == 3 * ATTEMPTS
 
 
-@pytest.mark.parametrize("greeting", ["another certificate", "no TLS"])
+@pytest.mark.parametrize("shown", ["another certificate", "no TLS"])
 def test_another_server_at_the_address_of_a_known_tls_bucket_is_retried(
-    tls_proxy: CuttingProxy, s3_uri: str, tmp_path: Path, greeting: str
+    tls_proxy: CuttingProxy, s3_uri: str, tmp_path: Path, shown: str
 ) -> None:
     """A restarting ingress shows a default certificate, or none, until it has read its settings."""
     store = Store(s3_uri, RetryPolicy(30))
     store.write("runs/one/run.json", b"{}")
     store.objects.client.close()  # type: ignore[union-attr]
-    stranger = tls.certificate(tmp_path, "stranger")[1] if greeting == "another certificate" else None
-    tls_proxy.impostors = [stranger] * 6
+    wrong = tls.certificate(tmp_path, "stranger")[1] if shown == "another certificate" else None
+    tls_proxy.wrong_certificates = [wrong] * 6
     assert store.read("runs/one/run.json") == b"{}"
-    assert tls_proxy.impostors == []
+    assert tls_proxy.wrong_certificates == []
 
 
 def test_an_untrusted_certificate_at_the_first_request_is_an_error(
     tls_proxy: CuttingProxy, s3_uri: str, tmp_path: Path, clock: Clock
 ) -> None:
-    tls_proxy.impostors = [tls.certificate(tmp_path, "stranger")[1]] * ATTEMPTS
+    tls_proxy.wrong_certificates = [tls.certificate(tmp_path, "stranger")[1]] * ATTEMPTS
     with pytest.raises(AccessError, match=r"is not trusted .* set AWS_CA_BUNDLE to its CA's file"):
         Store(s3_uri, RetryPolicy(30)).read("something")
     assert clock.pauses_s == []

@@ -18,7 +18,7 @@ from .samples import KEY, STAGE
 
 @pytest.fixture
 def environment(store: Store, request: pytest.FixtureRequest) -> dict[str, str]:
-    """The environment variables with which another process reaches the store."""
+    """Return the environment variables that another process needs to reach the store."""
     if store.uri.startswith("s3://"):
         found: dict[str, str] = request.getfixturevalue("the_s3_server").environment
         return found
@@ -84,10 +84,10 @@ def test_a_writer_killed_at_any_moment_leaves_a_consistent_store(
     """
     kills = 20 if store.uri.startswith("file://") else 8
     folder = samples.make_folder(tmp_path / "made", size_bytes=3_000_000)
-    trial = Writer(store, folder, environment)
+    timed = Writer(store, folder, environment)
     began = time.monotonic()
-    trial.go()
-    trial.attempt()
+    timed.go()
+    timed.attempt()
     duration_s = time.monotonic() - began
     store._remove(f"artifacts/{STAGE}/{KEY}")
 

@@ -1,4 +1,4 @@
-"""Self-signed certificates for servers of the tests."""
+"""Self-signed certificates for test servers."""
 
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -15,9 +15,9 @@ _HOST = "127.0.0.1"
 def certificate(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
     """Create a self-signed certificate for this machine; return its file and a server's TLS context with it."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     made = (
-        x509.CertificateBuilder(who, who, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(_HOST))]), critical=False)

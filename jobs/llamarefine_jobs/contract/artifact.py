@@ -1,7 +1,7 @@
 """Artifact keys, the layout of the store, and the manifest that turns a folder of files into an artifact.
 
 artifacts/<stage>/<key>/manifest.json           written last: without it the artifact does not exist
-artifacts/<stage>/<key>/<attempt>/…             the files; of several writers, those of the one that wrote the manifest
+artifacts/<stage>/<key>/<attempt>/…             the files; each writer has its own attempt, and the manifest names one
 checkpoints/<stage>/<key>/<step>/…              manifest and files in the same way, for each checkpoint of a training
 runs/<run>/{run.json, logs/<stage>.log, report/…}
 inputs/<sha256>/…                               files that the launcher uploaded for a recipe
@@ -154,10 +154,10 @@ class Manifest(_Record):
 def artifact_key(stage: str, recipe: Recipe, parents: Mapping[str, Manifest]) -> str:
     """Return the key of the artifact that `stage` makes from `recipe` and `parents`: same key, same result.
 
-    The key is the sha256 of the canonical JSON of the stage, its part of the recipe, the content it reads of
-    each parent, the prompt template and the package's version. Of a parent only the files that the stage reads
-    count, not the whole manifest: new preference pairs do not train SFT again, and neither does a parent that was
-    made a second time with the same result.
+    The key is the sha256 of the canonical JSON of the stage, its part of the recipe, the content that it reads from
+    each parent, the prompt template and the package's version. Only the files that the stage reads count, not the
+    parent's whole manifest. SFT is not trained again for new preference pairs, or if a parent was made again with the
+    same result.
     """
     reads = STAGES[stage].reads
     return _digest(
@@ -177,7 +177,7 @@ def artifact_path(stage: str, key: str) -> str:
 
 
 def checkpoint_path(stage: str, key: str, step: int | None = None) -> str:
-    """Return the folder of a stage's checkpoints in the store, or of the one at `step`."""
+    """Return the folder of a training's checkpoints in the store, or the folder of its checkpoint at `step`."""
     folder = f"checkpoints/{stage}/{key}"
     return folder if step is None else f"{folder}/{step:08d}"
 

@@ -15,7 +15,7 @@ _SECRET = re.compile(
 
 
 def refuse_credentials(address: str) -> str:
-    """Return `address`. Raises ValueError, without repeating it, if it contains a user, password or signature."""
+    """Return `address`. Raises ValueError if it contains a user, password or signature; the error does not quote it."""
     if "://" not in address:
         return address
     parts = urlsplit(address)
@@ -34,7 +34,7 @@ def refuse_credentials(address: str) -> str:
 
 
 def plain_secrets(values: Any) -> Iterator[str]:
-    """Yield the names of environment variables in `values`, a part of a pod, whose plain-text value is a secret."""
+    """Yield the environment variables in a part of a pod that have a secret's name and a plain-text value."""
     if isinstance(values, dict):
         name = values.get("name")
         if isinstance(name, str) and values.get("value") and _SECRET.search(name):

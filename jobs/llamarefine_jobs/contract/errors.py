@@ -1,8 +1,8 @@
 """All errors of the package, each with its exit code and what an executor does about it.
 
 A stage's exit code tells its executor why it failed: the local executor prints the reason, and a
-Job's podFailurePolicy is generated from `Disposition`. No code is one that a shell uses itself
-(1, 2, 126 to 165).
+Job's podFailurePolicy is generated from `Disposition`. Exit codes that shells use themselves
+(2, 126 to 165, and 1 except for the base class) are not used.
 """
 
 import errno
@@ -19,7 +19,7 @@ class Disposition(Enum):
 
 
 class LlamaRefineError(Exception):
-    """A failure with a one-line message that a person can act on; raised itself if no subclass fits."""
+    """Base class of all errors: a one-line message that a person can act on. Raised directly for any other failure."""
 
     exit_code: ClassVar[int] = 1
     reason: ClassVar[str] = "failed"

@@ -1,8 +1,8 @@
-"""Estimate of the GPU memory that a training needs, computed from shapes, compared with a GPU only for a tiny model.
+"""Estimate the GPU memory that a training needs, from the shapes of its tensors.
 
 The estimate is for the worst batch, where every row has `max_length_tokens`. The tensors that a step keeps were
-counted one by one in the real trainers, without a GPU; tests/gpu/test_memory.py compares the estimate with that count,
-and on a GPU with the peak of the allocator.
+counted one by one in the real trainers, without a GPU. tests/gpu/test_memory.py compares the estimate with that count,
+and on a GPU with the peak of the allocator; on a GPU only a tiny model was compared so far.
 """
 
 from collections.abc import Mapping
@@ -106,7 +106,7 @@ def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int, *, 
 
 
 def _kept_bytes_per_token(shape: Shape, section: Sft | Dpo, with_unsloth: bool) -> int:
-    """Return the bytes per token that a block keeps for its backward pass."""
+    """Return how many bytes per token a block keeps for its backward pass."""
     hidden, intermediate = shape.hidden, shape.intermediate
     query_width, key_width = shape.query_width, shape.key_width
     if with_unsloth:

@@ -2,7 +2,7 @@
 
 Every unknown key is an error. Names contain the unit. A field marked `_NOT_IN_KEY` is not part of the
 artifact's key: it changes at most the rounding of a result (micro-batches, processes), or what a training logs
-and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this for every field.
+and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this, or names the test that does.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,9 @@ class TinyModel(Section):
     intermediate_size: Count = 256
     layers: Count = 3
     heads: Count = 4
-    vocabulary: Count = Field(2048, description="tokens of the byte-level BPE trained on the questions' training split")
+    vocabulary: Count = Field(
+        2048, description="tokens of the byte-level BPE, trained on the training splits of both sets"
+    )
     steps: Count = 200
     batch_rows: Count = 8
     learning_rate: float = Field(5e-3, gt=0)
@@ -166,7 +168,7 @@ class Training(Section):
         json_schema_extra=_NOT_IN_KEY,
     )
     evaluate_every_steps: Count | None = Field(
-        None, description="steps between validations; null: four validations per training"
+        None, description="steps between validations; null: about four validations per training"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: slower, needs less memory"

@@ -11,7 +11,7 @@ class Stage:
     `reads` maps a parent to the parts of its artifact that decide this stage's result: exactly their bytes enter this
     stage's key, and they are fetched. A part is a folder (``"base/"``) or a file.
 
-    The parts of a parent in `key_only` enter the key but are not fetched: the stage reads only the parent's manifest,
+    For a parent in `key_only`, the parts enter the key but are not fetched: the stage reads only the parent's manifest,
     and the key must change with what that manifest describes.
     """
 

@@ -1,7 +1,7 @@
 """Column names of a table, read from the first megabyte of its source.
 
-The launcher's preflight check uses this module, so it imports no library that reads data sets; reading.py reads whole
-tables.
+The launcher's preflight check uses this module, so it needs no library that reads data sets; it uses pyarrow only if
+that is installed. reading.py reads whole tables.
 """
 
 import csv
@@ -59,7 +59,7 @@ def columns_of(rows: Rows, key: str) -> list[str] | None:
 
 
 def format_of(path: PurePosixPath | Path, key: str) -> str:
-    """Return the format of a file by its name's ending, `hub` for a folder; DataError for an unknown ending."""
+    """Return the format that a file name's ending means; `hub` for a folder. Raises DataError for an unknown ending."""
     if isinstance(path, Path) and path.is_dir():
         return "hub"
     found = _FORMAT_BY_ENDING.get(path.suffix.lower())
@@ -104,7 +104,7 @@ def _csv_columns(text: str, required: set[str]) -> list[str]:
 
 
 def _jsonl_columns(text: str, is_whole: bool) -> list[str]:
-    """Return the keys of all rows; the last line is left out unless the text `is_whole`."""
+    """Return the keys of all rows. The last line may be incomplete, so it counts only if the text `is_whole`."""
     lines = text.split("\n")
     found: dict[str, None] = {}
     for line in lines if is_whole else lines[:-1]:

@@ -41,7 +41,7 @@ def describe_set(rows: RowSet, source: Rows, table: Table) -> dict[str, Any]:
 
 
 def describe_source(source: Source, commit: str | None) -> dict[str, Any]:
-    """Return a source with its revision, commit and fingerprint, without those that are unknown."""
+    """Return a source's address, revision, commit and fingerprint; unknown values are left out."""
     known = {"source": source.source, "revision": source.revision, "commit": commit, "fingerprint": source.fingerprint}
     return {name: value for name, value in known.items() if value is not None}
 

@@ -22,7 +22,7 @@ def column_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def readable(make_error: Callable[[str], DataError]) -> Iterator[None]:
-    """Turn pyarrow's errors for a malformed file into the result of `make_error`. Errors of the disk pass unchanged."""
+    """Turn pyarrow's errors for a malformed file into the error from `make_error`. Disk errors pass unchanged."""
     import pyarrow
 
     try:

@@ -131,7 +131,7 @@ def _fetch(rows: Rows, key: str, work: Path) -> tuple[Path, str | None]:
 
 
 def _text(path: Path, request: _Request) -> str:
-    """Return the text of a file; if it is not UTF-8, raise DataError with the encoding that it seems to have."""
+    """Return the text of a file. Raises DataError if it is not UTF-8; the error names the encoding it seems to have."""
     if path.is_dir():
         raise request.error("is a folder; expected a file")
     if path.stat().st_size > _LIMIT_BYTES:

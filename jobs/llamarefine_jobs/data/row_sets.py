@@ -84,8 +84,8 @@ def take_evenly(rows: RowSet, table: Sequence[Cells | None], most: int | None) -
 def drop_duplicates(rows: RowSet) -> None:
     """Keep only the first of equal rows, and of rows of one group whose answers are equal after `fold`.
 
-    A pair whose chosen and rejected answers are an earlier pair's rejected and chosen is dropped too: which of the two
-    is right is unknown.
+    A pair is dropped, too, if it swaps the chosen and the rejected answer of an earlier pair, because nothing tells
+    which of the two pairs is right.
     """
     exact: set[tuple[str, ...]] = set()
     folded: set[tuple[Any, ...]] = set()
@@ -135,8 +135,8 @@ def resolve_conflicts(questions: RowSet, policy: str) -> None:
 def fit_lengths(rows: RowSet, tokenizer: Any, limit_tokens: int, too_long: str) -> None:
     """Drop rows over `limit_tokens`, or, if `too_long` is truncate, cut answers after the last sentence that fits.
 
-    A truncated answer still ends with a whole sentence, so the model may learn the EOS that follows it. Rows whose text
-    contains a special token are dropped as well: the tokenizer would read that text as the token.
+    A truncated answer still ends with a whole sentence, so the EOS after it is right. Rows whose text contains the name
+    of a special token are dropped, too, because the tokenizer would read that name as the token.
     """
     special_tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
 

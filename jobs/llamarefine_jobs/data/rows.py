@@ -49,15 +49,18 @@ class Row:
 
 
 def question_row(question_cell: Any, answer_cell: Any) -> Row:
-    """Return the row of a question and its answer. Both cells must be checked; UnusableError if one is no text."""
+    """Return the row of a question and its answer, given cells from `check_cells`.
+
+    Raises UnusableError if a cell is missing, empty or not text.
+    """
     return Row(question(_require_text(question_cell, "question")), (_require_text(answer_cell, "answer"),))
 
 
 def pair_row(prompt_cell: Any, chosen_cell: Any, rejected_cell: Any) -> Row:
-    """Return the row of a preference pair. Each checked cell holds text, a dialogue as text or a list of messages.
+    """Return the row of a preference pair, given cells from `check_cells`: text, dialogues as text, or message lists.
 
-    Without a prompt cell, the chosen and the rejected dialogue must agree in all turns but the last.
-    Raises UnusableError if the cells are no pair of answers to one prompt that ends with a user's turn.
+    Without a prompt cell, the chosen and the rejected dialogue must agree in all turns but the last. Raises
+    UnusableError unless the cells are two different answers to one prompt that ends with a user's turn.
     """
     before_chosen, chosen = _split_final_answer(chosen_cell, "chosen")
     before_rejected, rejected = _split_final_answer(rejected_cell, "rejected")

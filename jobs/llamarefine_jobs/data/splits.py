@@ -35,9 +35,9 @@ def group_rows(
 ) -> tuple[list[str], list[str]]:
     """Return the group of each question and of each dialogue. A dialogue is the sequence of its user turns.
 
-    Two of them are in one group if their first user turns are equal after `fold`, or if the word 3-grams of these turns
-    have a Jaccard similarity of at least `similarity`. A dialogue is also in the group of every question that one of
-    its later turns repeats.
+    Two texts are in one group if they are equal after `fold`, or if their word 3-grams have a Jaccard similarity of at
+    least `similarity`; a dialogue is represented by its first user turn. A dialogue is also in the group of every
+    question that one of its later turns repeats.
     """
     folded_questions = [fold(question) for question in questions]
     folded_dialogues = [[fold(turn) for turn in turns] for turns in dialogues]
@@ -55,9 +55,9 @@ def group_rows(
 def assign_splits(
     sets: Mapping[Any, Collection[str]], seed: int, validation_fraction: float, test_fraction: float
 ) -> dict[str, str]:
-    """Return the split of each group, the same in every set. Every set has groups in every split.
+    """Return the split of each group, the same in every set. Every set gets groups in every split.
 
-    Raises DataError, with the number of groups that are needed, if a set has too few.
+    Raises DataError, which names the number of groups that are needed, if a set has too few groups.
     """
     split_of: dict[str, str] = {}
     for name, groups in sorted(sets.items(), key=lambda item: (len(item[1]), item[0])):
@@ -104,8 +104,8 @@ class _Groups:
 def _join_near_duplicates(groups: _Groups, texts: Sequence[str], similarity: float) -> None:
     """Join all pairs of texts whose Jaccard similarity is at least `similarity`, without comparing every pair.
 
-    Two sets that are so similar share at least one of the rarest grams of each
-    (https://doi.org/10.1145/1242572.1242591), so only texts that share one of these grams are compared.
+    Two texts that are so similar share at least one of their rarest grams (https://doi.org/10.1145/1242572.1242591),
+    so only texts that share one of these grams are compared.
     """
     grams = [_three_grams(text) for text in texts]
     frequency = Counter(gram for found in grams for gram in found)

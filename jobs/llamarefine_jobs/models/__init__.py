@@ -1,5 +1,5 @@
-"""Models: base models, adapters and tokenizers are checked, loaded, scored and merged here.
+"""Check, load, score and merge base models, adapters and tokenizers.
 
-The two backends (Unsloth, transformers + peft) are behind one interface. Training is in training/, comparisons in
-report/.
+The two backends (Unsloth, transformers + peft) are behind one interface. Training is in training/, the comparison of
+models in report/.
 """

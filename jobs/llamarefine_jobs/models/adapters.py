@@ -106,7 +106,7 @@ def adapter_state(model: Any) -> dict[str, Any]:
 def save_adapter(config: Any, state: dict[str, Any], folder: Path, base_name: str | None) -> None:
     """Write an adapter to `folder` in PEFT's format.
 
-    The same adapter gives the same bytes; no path of this machine is written.
+    The same adapter gives the same bytes, because the config names no path of this machine.
     """
     from safetensors.torch import save_file
 

@@ -59,25 +59,27 @@ def choose_backend(processes: int = 1) -> Backend:
     """
     import torch
 
-    wish = os.environ.get("LLAMAREFINE_BACKEND", "")
-    if wish not in ("", "transformers", "unsloth"):
-        raise RecipeError(f"LLAMAREFINE_BACKEND: expected transformers or unsloth, found {wish}")
+    requested = os.environ.get("LLAMAREFINE_BACKEND", "")
+    if requested not in ("", "transformers", "unsloth"):
+        raise RecipeError(f"LLAMAREFINE_BACKEND: expected transformers or unsloth, found {requested}")
     cuda, unsloth = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
-    if wish == "unsloth" and not (cuda and unsloth):
+    if requested == "unsloth" and not (cuda and unsloth):
         missing = "the package unsloth (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
         raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth needs {missing}, found none; unset it to use transformers")
-    if wish == "unsloth" and processes > 1:
+    if requested == "unsloth" and processes > 1:
         raise RecipeError(
             "LLAMAREFINE_BACKEND=unsloth supports one process here; set gpus and nodes to 1, or unset the variable"
         )
     backend: Backend
     if cuda and processes > 1:
         backend = TransformersBackend(f"{processes} processes train together, and unsloth supports one here")
-    elif cuda and unsloth and wish != "transformers":
+    elif cuda and unsloth and requested != "transformers":
         backend = UnslothBackend("CUDA is available")
     elif cuda:
         backend = TransformersBackend(
-            "LLAMAREFINE_BACKEND is set to it" if wish else "unsloth is not installed (pip install 'llamarefine[gpu]')"
+            "LLAMAREFINE_BACKEND is set to it"
+            if requested
+            else "unsloth is not installed (pip install 'llamarefine[gpu]')"
         )
     else:
         backend = TransformersBackend("CUDA is not available")
@@ -294,7 +296,7 @@ def _accelerator() -> str:
 def _silence_libraries() -> None:
     """Turn off the libraries' progress bars and warnings. Stages log their own progress.
 
-    No user can act on those warnings, and they hide the ones that users can act on.
+    Users cannot act on these warnings, and among them they would overlook the messages that they can act on.
     """
     import warnings
 

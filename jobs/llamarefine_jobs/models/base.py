@@ -73,7 +73,7 @@ def write_tokenizer_and_config(into: Path, tokenizer: Any, generation: dict[str,
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """Return the config of the model in `folder`; DataError if adapters cannot be trained on it and merged."""
+    """Return the config of a model folder. Raises DataError if adapters cannot be trained on the model and merged."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{_KEY}: {folder} has no config.json; expected a model folder")
     config = _json(folder / "config.json")
@@ -106,9 +106,9 @@ def describe_base(folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
-    """Raise DataError unless the weights are complete safetensors with all tensors that the config promises.
+    """Raise DataError unless the weights are complete safetensors with the tensors that the config describes.
 
-    Checked are the embeddings and the seven linear layers of each block, by name and by shape.
+    This checks names and shapes of the embeddings and of the seven linear layers of each block.
     """
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
         pickles = pickles_in(folder)
@@ -138,13 +138,13 @@ def _shape(config: dict[str, Any], linear: str, hidden: int) -> tuple[int, int]:
     """Return the shape of a block's linear layer according to config.json."""
     heads = _size(config, "num_attention_heads")
     width = _size(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
-    outer = {
+    wide_sizes = {
         "q_proj": heads * width,
         "o_proj": heads * width,
         "k_proj": width * (_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads),
     }
-    outer["v_proj"] = outer["k_proj"]
-    wide = outer.get(linear) or _size(config, "intermediate_size")
+    wide_sizes["v_proj"] = wide_sizes["k_proj"]
+    wide = wide_sizes.get(linear) or _size(config, "intermediate_size")
     return (hidden, wide) if linear in ("o_proj", "down_proj") else (wide, hidden)
 
 

@@ -46,7 +46,7 @@ Updates = Mapping[str, Update]
 def read_adapter(folder: Path, name: str) -> Updates:
     """Return the updates of the adapter in `folder`, by the name of the base tensor. Errors call the adapter `name`.
 
-    Raises DataError, in one line, unless it is a plain LoRA of linear layers with finite numbers.
+    Raises DataError, in one line, unless the adapter is a plain LoRA of linear layers with finite numbers.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,7 +94,10 @@ def changes_nothing(updates: Updates) -> bool:
 
 
 def _scale(config: Mapping[str, Any], name: str) -> float:
-    """Return the scale of the update: alpha/r, or alpha/sqrt(r) with rslora. DataError unless it is a plain LoRA."""
+    """Return the scale of the update: alpha/r, or alpha/sqrt(r) with rslora.
+
+    Raises DataError unless the config describes a plain LoRA.
+    """
     if config.get("peft_type") != "LORA":
         raise DataError(f"the {name} adapter has the type {config.get('peft_type')}; only LORA can be merged")
     start = config.get("init_lora_weights", True)
@@ -118,7 +121,7 @@ def _scale(config: Mapping[str, Any], name: str) -> float:
 
 
 def _check_names(tensors: Mapping[str, Any], name: str) -> None:
-    """Raise DataError unless every tensor is an A or a B with its other half."""
+    """Raise DataError unless every tensor is the A or the B of a linear layer, and its counterpart exists."""
     for key in tensors:
         half = next((half for half in _HALVES if key.endswith(half)), None)
         if half is None or not key.startswith(_PREFIX):

@@ -34,7 +34,7 @@ class Proof:
     """The figures of a proof.
 
     Each distance is the largest difference between two models' logits. Each share is the number of times that an
-    adapter was added, None for an adapter that changes nothing.
+    adapter was added; it is None for an adapter that changes nothing.
     """
 
     difference: float
@@ -70,7 +70,7 @@ def prove(base: Path, sft: Path, dpo: Path, written: Path, dtype: str, on_pass: 
     shares = {"SFT": proof.sft_share, "DPO": proof.dpo_share}
     counted = {name: share for name, share in shares.items() if share is not None}
     once = all(abs(share - 1) <= _SHARE_TOLERANCE for share in counted.values())
-    if not (once and proof.difference <= proof.tolerance):  # in this form the comparison with NaN fails as well
+    if not (once and proof.difference <= proof.tolerance):  # true for NaN, too
         found = " and ".join(f"the {name} adapter {share:.2f} times" for name, share in counted.items())
         raise ProofError(
             f"the merged model is not base + adapters: its logits differ by {proof.difference:.2e}, "

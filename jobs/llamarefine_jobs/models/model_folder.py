@@ -1,7 +1,7 @@
 """The files of a merged model besides its weights: configs, tokenizer and model card.
 
-The layout follows transformers, which loads the folder in the merge's proof; the configs also use the spellings of
-older transformers versions. The same inputs give the same bytes: no file holds a date or a path.
+The layout is the one that transformers reads; the merge's proof loads the folder with it. The configs also use the
+spellings of older transformers versions. The same inputs give the same bytes: no file holds a date or a path.
 """
 
 import json
@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """Return the base's config; DataError if it cannot be read or the base is quantised."""
+    """Return the base's config. Raises DataError if it cannot be read or if the base is quantised."""
     try:
         config = read_object(base / _CONFIG)
     except (OSError, ValueError) as error:

@@ -65,7 +65,7 @@ def pretrain(
 ) -> dict[str, float]:
     """Train a Llama of `tiny`'s shape on `texts` and save it in `into`.
 
-    Returns the first loss and the mean of the last ten, in nats a token. Raises DivergedError for a loss that is not
+    Returns the first loss and the mean of the last ten losses, in nats a token. Raises DivergedError if a loss is not
     finite.
     """
     import torch

@@ -117,7 +117,7 @@ class Agent:
     def await_publication(self, store: Store, key: str, stop: Any) -> Manifest:
         """Return the manifest once the first node has published it; called on the other nodes.
 
-        If this node ended earlier and the first node then failed to publish, it could not train again without this one.
+        The other nodes wait because the first node needs them to train again if it fails to publish.
         """
         until_s = time.monotonic() + MEET_TIMEOUT_S
         while time.monotonic() < until_s:
@@ -250,16 +250,17 @@ def _show_one_gpu(environment: MutableMapping[str, str]) -> None:
 def _cause_priority(code: int, *, is_stopping: bool) -> int:
     """Return a lower number for a cause than for its consequences.
 
-    The order: known error, kill, unexpected error, preemption, lost peer, killed by torch. torch sends SIGTERM to the
-    other workers when the first one ends.
+    The order is: known error, kill, unexpected error, preemption or lost peer, SIGTERM from torch. torch sends SIGTERM
+    to the other workers when the first one ends. So a preemption comes before a lost peer only if this node is
+    stopping; otherwise torch's SIGTERM is what preempted the worker.
     """
     if code == -signal.SIGTERM:
-        return 6  # killed by torch
+        return 6
     if code < 0:
         return 1
     kind = by_exit_code(code)
     if kind is PreemptedError:
         return 4
-    if kind is PeerLostError:  # if this node is not stopping, a worker's preemption is only torch's SIGTERM to it
+    if kind is PeerLostError:
         return 5 if is_stopping else 3
     return 2 if kind is LlamaRefineError else 0

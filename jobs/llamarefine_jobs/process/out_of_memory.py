@@ -25,7 +25,7 @@ OOM_VARIABLE = "LLAMAREFINE_RAN_OUT_AT_ROWS"  # the same as a JSON list, set by 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an out-of-memory error of Python, the operating system, torch or a CUDA library."""
+    """Return whether `error` is an out-of-memory error of Python, the operating system, torch or a CUDA library."""
     return (
         isinstance(error, MemoryError | OutOfMemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_error(stage_name: str, error: BaseException) -> OutOfMemoryError:
-    """Return the one-line error for it: which memory was too small, and the setting to change."""
+    """Return a one-line error that says which memory was too small and which setting to change."""
     if isinstance(error, OutOfMemoryError):
         return error
     message = next(iter(str(error).splitlines()), "")
@@ -68,7 +68,7 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
 def with_remembered_micro_batch(stage_name: str, recipe: Recipe, store: Store, key: str) -> Recipe:
     """Return `recipe`, with smaller micro-batches if earlier attempts ran out of memory.
 
-    Earlier attempts are known from the environment and from the newest checkpoint.
+    The environment and the newest checkpoint record the micro-batches of earlier attempts that were too large.
     """
     section = section_that_halves(stage_name, recipe)
     if section is None:
@@ -138,7 +138,7 @@ def _restart(stage_name: str, section: Sft | Dpo) -> None:
 
 
 def _advice(stage_name: str) -> str:
-    """Return the setting to change after `stage_name` ran out of memory."""
+    """Return what to change after `stage_name` ran out of memory, as a clause of a message."""
     if STAGES[stage_name].has_checkpoints:
         return (
             f"lower {stage_name}.micro_batch_rows (the result stays the same) or max_length_tokens, "

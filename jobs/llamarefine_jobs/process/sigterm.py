@@ -1,7 +1,7 @@
 """SIGTERM handling: exit at once while there is nothing to save, otherwise let the stage save a checkpoint first.
 
 The kernel ignores a signal that the first process of a container has no handler for, so
-`llamarefine_jobs/__init__.py` calls `install_handler` before it imports anything else. A SIGTERM has two effects:
+`llamarefine_jobs/__init__.py` calls `install_handler` before any slow import. What SIGTERM does depends on the moment:
 
 - while there is nothing to save, the handler ends the process at once. It does not wait for downloads, for an
   unreachable bucket, for a long computation, or for a library that catches every exception;
@@ -25,7 +25,7 @@ SHARED_FOLDER = "LLAMAREFINE_GROUP"  # variable in which an agent gives its work
 
 
 def is_worker(environment: Mapping[str, str]) -> bool:
-    """Whether the process with this environment is a worker that an agent started, one of several."""
+    """Return whether the process with this environment is a worker that an agent started."""
     return SHARED_FOLDER in environment
 
 
@@ -46,7 +46,7 @@ class Stop:
         self.cleanup_folder: Path | None = None  # removed when the handler ends the process
 
     def is_set(self) -> bool:
-        """Whether SIGTERM has arrived while there was something to save."""
+        """Return whether SIGTERM has arrived while there was something to save."""
         return self._is_set
 
     def set(self) -> None:
@@ -76,7 +76,7 @@ class Stop:
         os._exit(error.exit_code)
 
 
-STOP = Stop()  # the one of this process
+STOP = Stop()  # the only stop request that this process's handler sets
 
 
 def install_handler() -> Stop:

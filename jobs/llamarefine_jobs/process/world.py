@@ -153,9 +153,9 @@ def join() -> World:
 
 
 def _silence_timeout_s(environment: Mapping[str, str]) -> float:
-    """Return how long a process waits for another before it counts as lost.
+    """Return how many seconds a process waits for a silent peer before that peer counts as lost.
 
-    Longer than an outage is retried: rank 0 may meanwhile be publishing a checkpoint to a bucket that is away.
+    This is longer than an outage is retried, because rank 0 may be publishing a checkpoint to an unreachable bucket.
     """
     return give_up_after_s(environment) + _CHECKPOINT_UPLOAD_S
 
@@ -187,7 +187,7 @@ def _connect(world: World, timeout_s: float) -> Any:
 
 
 def means_lost_peer(error: BaseException) -> bool:
-    """Whether an error is how torch reports that another process is gone."""
+    """Return whether `error` is one of torch's errors for a peer that is gone."""
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 

@@ -1,4 +1,4 @@
 """The before/after report: metrics, confidence intervals, and the pages that show them.
 
-This package computes from scores and manifests and loads no model. The launcher reads report.json.
+This package loads no model: it computes everything from scores and manifests. The launcher reads report.json.
 """

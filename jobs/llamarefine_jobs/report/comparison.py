@@ -24,11 +24,11 @@ _SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 class Facts:
     """Facts of the evaluation that the caveats are derived from.
 
-    `questions_in_split` and `pairs_in_split` count the whole test split. `types` maps a model to its weights' type.
+    `questions_total` and `pairs_total` count the whole test split; `types` maps a model to the type of its weights.
     """
 
-    questions_in_split: int
-    pairs_in_split: int
+    questions_total: int
+    pairs_total: int
     types: Mapping[str, str]
     chosen_tokens: Sequence[int]
     rejected_tokens: Sequence[int]
@@ -129,11 +129,11 @@ def find_caveats(context: Context, findings: Findings) -> list[str]:
     generated = by_name["token_f1"]["n"]
     caveats: list[str | None] = [_sentence(warning) for warning in findings.data_card.get("warnings", [])]
     caveats += [_few_groups_caveat(findings.metrics, recipe.evaluate.confidence), _length_caveat(facts)]
-    counts = {"questions": (by_name["loss"]["n"], facts.questions_in_split)}
-    counts["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_in_split
-    for what, (taken, there) in counts.items():
-        if taken < there:
-            caveats.append(f"Measured on {taken} of {there} test {what} (evaluate.max_rows), taken at even distances.")
+    counts = {"questions": (by_name["loss"]["n"], facts.questions_total)}
+    counts["pairs"] = by_name["likelihood_accuracy"]["n"], facts.pairs_total
+    for what, (taken, total) in counts.items():
+        if taken < total:
+            caveats.append(f"Measured on {taken} of {total} test {what} (evaluate.max_rows), taken at even distances.")
     cut = {model: round(generated * (1 - by_name["stop_rate"]["values"][model]["value"])) for model in MODELS}
     if any(cut.values()):
         by_model = ", ".join(f"{count} by {model}" for model, count in cut.items() if count)

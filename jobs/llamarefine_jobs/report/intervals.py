@@ -5,7 +5,7 @@ A metric is a ratio of two sums over rows: nats per token, credit per pair. All 
 rows use the same resamples, so the difference of two estimates is a paired difference.
 
 Axes: G groups, R resamples. Intervals are BCa, bias-corrected and accelerated (Efron 1987,
-https://doi.org/10.2307/2289144); a test compares them with those of scipy.
+https://doi.org/10.2307/2289144); a test compares them with scipy's.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,9 +93,9 @@ class Estimate:
         resamples = len(self.resampled)
         below = np.mean(self.resampled < self.value) + np.mean(self.resampled == self.value) / 2
         bias = _NORMAL.inv_cdf(float(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
-        pull_G = self.without.mean() - self.without
-        spread = float((pull_G**2).sum()) ** 1.5
-        acceleration = float((pull_G**3).sum()) / (6 * spread) if spread else 0.0
+        influence_G = self.without.mean() - self.without
+        spread = float((influence_G**2).sum()) ** 1.5
+        acceleration = float((influence_G**3).sum()) / (6 * spread) if spread else 0.0
         shifted = [bias + _NORMAL.inv_cdf(level) for level in (tail, 1 - tail)]
         return [_NORMAL.cdf(bias + z / max(1 - acceleration * z, 0.01)) for z in shifted]
 
@@ -127,7 +127,7 @@ class Bootstrap:
 
 
 def enough_groups(groups: int, confidence: float) -> bool:
-    """Return whether an interval has a meaning: all groups agree by chance with probability at most 1 - confidence."""
+    """Return whether there are enough groups: all agree by chance with a probability of at most 1 - confidence."""
     return bool(2.0 ** (1 - groups) <= 1 - confidence)
 
 

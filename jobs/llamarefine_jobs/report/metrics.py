@@ -20,7 +20,7 @@ from llamarefine_jobs.report.preference import accuracy_credit, likelihood_margi
 
 MODELS = ("base", "sft", "merged")
 CHANGES = (("base", "sft"), ("sft", "merged"), ("base", "merged"))
-_ROUNDING = 1e-5  # two means of fp32 log-probabilities that differ by less differ by rounding
+_ROUNDING = 1e-5  # a smaller difference of two means of fp32 log-probabilities is rounding
 
 Set = Literal["answers", "pairs", "generated"]
 
@@ -109,7 +109,7 @@ def compare(
 
 
 def check_gates(gates: Sequence[Gate], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare each bound of each gate with the measured value; one entry for each bound."""
+    """Compare each bound of each gate with the measured value; return one entry for each bound."""
     values = {metric["name"]: metric["values"] for metric in metrics}
     checked = []
     for gate in gates:

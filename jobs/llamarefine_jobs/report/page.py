@@ -16,10 +16,10 @@ import yaml
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.report.plots import Chart, draw_chart, draw_strip
 
-_LONG_TEXT = 6000  # the page shows so many characters of an answer; report.json has the whole answer
-_LONG_FIGURE = 44  # so many characters fit in the cell beside the name
+_LONG_TEXT = 6000  # characters of an answer that the page shows; report.json has the whole answer
+_LONG_FIGURE = 44  # characters that fit in the cell beside the name
 _MOST_DIGITS = 5
-_LEAST_UNITS = 3  # an interval is at least so many units of the last shown decimal wide
+_LEAST_UNITS = 3  # least width of an interval, in units of the last decimal that is shown
 
 
 def html(report: Mapping[str, Any]) -> str:

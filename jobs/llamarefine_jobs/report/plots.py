@@ -1,4 +1,4 @@
-"""The geometry of the report's charts. The template draws them as SVG and adds colours and words."""
+"""Compute the geometry of the report's charts. The HTML template draws them as SVG and adds colours and words."""
 
 import math
 from collections.abc import Mapping, Sequence

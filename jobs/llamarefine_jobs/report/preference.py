@@ -1,6 +1,6 @@
 """The preference figures, defined once: likelihood margin, tie, reward margin, accuracy.
 
-DPO's validation and the report both compute their figures here: from the same scores they get the same numbers.
+DPO's validation and the report both use this module, so the same scores give the same figures.
 Axis: P pairs.
 """
 

@@ -32,9 +32,9 @@ def content_sha256(path: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every regular file below `folder`; DataError if a link leads to a file outside the folder.
+    """Yield every regular file below `folder`. Raises DataError if a link leads to a file outside the folder.
 
-    In the Hub's cache, a snapshot links to the blobs of the same repository: those links are allowed.
+    In the Hub's cache, a snapshot links to the blobs of the same repository; these links are allowed.
     """
     root = folder.resolve()
     allowed = root.parent.parent if root.parent.name == "snapshots" else root

@@ -16,7 +16,7 @@ from llamarefine_jobs.untrusted.log_redaction import redact, redact_logs
 _MOST_FILES = 10_000
 _MOST_ENTRIES = 100_000  # in a listing, whether they match or not
 _LIMIT_BYTES = 256 << 30
-# Until the files are known, and for everything that is no file (listings, error pages):
+# The allowance for listings and error pages; the files' sizes are added once they are known.
 _ANSWERS_BYTES = 64 << 20
 _ANSWERS = 200
 _REQUESTS_A_FILE = 8  # its metadata, its content, redirects, resumed downloads
@@ -26,8 +26,8 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
     """Return the folder with the repository's files that match `patterns`; the folder's name is the commit.
 
     Without a network, a revision in the cache is used. `kind` is ``model`` or ``dataset``, `key` the recipe's key that
-    names the repository. Raises DataError if there is no such repository or revision, or if its server sends what no
-    Hub would; AccessError if the repository is gated; StoreError if the network or the Hub fails.
+    names the repository. Raises DataError if there is no such repository or revision, or if its server sends something
+    that the Hub would not send; AccessError if the repository is gated; StoreError if the network or the Hub fails.
     """
     import httpx
     from huggingface_hub import errors
@@ -65,7 +65,10 @@ def snapshot(repository: str, revision: str | None, kind: str, patterns: Sequenc
 
 
 def _download(repository: str, revision: str | None, kind: str, patterns: Sequence[str], failure: str) -> Path:
-    """Return the snapshot's folder. DataError, which begins with `failure`, if the server sends what no Hub would."""
+    """Return the snapshot's folder.
+
+    Raises DataError, which begins with `failure`, if the server sends something that the Hub would not send.
+    """
     import httpx
     from huggingface_hub import HfApi, errors, snapshot_download
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]

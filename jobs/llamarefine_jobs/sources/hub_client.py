@@ -22,9 +22,9 @@ _HEADER_FORMS = {"X-Repo-Commit": _COMMIT, "X-Linked-Etag": _VERSION, "ETag": _V
 
 
 class Allowance:
-    """How many more requests may be made and how many more bytes may be received.
+    """The number of requests that may still be made, and of bytes that may still be received.
 
-    `refuse` makes the error that is raised once either is used up.
+    `refuse` returns the error that is raised when one of the two is used up.
     """
 
     def __init__(self, requests: int, size_bytes: int, refuse: Callable[[str], Exception]) -> None:
@@ -39,7 +39,7 @@ class Allowance:
             self._bytes += size_bytes
 
     def take(self, requests: int = 0, size_bytes: int = 0) -> None:
-        """Subtract from the allowance; raises the error of `refuse` if it is exceeded."""
+        """Subtract from the allowance. Raises the error from `refuse` if the allowance is exceeded."""
         with self._lock:
             self._requests -= requests
             self._bytes -= size_bytes

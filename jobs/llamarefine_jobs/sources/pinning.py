@@ -1,8 +1,8 @@
 """Pin a recipe's sources: add a fingerprint to each, and check it again where the source is read.
 
-Fingerprints are computed when a run is planned and checked when a stage reads the source: a source that changed in
-between is an error, and one that only moved keeps its artifact key. A file that the launcher uploads to the bucket
-keeps the sha256 of its bytes, so the same file is the same input on this machine and on a cluster.
+Fingerprints are computed when a run is planned, and checked when a stage reads the source. A source that changed in
+between is an error; a source that only moved keeps its artifact key. The fingerprint of a file that the launcher
+uploads to the bucket is the sha256 of its bytes, so the same file is the same input on this machine and on a cluster.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from llamarefine_jobs.sources.s3 import list_s3
 
 
 def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
-    """Return `recipe` with absolute paths and with a fingerprint at each source that can be read from here.
+    """Return `recipe` with absolute paths, and with a fingerprint for each source except https and the Hub.
 
     With `check`, fingerprints that the recipe already holds are computed again and compared, except those that cannot
     be computed from the source (`was_computed_elsewhere`). Raises DataError if a file or an object is missing or has
@@ -30,7 +30,7 @@ def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
         if where is Kind.PATH:
             changes["source"] = str(local_path(source.source))
         if not source.fingerprint or (check and not was_computed_elsewhere(where, source.fingerprint)):
-            # A recipe with fingerprints is a stage's, which retries for longer than a command does.
+            # Only a stage's recipe has fingerprints already, and a stage retries for longer than a command does.
             retry_policy = stage_retry_policy("prepare") if source.fingerprint else None
             found = fingerprint(source.source, where, f"prepare.{name}.source", retry_policy)
             if source.fingerprint and found and source.fingerprint != found:
@@ -44,13 +44,13 @@ def pin(recipe: Recipe, *, check: bool = True) -> Recipe:
 
 
 def fingerprint(source: str, where: Kind, key: str, retry_policy: RetryPolicy | None = None) -> str | None:
-    """Return the fingerprint of `source`; None if only the stage that reads the source can tell (https, the Hub).
+    """Return the fingerprint of `source`; None for https and the Hub, whose content only the reading stage knows.
 
     `key` is the recipe's key that names the source. Raises DataError if there is nothing at `source`.
     """
     match where:
         case Kind.BUILT_IN:
-            # The docstrings depend on the running Python; the recipe holds all there is to tiny-llama.
+            # The docstrings depend on the running Python. The tiny Llama depends on nothing outside the recipe.
             return f"python:{platform.python_version()}" if source == DOCSTRINGS else "recipe"
         case Kind.PATH:
             path = local_path(source)

@@ -35,9 +35,9 @@ def download_s3(source: str, into: Path, pinned: str | None = None) -> Path:
 
 
 def read_s3_head(source: str, key: str, size_bytes: int) -> bytes:
-    """Return the first `size_bytes` of an object, or slightly more. DataError if there is no such object.
+    """Return the first `size_bytes` of an object, or up to one chunk more.
 
-    `key` is the recipe's key that names the source.
+    `key` is the recipe's key that names the source. Raises DataError if there is no such object.
     """
     parts = urlsplit(source)
     head = BytesIO()

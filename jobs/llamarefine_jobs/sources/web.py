@@ -47,9 +47,10 @@ def read_head(url: str, key: str, size_bytes: int, timeout_s: float = 10) -> byt
 def redirects_inward(target: str, origin: str) -> bool:
     """Return whether a redirect from `origin` to `target` leads from a public address into a private network.
 
-    A redirect to a link-local address, where clouds serve credentials, always counts as inward. A redirect to this
-    machine or to a private network does unless `origin` is itself private: a private file server may redirect within
-    its network. A name that does not resolve here is left to the proxy that resolves it.
+    A redirect to a link-local address, where clouds serve credentials, always counts. A redirect to this machine or to
+    a private network does not count if `origin` is private, too: a private file server may redirect within its network.
+    A target whose name does not resolve here does not count: only the proxy that resolves it can check it. An origin
+    whose name does not resolve here counts as private.
     """
     target_host, origin_host = urlsplit(target).hostname or "", urlsplit(origin).hostname or ""
     if target_host == origin_host:

@@ -62,7 +62,7 @@ class Store:
     def publish(self, folder: Path, draft: Manifest) -> Manifest:
         """Publish all files of `folder` as an artifact; return the artifact's manifest.
 
-        `draft` holds everything except the files and the attempt, which are filled in here. If another writer has
+        `draft` holds everything except the files and the attempt, which this method adds. If another writer has
         published the same key first, that writer's manifest is returned.
         """
         return self._publish(artifact_path(draft.stage, draft.key), folder, draft)
@@ -76,7 +76,7 @@ class Store:
         return self._fetch(artifact_path(manifest.stage, manifest.key), manifest, into, prefixes)
 
     def verify(self, manifest: Manifest) -> None:
-        """Read every byte of an artifact and compare it with the manifest; IntegrityError names a wrong file."""
+        """Read every byte of an artifact and compare it with the manifest. The IntegrityError names a wrong file."""
         where = artifact_path(manifest.stage, manifest.key)
         _in_parallel(lambda file: self._read_verified(where, manifest, file, Path(os.devnull)), manifest.files)
 
@@ -172,20 +172,20 @@ class Store:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         try:
             files = _in_parallel(lambda path: self._upload(f"{where}/{attempt}", folder, path), paths)
-            mine = draft.model_copy(update={"attempt": attempt, "files": tuple(files)})
+            own_manifest = draft.model_copy(update={"attempt": attempt, "files": tuple(files)})
         except BaseException:
             self._remove_quietly(f"{where}/{attempt}")
             raise
         try:
-            won = self.objects.create(f"{where}/{MANIFEST}", mine.to_bytes())
+            is_winner = self.objects.create(f"{where}/{MANIFEST}", own_manifest.to_bytes())
         except (AccessError, DiskFullError):
             # An earlier attempt of this write may have succeeded although its answer was lost.
             with contextlib.suppress(LlamaRefineError):
                 if self.objects.read(f"{where}/{MANIFEST}") is None:
                     self._remove_quietly(f"{where}/{attempt}")
-            raise  # after any other error the manifest may still be written, so its files stay
-        if won:
-            return mine
+            raise  # after a StoreError the manifest may still be written, so its files are kept
+        if is_winner:
+            return own_manifest
         self._remove_quietly(f"{where}/{attempt}")
         winner = self._manifest(where)
         if winner is None:

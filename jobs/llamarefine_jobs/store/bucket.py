@@ -68,8 +68,8 @@ def _retried(
 class S3Objects:
     """The objects of `bucket` whose keys start with `prefix`.
 
-    Every operation raises StoreError for a failure that may be temporary, after the retries; AccessError, RecipeError
-    or DiskFullError for one that is not.
+    For a failure that may be temporary, every operation raises StoreError after the retries. For a lasting failure it
+    raises AccessError, RecipeError or DiskFullError at once.
     """
 
     keeps_checksums = True
@@ -83,7 +83,7 @@ class S3Objects:
 
     @cached_property
     def client(self) -> "S3Client":
-        """The boto3 client, created on first use; AccessError if boto3 cannot create it."""
+        """The boto3 client, created on first use. Raises AccessError if boto3 cannot create it."""
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -188,7 +188,7 @@ class S3Objects:
         yield from self._listed(prefix)
 
     def unfinished(self, folder: str = ".") -> Iterator[Entry]:
-        yield from ()  # an upload shows in no listing before it is complete
+        yield from ()  # a bucket lists no upload before it is complete
 
     @_retried
     def delete(self, path: str) -> None:
@@ -232,7 +232,7 @@ class S3Objects:
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        """Turn boto3's errors into the package's: StoreError if the failure may be temporary, another class if not."""
+        """Turn boto3's errors into ours: StoreError if the failure may be temporary, another class if it is not."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import (
             BotoCoreError,

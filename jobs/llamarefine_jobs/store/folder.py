@@ -32,7 +32,7 @@ class FolderObjects:
         return self._root
 
     def local_path(self, path: str) -> Path:
-        """Return the file that holds the object; IntegrityError if the path leads out of the folder."""
+        """Return the file that holds the object. Raises IntegrityError if the path leads out of the folder."""
         try:
             file = self._root / safe_relative_path(path)
         except ValueError as error:

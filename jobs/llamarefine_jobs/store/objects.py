@@ -40,7 +40,7 @@ class Objects(Protocol):
         """Return the local file that holds the object; None for a bucket."""
 
     def read(self, path: str) -> bytes | None:
-        """Return the object's bytes, or None if it does not exist. IntegrityError above READ_LIMIT_BYTES."""
+        """Return the object's bytes, or None if it does not exist. Raises IntegrityError above READ_LIMIT_BYTES."""
 
     def download(self, path: str, into: BinaryIO, on_chunk: Callable[[bytes], None]) -> bool:
         """Write the object to `into` and call `on_chunk` with each chunk; return False if it does not exist."""
@@ -68,7 +68,7 @@ class Objects(Protocol):
 
 
 def refuse_too_large(where: str, data: bytes) -> bytes:
-    """Return `data`; IntegrityError if it has more than READ_LIMIT_BYTES."""
+    """Return `data`. Raises IntegrityError if it has more than READ_LIMIT_BYTES."""
     if len(data) > READ_LIMIT_BYTES:
         raise IntegrityError(f"{where}: holds more than the {READ_LIMIT_BYTES} bytes that are read at once")
     return data

@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 class WholeBatches(Sampler[int]):  # torch is untyped here
     """Yields every row once an epoch, in a new order each epoch; the epoch's first rows fill up the last batch.
 
-    So each optimizer step has exactly `batch_rows` rows, and they are the same rows for any number of processes:
-    accelerate deals the micro-batches out in turn. Without this sampler, accelerate fills up differently for each
-    number of processes, and a step over fewer rows is a mean of unequal micro-batches.
+    Each optimizer step then has exactly `batch_rows` rows, the same rows for any number of processes: accelerate gives
+    the micro-batches to the processes in turn. Without this sampler, accelerate would fill up the last batch
+    differently for each number of processes, and a step over fewer rows would average unequal micro-batches.
 
     With `lengths` (tokens of each row), each step orders its rows from the longest to the shortest: a micro-batch is
     then padded only to the length of its own rows, and the step computes the same gradient.

@@ -34,7 +34,7 @@ class BestAdapter:
     def restore(self, checkpoint: Path, world: World) -> None:
         """Move the best adapter out of `checkpoint`, where the trainer would load it as a second adapter.
 
-        IntegrityError if its record is damaged. Every process must call this.
+        Raises IntegrityError if the adapter's record is damaged. Every process must call this.
         """
         in_checkpoint = (checkpoint / _FOLDER).exists()
         if in_checkpoint:
@@ -49,7 +49,7 @@ class BestAdapter:
         check_best(self._folder, adapters.adapter_state(model), self._address)
 
     def replace(self, model: Any, loss: float, step: int, *, write: bool) -> None:
-        """Make the adapter of `model` the best one. One process writes the files: the one with `write` set."""
+        """Make the adapter of `model` the best one. Exactly one process must set `write`; it writes the files."""
         self.loss, self.step = loss, step
         if write:
             from safetensors.torch import save_file
@@ -72,7 +72,10 @@ class BestAdapter:
 
 
 def read_best(folder: Path, where: str) -> tuple[float, int]:
-    """Return the validation loss and the step of the best adapter; IntegrityError, naming `where`, if damaged."""
+    """Return the validation loss and step of the best adapter. Raises IntegrityError if their record is damaged.
+
+    `where` is the address of the checkpoint, for the error message.
+    """
     try:
         best = json.loads((folder / _RECORD).read_bytes())
         loss, step = best["loss"], best["step"]
@@ -86,7 +89,7 @@ def read_best(folder: Path, where: str) -> tuple[float, int]:
 
 
 def check_best(folder: Path, adapter: Mapping[str, Any], where: str) -> None:
-    """Raise IntegrityError if the best adapter is missing, has other shapes than `adapter`, or is not finite."""
+    """Raise IntegrityError if the best adapter is missing, differs in shape from `adapter`, or is not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

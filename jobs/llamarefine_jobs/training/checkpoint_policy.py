@@ -16,10 +16,9 @@ from llamarefine_jobs.training.checkpoints import Checkpoint, CheckpointUploader
 class CheckpointPolicy:
     """The checkpoints of one training: their schedule, their content, their upload.
 
-    A scheduled checkpoint is uploaded in the background, and only after a later step logged a good loss: finite weights
-    may still be ruined weights, and only the loss of the next step is computed with them. So each checkpoint in the
-    store is one that a training can continue from. A checkpoint that is saved on SIGTERM is uploaded at once, because
-    the process ends when the grace period is over.
+    A scheduled checkpoint is uploaded in the background, after a later step logged a good loss. Finite weights can
+    still be useless, and the next step's loss is the first one that is computed with them. A checkpoint that is saved
+    on SIGTERM is uploaded at once, because the process is killed when the grace period is over.
     """
 
     def __init__(self, section: Sft | Dpo, context: Context) -> None:
@@ -28,7 +27,7 @@ class CheckpointPolicy:
         self._uploader = CheckpointUploader(context.store, context.note)
         self._saved_s = time.monotonic()
         self._saved_step: int | None = None
-        self._unconfirmed: Checkpoint | None = None  # no loss computed with its weights was logged yet
+        self._unconfirmed: Checkpoint | None = None  # the loss of its weights was not logged yet
         self._has_good_loss = False  # this process logged at least one good loss
         self.preempted_error: PreemptedError | None = None  # set in the first process once SIGTERM's checkpoint is done
 
@@ -79,9 +78,9 @@ class CheckpointPolicy:
             self._upload_unconfirmed()
 
     def upload_last_checkpoint(self) -> None:
-        """Upload the newest checkpoint if possible; log a failure instead of hiding the error that ended the training.
+        """Upload the newest checkpoint if possible, even if no later loss has confirmed it.
 
-        The newest checkpoint is uploaded although no later loss confirmed it.
+        A failed upload is only logged, so that it does not hide the error that ended the training.
         """
         try:
             self._upload_unconfirmed()
@@ -96,7 +95,7 @@ class CheckpointPolicy:
     def diverged_error(self, what: str) -> DivergedError:
         """Return the error for a diverged training; it names the last good checkpoint in the store."""
         self._uploader.wait()
-        self._context.world.barrier()  # a process that ends would end the one that is still uploading
+        self._context.world.barrier()  # if one process ended, torch would kill rank 0, which may still be uploading
         step, stage = self._uploader.newest_step, self._context.stage.name
         good = "no checkpoint was written before"
         if step is not None:

@@ -29,7 +29,7 @@ class Checkpoint:
 
 
 class CheckpointUploader:
-    """Uploads the checkpoints of one training in a background thread. Its methods must be called from one thread."""
+    """Uploads the checkpoints of one training in a background thread. Call all methods from the same thread."""
 
     def __init__(self, store: Store, note: Callable[[str], None]) -> None:
         self._store, self._note = store, note
@@ -61,7 +61,7 @@ class CheckpointUploader:
         self._raise_unexpected_error()
 
     def discard_waiting(self) -> None:
-        """Discard the checkpoint that waits, and wait for the running upload: interrupted, it would leave litter."""
+        """Discard the checkpoint that waits, and wait for the running upload: stopping it would leave partial files."""
         with self._lock:
             discarded, self._waiting = self._waiting, None
         _remove(discarded)
@@ -73,7 +73,7 @@ class CheckpointUploader:
                 self._upload(checkpoint)
             except LlamaRefineError as error:
                 self._note(f"the checkpoint at step {checkpoint.step} is not in the store, training continues: {error}")
-            except Exception as error:  # a bug of ours: raised again in the thread that trains
+            except Exception as error:  # a bug: raised again in the thread that trains
                 self._unexpected_error = error
 
     def _next(self) -> Checkpoint | None:

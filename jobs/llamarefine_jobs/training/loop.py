@@ -25,8 +25,8 @@ from llamarefine_jobs.untrusted.pickles import refuse_pickled_code
 
 _EVALUATIONS_A_RUN = 4
 
-# Returns a model's figures on the validation split, `eval_loss` among them, the same in every process; PreemptedError
-# on SIGTERM.
+# Returns a model's figures on the validation split, including `eval_loss`, the same in every process. Raises
+# PreemptedError on SIGTERM.
 Validate = Callable[[Any], dict[str, float]]
 
 
@@ -60,7 +60,7 @@ def arguments(section: Sft | Dpo, context: Context, backend: backends.Backend) -
 
 
 class _NoStepLeftError(Exception):
-    """The checkpoint is of the last step; the trainer would make one more step."""
+    """Raised to end a training whose checkpoint is at the last step, because the trainer would make one more step."""
 
 
 class TrainingCallback(TrainerCallback):
@@ -96,7 +96,7 @@ class TrainingCallback(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         # The loss right after a checkpoint confirms it; without it the checkpoint would wait for the next logged loss.
         control.should_log = last or step % self.section.log_every_steps == 0 or self.checkpoints.needs_loss_of(step)
-        # The processes have separate clocks and receive SIGTERM at different steps: here they agree on both.
+        # The processes have separate clocks and receive SIGTERM at different steps, so they must agree on both.
         is_due = self.context.world.is_first and self.checkpoints.is_due(step)
         self.preempted, is_due = self.context.world.any(self.context.stop.is_set(), is_due)
         if self._is_validation_due(state) and not self.preempted:
@@ -144,7 +144,7 @@ class TrainingCallback(TrainerCallback):
         return not any(entry["step"] == step for entry in state.log_history if "eval_loss" in entry)
 
     def _validate(self, model: Any, state: TrainerState) -> None:
-        """Validate the adapter, and keep it if it is the best so far; PreemptedError on SIGTERM."""
+        """Validate the adapter, and keep it if it is the best so far. Raises PreemptedError on SIGTERM."""
         figures = self.validate(model)
         loss = figures["eval_loss"]
         state.log_history.append({"step": state.global_step, **figures})
@@ -167,8 +167,8 @@ class TrainingCallback(TrainerCallback):
 def train(trainer: Trainer, callback: TrainingCallback, context: Context) -> None:
     """Train to the last step, from the newest checkpoint if there is one, and write the best adapter to the output.
 
-    DivergedError if the loss or a weight is not finite, PreemptedError on SIGTERM, IntegrityError if the checkpoint is
-    damaged.
+    Raises DivergedError if a loss is too high or not finite, or a weight is not finite; PreemptedError on SIGTERM;
+    IntegrityError if the checkpoint is damaged.
     """
     context.metrics[OOM_METRIC] = oom_micro_batch_rows()  # set now, for the manifests of the checkpoints too
     checkpoint = context.fetch_checkpoint()
@@ -193,7 +193,7 @@ def train(trainer: Trainer, callback: TrainingCallback, context: Context) -> Non
     callback.checkpoints.discard_waiting()
     state, best, progress = trainer.state, callback.best, callback.progress
     if callback.preempted:
-        context.world.barrier()  # a process that ends would end the first one, which is still uploading the checkpoint
+        context.world.barrier()  # if one process ended, torch would kill rank 0, which is still uploading
         raise callback.checkpoints.preempted_error or PreemptedError(f"{context.stage.name} was stopped by SIGTERM")
     if not math.isfinite(best.loss):
         raise DivergedError(f"the validation loss is {best.loss}; lower {context.stage.name}.learning_rate")
@@ -217,7 +217,10 @@ def train(trainer: Trainer, callback: TrainingCallback, context: Context) -> Non
 
 
 def set_token_ids(model: Any, tokenizer: Any) -> Any:
-    """Set the tokenizer's EOS and pad tokens in the model's configuration; DataError if the vocabulary is too small."""
+    """Return `model` with the tokenizer's EOS and pad tokens in its configuration.
+
+    Raises DataError if the tokenizer has more tokens than the model.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise DataError(f"the tokenizer has {len(tokenizer)} tokens, the base {rows}; they do not belong together")
@@ -250,7 +253,7 @@ def _use_plain_cpu_device(trainer: Trainer) -> None:
 
 
 def _base_name(context: Context) -> str | None:
-    """Return the Hub id of the SFT adapter's base, which PEFT reads from the adapter's config; None if it has none."""
+    """Return the Hub id of an SFT adapter's base, for the adapter's config; None for DPO or a base without a Hub id."""
     source = context.recipe.prepare.base.source
     on_hub = context.stage.name == "sft" and locations.kind(source, hub_id_allowed=True) is locations.Kind.HUB
     return source.removeprefix("hf://") if on_hub else None
@@ -270,7 +273,7 @@ def _history(log: list[dict[str, float]]) -> Iterator[dict[str, float]]:
         "eval_reward_accuracy": "eval_reward_accuracy",
         "eval_reward_margin": "eval_reward_margin",
     }
-    # A validation that SIGTERM interrupted is logged after the loss of its step, every other one before it.
+    # A validation is logged before the loss of its step, but after it if SIGTERM interrupted the validation.
     for entry in sorted(log, key=lambda entry: (entry.get("step", 0), "loss" in entry)):
         row = {names[name]: value for name, value in entry.items() if name in names}
         if "loss" in row or "eval_loss" in row:

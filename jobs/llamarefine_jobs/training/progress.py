@@ -24,7 +24,7 @@ class TrainingProgress:
         self.first_step = 0  # the step of the checkpoint that this process continues from
 
     def begin(self, state: TrainerState) -> None:
-        """Print the first progress line; take over the losses that earlier attempts logged."""
+        """Print the first progress line, and read the losses that earlier attempts logged."""
         self.first_step = state.global_step
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if losses:
@@ -33,7 +33,10 @@ class TrainingProgress:
         self._context.progress(state.global_step, state.max_steps)
 
     def is_diverged(self, loss: float) -> bool:
-        """Return whether `loss` shows that the training diverged: NaN, or far above the first loss."""
+        """Return whether `loss` is NaN or far above the first loss, so the training diverged.
+
+        The first call stores the first loss.
+        """
         self._first_loss = loss if self._first_loss is None else self._first_loss
         return not loss < self._first_loss + _DIVERGED  # also true for NaN
 
@@ -49,5 +52,5 @@ class TrainingProgress:
         self._context.progress(state.global_step, state.max_steps, **figures)
 
     def tokens_per_s(self, steps: int, seconds: float) -> float:
-        """Return how many tokens a second the training handles, if it makes `steps` steps in `seconds`."""
+        """Return the tokens per second of a training that makes `steps` steps in `seconds`."""
         return round(steps * self._tokens_per_step / seconds, 1)

@@ -1,8 +1,8 @@
 """Prove before the first DPO step that the reference is the SFT policy.
 
 A loss of ln 2 shows only that policy and reference agree; a fresh adapter on the *bare base* has that loss too.
-Therefore the reference's log-probabilities are compared with those of base + SFT adapter, which are computed separately
-(with the adapter beside the weights, not merged into them), and must differ from those of the bare base.
+Therefore the reference's log-probabilities must match the log-probabilities of base + SFT adapter within a tolerance,
+and must differ from the bare base's. Both are computed separately, with the adapter beside the weights, not merged.
 """
 
 import math
@@ -27,7 +27,7 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "nf4": 3e-1}
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """Mean log-probability per answer token, for each answer of the first pairs, of separately loaded models."""
+    """The mean log-probability per token of each answer of the first pairs, from a model that is not the policy."""
 
     pairs: Sequence[tuple[Encoded, Encoded]]
     pad_id: int
@@ -50,8 +50,8 @@ def score_reference_separately(
     batch_rows: int,
 ) -> ReferenceScores:
     """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice."""
-    some = pairs[:_COMPARED_PAIRS]
-    answers = [answer for pair in some for answer in pair]
+    compared = pairs[:_COMPARED_PAIRS]
+    answers = [answer for pair in compared for answer in pair]
     model = backend.load(base)
     bare = _per_token(model, answers, pad_id, batch_rows)
     model = adapters.attach_adapter(model, adapter)
@@ -60,11 +60,11 @@ def score_reference_separately(
     twice = _per_token(model, answers, pad_id, batch_rows)
     del model
     backends.free_memory()  # the policy is loaded next
-    return ReferenceScores(some, pad_id, batch_rows, bare, once, twice)
+    return ReferenceScores(compared, pad_id, batch_rows, bare, once, twice)
 
 
 def prove(trainer: Any, expected: ReferenceScores, context: Context) -> dict[str, float]:
-    """Check policy and reference before the first step; return the figures, or raise ProofError with a likely cause."""
+    """Check policy and reference before the first step; return the figures. Raises ProofError with a likely cause."""
     loss, margin = _trainer_loss(trainer, len(expected.pairs))
     with trainer.model.disable_adapter():
         reference = _per_token(trainer.model, expected.answers, expected.pad_id, expected.batch_rows)
@@ -106,7 +106,7 @@ def check_figures(
 
 
 def _likely_cause(reference: list[float], expected: ReferenceScores) -> str:
-    """Return which known mistake explains the reference's scores."""
+    """Return the known mistake that would explain the reference's scores, as a clause of a message."""
     near = _distance(expected.sft, expected.base) / 10
     if _distance(reference, expected.base) <= near:
         return "it is the bare base: the SFT adapter is missing in it"

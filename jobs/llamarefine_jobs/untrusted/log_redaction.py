@@ -64,7 +64,7 @@ def redact_logs() -> None:
         return record
 
     logging.setLogRecordFactory(make_redacted)
-    # With its debug level on, Python's own HTTP client prints what it sends, without a logger.
+    # At its debug level, Python's own HTTP client prints what it sends instead of logging it.
     http.client.print = lambda *parts: print(redact(" ".join(map(str, parts))))  # type: ignore[attr-defined]
 
 
@@ -72,7 +72,7 @@ def redact_logs() -> None:
 def _environment_secrets() -> tuple[str, ...]:
     """Return the secrets in the environment, in every spelling that a log may use, the longest first.
 
-    They are read once: a secret that is set later is only recognized by its form.
+    The environment is read once: a secret that is set later is recognized only by its form.
     """
     found: set[str] = set()
     for name, value in os.environ.items():

@@ -12,10 +12,10 @@ _TENSORS = (".pt", ".pth")  # torch's pickles of the optimizer's, scheduler's an
 
 
 def refuse_pickled_code(checkpoint: Path) -> None:
-    """Raise IntegrityError if a checkpoint holds more than tensors and plain values; nothing in it is run.
+    """Raise IntegrityError if a checkpoint holds more than tensors and plain values. Runs no code from the checkpoint.
 
-    The states of the optimizer, the scheduler and the random generators are torch's pickles. They are read here as the
-    trainer reads them, by an unpickler that accepts tensors, numbers and texts, and refuses every other call.
+    torch stores the states of the optimizer, the scheduler and the random generators as pickles. This function reads
+    them as the trainer does, with an unpickler that accepts tensors, numbers and texts, and refuses every other call.
     """
     import torch
     from transformers.trainer_pt_utils import safe_globals

@@ -1,7 +1,7 @@
 """Refuse models and adapters that bring code of their own, before any library reads their files.
 
-Manifests protect against wrong bytes, but whoever may write to the bucket can write manifests, too. These checks look
-at the files themselves, so they hold whoever published them.
+Manifests protect against wrong bytes, but anyone who can write to the bucket can write manifests, too. These checks
+read the files themselves, so they do not depend on who published them.
 """
 
 from pathlib import Path
@@ -44,5 +44,5 @@ def refuse_programs(folder: Path) -> None:
 
 
 def pickles_in(folder: Path) -> list[str]:
-    """Return the names of the files in `folder` with a suffix that pickles use."""
+    """Return the names of the files in `folder` that have a pickle's suffix."""
     return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)

@@ -8,13 +8,13 @@ LIMIT_BYTES = 64 << 20  # the largest known file, a tokenizer.json, has 30 MB
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. One-line ValueError for anything else; OSError if it cannot be read."""
+    """Return the JSON object in `path`. Raises a one-line ValueError for anything else, OSError if reading fails."""
     with path.open("rb") as file:
         return parse_object(file.read(LIMIT_BYTES + 1), path.name)
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in `data`. One-line ValueError for anything else; it names the file as `name`."""
+    """Return the JSON object in `data`. Raises a one-line ValueError, which begins with `name`, for anything else."""
     if len(data) > LIMIT_BYTES:
         raise ValueError(f"{name} holds more than {LIMIT_BYTES >> 20} MiB")
     try:

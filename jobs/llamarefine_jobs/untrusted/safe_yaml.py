@@ -11,9 +11,9 @@ _LONGEST_NUMBER = 400  # digits and more: YAML 1.1 reads 1:59:59:… as one numb
 
 
 def load(text: str) -> Any:
-    """Return the value of one YAML document; one-line ValueError if it is not plain YAML or exceeds a limit.
+    """Return the value of one YAML document. Raises a one-line ValueError if it is not plain YAML or exceeds a limit.
 
-    A key that occurs twice in one mapping is an error; the later one does not silently win.
+    A key that occurs twice in one mapping is an error, too; PyYAML would silently keep the later value.
     """
     if len(text) > LIMIT_BYTES:
         raise ValueError(f"more than {LIMIT_BYTES} bytes")
@@ -44,13 +44,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many values `node` expands to; ValueError if it contains itself or too long a number."""
+    """Return how many values `node` expands to. Raises ValueError if it contains itself or too long a number."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _LONGEST_NUMBER:
             raise ValueError(f"a number of {len(node.value)} characters")
         return 1
     if id(node) not in known:
-        known[id(node)] = 0  # being counted: to meet it again means that it contains itself
+        known[id(node)] = 0  # the count has begun: if the node occurs again now, it contains itself
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_count(part, known) for part in parts)
     elif known[id(node)] == 0:

@@ -19,8 +19,8 @@ from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
 
-VOCABULARY = 60_000  # so large that the logits need most of the memory
-SPARE_BYTES = 128 << 20  # beyond what micro-batches of 8 rows need; 16 rows need several times as much more
+VOCABULARY = 60_000  # large, so that the logits need most of the memory
+SPARE_BYTES = 128 << 20  # limit above what micro-batches of 8 rows need; 16 rows need several times as much more
 HALVE = "sft.on_out_of_memory=halve_micro_batch"
 
 
@@ -124,7 +124,7 @@ def prepare(folder: Path) -> Path:
 def follow(
     process: subprocess.Popen[str], limit_bytes: int | None = None, at_step: int | None = None
 ) -> tuple[int, list[str]]:
-    """Return the peak address space of a process, and its lines. The limit is set when it reports step `at_step`."""
+    """Return the peak address space of a process, and its lines; limit its memory when it reports step `at_step`."""
     lines, peak_bytes = [], 0
     assert process.stdout
     for line in process.stdout:
@@ -137,7 +137,7 @@ def follow(
 
 
 def peak_address_space_bytes(pid: int) -> int:
-    """Return the peak of what RLIMIT_AS limits."""
+    """Return the peak address space of a process, which is what RLIMIT_AS limits."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmPeak:"):
             return int(line.split()[1]) << 10

@@ -40,14 +40,14 @@ def has_namespaces() -> bool:
     ]
 )
 def wrapper(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """The command that starts the stage: none, or one that makes it process 1 of its PID namespace."""
+    """Return the command that starts the stage: none, or one that makes the stage process 1 of a PID namespace."""
     command: tuple[str, ...] = request.param
     return command
 
 
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """A list for processes, which are killed at the end of the test."""
+    """Yield a list for processes, which are killed at the end of the test."""
     found: list[subprocess.Popen[str]] = []
     yield found
     for process in found:

@@ -1,7 +1,7 @@
 """Training in several processes gives the same result as in one: real trainers, gloo on the CPU.
 
-Several processes add numbers in another order, and Adam divides small gradients by small numbers. So weights of up to
-0.2, and losses, are compared with a tolerance of 1e-5 (the largest difference seen was 6e-7).
+Several processes add numbers in another order, and Adam divides small gradients by small numbers. So losses, and
+weights of up to 0.2, are compared with a tolerance of 1e-5. The largest difference so far was 6e-7.
 """
 
 import json
@@ -44,7 +44,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe.yaml and a store with the artifacts of prepare, sft and dpo, each trained in one process."""
+    """Return a folder with recipe.yaml and a store in which sft and dpo were trained in one process."""
     from llamarefine_jobs.store import Store
 
     folder = tmp_path_factory.mktemp("in-one")
@@ -60,7 +60,7 @@ def in_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_two(in_one: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[str]]]:
-    """Train a stage in two processes without interruption, once per module; returns its store and its lines."""
+    """Return a function that trains a stage in two processes, once per module, and returns its store and its lines."""
     done: dict[str, tuple[Path, list[str]]] = {}
 
     def train(stage: str) -> tuple[Path, list[str]]:
@@ -281,7 +281,7 @@ print(dist.distributed_c10d._get_default_store().timeout.total_seconds())
 def test_a_process_waits_for_the_others_longer_than_an_outage_is_retried(
     give_up_after_s: str | None, expected_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 may be publishing a checkpoint to a bucket that is away; the others must not report it as lost."""
+    """Rank 0 may be publishing a checkpoint to an unreachable bucket; the others must not report rank 0 as lost."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (place | {SHARED_FOLDER: str(tmp_path)}).items():
         monkeypatch.setenv(name, value)

@@ -42,7 +42,7 @@ def results(shift: float = 0.0, rows: int = 40) -> ModelResults:
 
 
 def make_report(**changes: Any) -> dict[str, Any]:
-    """A report with real comparisons and without any optional part."""
+    """Return a report with real comparisons and without any optional part, except for `changes`."""
     groups = [str(row) for row in range(40)]
     compared_rows = ComparedRows({"answers": groups, "pairs": groups, "generated": groups}, ["yes, it is"] * 40)
     three = {"base": results(), "sft": results(2), "merged": results(3)}
@@ -149,7 +149,7 @@ def test_markdown_escapes_hostile_text() -> None:
     assert max(map(len, fences)) == 5  # one more than the longest run inside
     for line in text.splitlines():
         if line.startswith("| Held-out loss"):
-            assert line.count("|") in (5, 6)  # of the changes, of the values
+            assert line.count("|") in (5, 6)  # 5 in the table of changes, 6 in the table of values
 
 
 @pytest.mark.parametrize("render", [page.html, page.markdown])
@@ -286,7 +286,7 @@ def test_a_strip_keeps_the_models_order_and_scale() -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The hostile report on a local server: its address, and a list of every requested path."""
+    """Serve the hostile report on this machine; yield its address and a list of every requested path."""
     comparison.write(hostile_report(), tmp_path)
     requested: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The bootstrap: compared with scipy's and with known values; it resamples groups, not rows."""
+"""The bootstrap equals scipy's, gives the known values, and resamples groups instead of rows."""
 
 import numpy as np
 import pytest
@@ -34,12 +34,12 @@ def test_the_interval_of_a_ratio_equals_scipys() -> None:
 
 def test_95_percent_intervals_contain_the_true_value_in_95_percent_of_samples() -> None:
     random = np.random.default_rng(3)
-    held = 0
+    covered = 0
     for seed in range(400):
         values = random.gamma(2, 1, 60)  # skewed, mean 2
         found = bootstrap(range(60), resamples=600, seed=seed).ratio(values, ones(60)).interval(CONFIDENCE)
-        held += found.low <= 2 <= found.high
-    assert 0.91 <= held / 400 <= 0.98
+        covered += found.low <= 2 <= found.high
+    assert 0.91 <= covered / 400 <= 0.98
 
 
 def test_rows_of_one_group_count_as_one() -> None:
@@ -54,7 +54,7 @@ def test_rows_of_one_group_count_as_one() -> None:
 
 def test_a_difference_is_paired() -> None:
     random = np.random.default_rng(5)
-    hardness = random.normal(scale=10, size=100)  # of each row, the same for both models
+    hardness = random.normal(scale=10, size=100)  # one value per row, the same for both models
     resamples = bootstrap(range(100))
     before = resamples.ratio(hardness + random.normal(scale=0.1, size=100), ones(100))
     after = resamples.ratio(hardness - 0.2 + random.normal(scale=0.1, size=100), ones(100))
@@ -73,7 +73,7 @@ def test_two_equal_models_differ_by_exactly_zero() -> None:
 
 
 def test_an_accuracy_of_1_still_has_an_interval() -> None:
-    """Clopper-Pearson: of 100 without a failure the share may be as low as .025 ** (1 / 100)."""
+    """After 100 rows without a failure, Clopper-Pearson's lower bound of the share is .025 ** (1 / 100)."""
     found = bootstrap(range(100)).ratio(ones(100), ones(100), (0, 1)).interval(CONFIDENCE)
     assert (found.value, found.high) == (1, 1)
     assert found.low == pytest.approx(0.025**0.01)

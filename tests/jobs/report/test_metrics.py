@@ -1,4 +1,4 @@
-"""What each metric says, on numbers small enough to work out by hand."""
+"""The value and the verdict of each metric, on numbers small enough to compute by hand."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_token_f1(text: str, reference: str, f1: float) -> None:
 def results(
     *, nats: float = 2.0, chosen: float = -10.0, rejected: float = -10.0, text: str = "yes", rows: int = 40
 ) -> ModelResults:
-    """The results of a model that does the same on each of `rows` rows."""
+    """Return the results of a model that does the same on each of `rows` rows."""
     return ModelResults(
         answers=[Score(-nats * 5, 5)] * rows,
         chosen=[Score(chosen, 5)] * rows,

@@ -1,4 +1,4 @@
-"""DPO after SFT: the proof before the first step, and each wrong reference is refused. Real trainers, a tiny model."""
+"""DPO after SFT: the proof before the first step refuses every wrong reference. Real trainers on a tiny model."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished SFT, with adapter/ in it."""
+    """Return the folder of a finished SFT, with adapter/ in it."""
     context = make_context("sft", prepared, tmp_path_factory.mktemp("sft"))
     sft.work(context)
     return context.output
@@ -45,7 +45,7 @@ def context(prepared: Path, trained: Path, tmp_path: Path) -> Context:
 
 
 def make_dpo(prepared: Path, trained: Path, folder: Path, *overrides: str) -> Context:
-    """A DPO context with an SFT adapter that is published with prepare as its parent."""
+    """Return a DPO context with an SFT adapter that is published with prepare as its parent."""
     context = make_context("dpo", prepared, folder, *overrides, sft=trained)
     context.parents["sft"] = tiny.publish(
         context.store, trained, "sft", context.recipe, {"prepare": context.parents["prepare"]}
@@ -80,7 +80,7 @@ def test_training_raises_the_margin_on_validation_pairs(context: Context) -> Non
 
 
 def test_the_manifest_has_the_same_preference_figures_as_the_report(context: Context) -> None:
-    """Both come from one function: the report's metrics over the validation pairs give the figures of the manifest."""
+    """The report's metrics, computed over the validation pairs, give the figures of the manifest."""
     dpo.work(context)
     tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
     pairs = encode_pairs(tokenizer, rows_of(context, "validation"))
@@ -231,7 +231,7 @@ def test_the_trainer_has_no_copy_of_the_adapter_as_reference(context: Context) -
 
 
 def test_precomputing_the_reference_does_not_change_the_losses(prepared: Path, trained: Path, tmp_path: Path) -> None:
-    """With two epochs the reference is computed once; the losses equal those of a run that computes it each step."""
+    """With two epochs the reference is computed once; with one epoch, in each step. The losses must be equal."""
     losses = []
     for epochs in ("1", "2"):
         (tmp_path / epochs).mkdir()
@@ -249,19 +249,19 @@ def test_precomputing_the_reference_does_not_change_the_losses(prepared: Path, t
 
 
 def results_of(model: Any, tokenizer: Any, pairs: list[Any]) -> ModelResults:
-    """What evaluate would pass to the report for these pairs; no answers are scored or generated."""
+    """Return what evaluate would pass to the report for these pairs, with placeholders for questions and answers."""
     chosen, rejected = (score(model, tokenizer.pad_token_id, [pair[side] for pair in pairs], 4) for side in (0, 1))
     return ModelResults(chosen, chosen, rejected, [Answer("", 1, True)] * len(pairs))
 
 
 def prove_with(context: Context, model: Any) -> dict[str, float]:
-    """The step-0 proof of a trainer on `model` as the frozen policy."""
+    """Run the step-0 proof of a trainer whose frozen policy is `model`; return its figures."""
     trainer, expected = trainer_on(context, model)
     return step_zero.prove(trainer, expected, context)
 
 
 def random_pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs with prompts of one to five turns, in several scripts."""
+    """Return pairs with prompts of one to five turns, in several scripts."""
     draw = random.Random(11)
 
     def text() -> str:

@@ -1,4 +1,4 @@
-"""The stage evaluate on real files and models whose results are known in advance."""
+"""The evaluate stage, on real files and on models whose results are known in advance."""
 
 import json
 import math
@@ -67,8 +67,13 @@ def publish_run(folder: Path, *, steps: int, test_rows: int = TEST_ROWS) -> Run:
     tokenizer = load_tokenizer(prepared / "base")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(prepared / "base")
-    rows = [encode(tokenizer, question(asked), said) for asked, said in tiny.made_up_rows()]
-    worse = [encode(tokenizer, question(asked), backwards(said)) for asked, said in tiny.made_up_rows()]
+    rows = [
+        encode(tokenizer, question(question_text), answer_text) for question_text, answer_text in tiny.made_up_rows()
+    ]
+    worse = [
+        encode(tokenizer, question(question_text), reverse_words(answer_text))
+        for question_text, answer_text in tiny.made_up_rows()
+    ]
     objectives = {
         "sft": lambda model: -logprobs(model, rows).mean(),
         "dpo": lambda model: (logprobs(model, worse) - logprobs(model, rows)).mean(),
@@ -96,10 +101,18 @@ def publish_run(folder: Path, *, steps: int, test_rows: int = TEST_ROWS) -> Run:
 
 def write_test_rows(prepared: Path, count: int) -> None:
     rows = list(enumerate(tiny.made_up_rows()[:count]))
-    questions = [{"messages": [*question(asked), *answer(said)], "group": f"{i:x}"} for i, (asked, said) in rows]
+    questions = [
+        {"messages": [*question(question_text), *answer(answer_text)], "group": f"{i:x}"}
+        for i, (question_text, answer_text) in rows
+    ]
     pairs = [
-        {"prompt": question(asked), "chosen": said, "rejected": backwards(said), "group": f"{i:x}"}
-        for i, (asked, said) in rows
+        {
+            "prompt": question(question_text),
+            "chosen": answer_text,
+            "rejected": reverse_words(answer_text),
+            "group": f"{i:x}",
+        }
+        for i, (question_text, answer_text) in rows
     ]
     for name, lines in (("questions", questions), ("preferences", pairs)):
         (prepared / name / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,12 +123,12 @@ def write_test_rows(prepared: Path, count: int) -> None:
     (prepared / "data_card.json").write_text(json.dumps(card))
 
 
-def backwards(text: str) -> str:
+def reverse_words(text: str) -> str:
     return " ".join(text.split()[::-1])
 
 
 def logprobs(model: Any, rows: list[Encoded]) -> torch.Tensor:
-    """Mean log-probability of each row's answer tokens, with gradients. Rows of B, tokens T."""
+    """Return the mean log-probability of each row's answer tokens, with gradients. Axes: B rows, T tokens."""
     longest = max(len(row) for row in rows)
     ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
     counted_BT = torch.zeros(len(rows), longest)
@@ -173,7 +186,10 @@ def test_the_loss_equals_a_direct_computation(trained: Run, report: dict[str, An
     prepared = trained.store.fetch(trained.parents["prepare"], tmp_path / "prepared")
     merged = trained.store.fetch(trained.parents["merge"], tmp_path / "merged")
     tokenizer = load_tokenizer(prepared / "base")
-    rows = [encode(tokenizer, question(asked), said) for asked, said in tiny.made_up_rows()[:TEST_ROWS]]
+    rows = [
+        encode(tokenizer, question(question_text), answer_text)
+        for question_text, answer_text in tiny.made_up_rows()[:TEST_ROWS]
+    ]
     for name, folder in (("base", prepared / "base"), ("merged", merged / "model")):
         with torch.no_grad():
             per_row = logprobs(AutoModelForCausalLM.from_pretrained(folder), rows)
@@ -275,7 +291,7 @@ def test_one_test_row_gives_a_report_without_intervals(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken(trained: Run, tmp_path: Path) -> Run:
-    """The trained run, with a NaN in the merged model."""
+    """Return the trained run with a NaN in the merged model."""
     from transformers import AutoModelForCausalLM
 
     store, parents = Store((tmp_path / "store").as_uri()), trained.parents

@@ -2,7 +2,7 @@
 
 Each stage runs twice from the same parents: first with RECIPE, then with a recipe in which every field that is not in
 the stage's key has another value. Fields that the stage does not read get a value that no stage can work with.
-(tests/contract/test_keys.py tests the other direction: every field of a section is in the key or declared free.)
+tests/contract/test_keys.py tests the other direction: every field of a section is in the key, or declared outside.
 """
 
 import importlib
@@ -40,7 +40,7 @@ dpo: {max_steps: 6, learning_rate: 0.01, micro_batch_rows: 4, batch_rows: 8, lor
 evaluate: {generated_rows: 2, max_new_tokens: 4, bootstrap_resamples: 50}
 """
 
-# Free fields that a training reads, with another value than in RECIPE.
+# Fields outside the key that a training reads, with another value than in RECIPE.
 OTHER_VALUES = {
     "checkpoint_every_s": 1,
     "checkpoint_every_steps": 2,
@@ -53,10 +53,10 @@ UNUSABLE = "not a value of this field"
 NOT_CHANGED = {
     "micro_batch_rows": "changes the rounding of a sum; test_sft.py compares the adapters with a tolerance",
     "gpus": "needs several processes; tests/jobs/process/test_world.py compares the adapters with a tolerance",
-    "nodes": "the same",
+    "nodes": "needs several processes; tests/jobs/process/test_world.py compares the adapters with a tolerance",
     "source": "a source is identified by its fingerprint; data card, adapter and model card name the address of the "
     "source as the first run knew it",
-    "revision": "the same",
+    "revision": "the model card names the revision as the first run knew it",
 }
 
 # Parts of a manifest's metrics that record how the run went, not what was made.
@@ -69,9 +69,9 @@ RECORDS_OF_THE_RUN = {
     "tokens_per_s",
     "train_seconds",
 }
-# The logged training losses depend on how often they are logged. They are the curve of the first run.
+# The last logged training loss depends on the steps at which the losses are logged.
 RECORDS_OF_THE_LOG = {"train_loss"}
-# The report names the first run that made it: its name, time and store, and the recipe for making it again.
+# The report holds the name, time, store and recipe of the run that first made it.
 RECORDS_IN_THE_REPORT = {"made_at", "name", "recipe", "store"}
 
 
@@ -87,13 +87,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def manifests(recipe: Recipe, store: Store) -> dict[str, Manifest]:
-    """The artifacts of a whole run of RECIPE."""
+    """Run every stage of RECIPE; return the manifests."""
     return {stage: entry.run(stage, work_of(stage), recipe, store) for stage in SEQUENCE}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Pydantic serializer warnings"
-)  # evaluate writes the unusable values into its report
+# evaluate writes the unusable values into its report, about which pydantic warns.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("stage", SEQUENCE)
 def test_fields_outside_the_key_change_no_byte_of_the_artifact(
     stage: str, recipe: Recipe, store: Store, manifests: dict[str, Manifest], tmp_path: Path
@@ -156,7 +155,7 @@ def run(stage: str, recipe: Recipe, parents: dict[str, Manifest], store: Store, 
 
 
 def with_other_fields_changed(recipe: Recipe, stage: str) -> Recipe:
-    """The recipe with another value in every field that is not in the key of `stage`, but for NOT_CHANGED."""
+    """Return the recipe with another value in every field that is neither in the key of `stage` nor in NOT_CHANGED."""
     covered = paths_in_key(recipe, stage)
     for path, value in leaves(recipe):
         if path not in covered and path[-1] not in NOT_CHANGED:
@@ -168,7 +167,7 @@ def with_other_fields_changed(recipe: Recipe, stage: str) -> Recipe:
 
 
 def paths_in_key(recipe: Recipe, stage: str) -> set[tuple[str, ...]]:
-    """The path of every field whose value is in the key of `stage`."""
+    """Return the path of every field whose value is in the key of `stage`."""
 
     def paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         if isinstance(value, dict):
@@ -181,20 +180,20 @@ def paths_in_key(recipe: Recipe, stage: str) -> set[tuple[str, ...]]:
 
 
 def leaves(section: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and value of every field in a section and in the sections below it."""
+    """Yield path and value of every field in a section and in the sections below it."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         yield from leaves(value, (*path, name)) if isinstance(value, BaseModel) else [((*path, name), value)]
 
 
 def replaced(section: Any, path: tuple[str, ...], value: Any) -> Any:
-    """The section with another value at `path`, unchecked."""
+    """Return the section with another value at `path`, without validation."""
     name, *below = path
     return section.model_copy(update={name: replaced(getattr(section, name), tuple(below), value) if below else value})
 
 
 def without_records(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics as JSON values, without what records the run and its log."""
+    """Return the metrics as JSON values, without those that record the run and its log."""
     kept = {}
     for name, value in json.loads(json.dumps(metrics)).items():
         if name == "history":

@@ -45,7 +45,7 @@ def context(prepared: Path, tmp_path: Path) -> Context:
 
 
 def make_context(stage: str, prepared: Path, folder: Path, *overrides: str, **inputs: Path) -> Context:
-    """A context for `stage` with real folders."""
+    """Return a context for `stage` with real folders."""
     recipe = tiny.recipe(*overrides)
     store = Store(str(folder / "store"))
     manifest = tiny.publish_prepared(store, prepared, recipe)
@@ -272,7 +272,7 @@ def set_one_weight_to_nan(model: Any) -> None:
 
 
 def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
-    """The trainer as sft.work builds it, and its rows."""
+    """Return the trainer as sft.work builds it, and its rows."""
     from llamarefine_jobs.training import loop
 
     backend = backends.choose_backend()
@@ -292,7 +292,7 @@ def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
 
 
 def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets the width in tokens of each micro-batch that a trainer runs."""
+    """Return a list to which trainers add the width in tokens of each micro-batch that they run."""
     from transformers import Trainer
 
     widths: list[int] = []
@@ -313,7 +313,7 @@ def assert_longest_first(widths: list[int], micro_batches: int) -> None:
 
 
 def validation_loss(context: Context) -> float:
-    """The validation loss of the published adapter, computed with models/scoring.py."""
+    """Return the validation loss of the published adapter, computed with models/scoring.py."""
     from llamarefine_jobs.models.scoring import score
 
     base = context.inputs["prepare"] / "base"

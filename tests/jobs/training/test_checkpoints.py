@@ -16,7 +16,7 @@ from tests.store.samples import KEY, STAGE
 
 
 class Gate:
-    """The objects of a real store; uploads wait until the gate is open, and fail with `error` if it is set."""
+    """The objects of a real store whose uploads wait until the gate is open, and then raise `error` if it is set."""
 
     def __init__(self, objects: Any) -> None:
         self._objects = objects
@@ -59,12 +59,12 @@ def uploader(store: Store, notes: list[str]) -> CheckpointUploader:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Callable[[int], Checkpoint]:
+def make_checkpoint(tmp_path: Path) -> Callable[[int], Checkpoint]:
     return lambda step: Checkpoint(step, samples.make_folder(tmp_path / f"step-{step}", seed=step), samples.draft())
 
 
-def stored(store: Store, into: Path) -> int | None:
-    """The step of the newest complete checkpoint, after its bytes are compared with the original ones."""
+def newest_stored_step(store: Store, into: Path) -> int | None:
+    """Return the step of the newest complete checkpoint, after comparing its bytes with the original ones."""
     step = store.fetch_checkpoint(STAGE, KEY, into)
     if step is not None:
         assert samples.content(into) == samples.content(samples.make_folder(into.parent / "expected", seed=step))
@@ -72,7 +72,7 @@ def stored(store: Store, into: Path) -> int | None:
 
 
 def open_on_discard(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open the gate, on which the running upload waits, as soon as a folder is removed."""
+    """Open the gate, for which the running upload waits, as soon as a folder is removed."""
     rmtree = shutil.rmtree
 
     def remove(*arguments: Any, **options: Any) -> None:
@@ -83,23 +83,23 @@ def open_on_discard(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_training_continues_while_a_checkpoint_is_uploaded(
-    uploader: CheckpointUploader, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+    uploader: CheckpointUploader, gate: Gate, store: Store, make_checkpoint: Callable[[int], Checkpoint], tmp_path: Path
 ) -> None:
-    first = made(1)
+    first = make_checkpoint(1)
     uploader.upload_in_background(first)
     assert gate.reached.wait(30)
     assert store.fetch_checkpoint(STAGE, KEY, tmp_path / "too early") is None
     assert samples.content(first.folder), "the folder is removed during its upload"
     gate.open.set()
     uploader.wait()
-    assert stored(store, tmp_path / "resume") == uploader.newest_step == 1
+    assert newest_stored_step(store, tmp_path / "resume") == uploader.newest_step == 1
     assert not first.folder.exists()
 
 
 def test_a_newer_checkpoint_replaces_one_that_waits(
-    uploader: CheckpointUploader, gate: Gate, store: Store, made: Callable[[int], Checkpoint], tmp_path: Path
+    uploader: CheckpointUploader, gate: Gate, store: Store, make_checkpoint: Callable[[int], Checkpoint], tmp_path: Path
 ) -> None:
-    first, second, third = made(1), made(2), made(3)
+    first, second, third = make_checkpoint(1), make_checkpoint(2), make_checkpoint(3)
     uploader.upload_in_background(first)
     assert gate.reached.wait(30)
     uploader.upload_in_background(second)
@@ -107,7 +107,7 @@ def test_a_newer_checkpoint_replaces_one_that_waits(
     assert not second.folder.exists()
     gate.open.set()
     uploader.wait()
-    assert stored(store, tmp_path / "resume") == 3
+    assert newest_stored_step(store, tmp_path / "resume") == 3
     assert {entry.path.split("/")[3] for entry in store.entries("checkpoints/")} == {"00000003"}
 
 
@@ -116,21 +116,21 @@ def test_a_failed_upload_is_logged_and_the_next_checkpoint_is_uploaded(
     gate: Gate,
     store: Store,
     notes: list[str],
-    made: Callable[[int], Checkpoint],
+    make_checkpoint: Callable[[int], Checkpoint],
     tmp_path: Path,
 ) -> None:
     gate.open.set()
-    uploader.upload_in_background(made(1))
+    uploader.upload_in_background(make_checkpoint(1))
     uploader.wait()
-    gate.error = StoreError("the bucket is away")
-    uploader.upload_in_background(made(2))
+    gate.error = StoreError("the bucket is unreachable")
+    uploader.upload_in_background(make_checkpoint(2))
     uploader.wait()
-    assert notes == ["the checkpoint at step 2 is not in the store, training continues: the bucket is away"]
-    assert stored(store, tmp_path / "after the failure") == uploader.newest_step == 1
+    assert notes == ["the checkpoint at step 2 is not in the store, training continues: the bucket is unreachable"]
+    assert newest_stored_step(store, tmp_path / "after the failure") == uploader.newest_step == 1
     gate.error = None
-    uploader.upload_in_background(made(3))
+    uploader.upload_in_background(make_checkpoint(3))
     uploader.wait()
-    assert stored(store, tmp_path / "after the next") == 3
+    assert newest_stored_step(store, tmp_path / "after the next") == 3
 
 
 def test_the_last_checkpoint_is_in_the_store_when_upload_now_returns(
@@ -138,27 +138,27 @@ def test_the_last_checkpoint_is_in_the_store_when_upload_now_returns(
     uploader: CheckpointUploader,
     gate: Gate,
     store: Store,
-    made: Callable[[int], Checkpoint],
+    make_checkpoint: Callable[[int], Checkpoint],
     tmp_path: Path,
 ) -> None:
-    uploader.upload_in_background(made(1))
+    uploader.upload_in_background(make_checkpoint(1))
     assert gate.reached.wait(30)
-    waiting, last = made(2), made(3)
+    waiting, last = make_checkpoint(2), make_checkpoint(3)
     uploader.upload_in_background(waiting)
     open_on_discard(gate, monkeypatch)
     uploader.upload_now(last)
-    assert stored(store, tmp_path / "resume") == 3
+    assert newest_stored_step(store, tmp_path / "resume") == 3
     assert not waiting.folder.exists()
     assert not last.folder.exists()
 
 
 def test_upload_now_raises_the_error_of_a_failed_upload(
-    uploader: CheckpointUploader, gate: Gate, made: Callable[[int], Checkpoint]
+    uploader: CheckpointUploader, gate: Gate, make_checkpoint: Callable[[int], Checkpoint]
 ) -> None:
     gate.open.set()
-    gate.error = StoreError("the bucket is away")
-    with pytest.raises(StoreError, match="away"):
-        uploader.upload_now(made(1))
+    gate.error = StoreError("the bucket is unreachable")
+    with pytest.raises(StoreError, match="unreachable"):
+        uploader.upload_now(make_checkpoint(1))
     assert uploader.newest_step is None
 
 
@@ -167,25 +167,25 @@ def test_discard_waiting_removes_the_checkpoint_that_waits(
     uploader: CheckpointUploader,
     gate: Gate,
     store: Store,
-    made: Callable[[int], Checkpoint],
+    make_checkpoint: Callable[[int], Checkpoint],
     tmp_path: Path,
 ) -> None:
-    uploader.upload_in_background(made(1))
+    uploader.upload_in_background(make_checkpoint(1))
     assert gate.reached.wait(30)
-    waiting = made(2)
+    waiting = make_checkpoint(2)
     uploader.upload_in_background(waiting)
     open_on_discard(gate, monkeypatch)
     uploader.discard_waiting()
     assert not waiting.folder.exists()
-    assert stored(store, tmp_path / "resume") == 1
+    assert newest_stored_step(store, tmp_path / "resume") == 1
 
 
 def test_an_unexpected_error_in_the_thread_is_raised_by_wait(
-    uploader: CheckpointUploader, gate: Gate, made: Callable[[int], Checkpoint]
+    uploader: CheckpointUploader, gate: Gate, make_checkpoint: Callable[[int], Checkpoint]
 ) -> None:
     gate.open.set()
     gate.error = ZeroDivisionError("a mistake")
-    uploader.upload_in_background(made(1))
+    uploader.upload_in_background(make_checkpoint(1))
     with pytest.raises(ZeroDivisionError):
         uploader.wait()
     gate.error = None

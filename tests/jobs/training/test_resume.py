@@ -21,7 +21,7 @@ CHECKPOINT_EVERY_STEPS = 3
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe.yaml and a store in which prepare, sft and dpo ran without interruption."""
+    """Return a folder with recipe.yaml and a store in which sft and dpo ran without interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "recipe.yaml").write_text(tiny.RECIPE)
     prepared = tiny.write_prepared(folder / "prepared")
@@ -33,7 +33,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_up_to(uninterrupted: Path, folder: Path, stage: str, copy: Callable[..., object] = shutil.copy2) -> Path:
-    """A separate store with the artifacts that `stage` reads; files are copied by `copy`."""
+    """Make a separate store with the artifacts that `stage` reads, and return it; `copy` copies each file."""
     shutil.copytree(uninterrupted / "store", folder / "store", copy_function=copy)
     for later in ("sft", "dpo")[("sft", "dpo").index(stage) :]:
         shutil.rmtree(folder / "store" / "artifacts" / later)
@@ -53,7 +53,7 @@ def test_a_training_that_is_killed_at_random_steps_ends_with_the_same_adapter(
         process = processes.start(stage, uninterrupted / "recipe.yaml", str(store), "--set", every)
 
         def is_due(line: str, at: int = kill_at, before: int = resumed_at) -> bool:
-            """The training is past the step, and a newer checkpoint is complete (the upload runs in the background)."""
+            """Return whether the training is past step `at` and has uploaded a checkpoint newer than step `before`."""
             return (processes.step(line) or 0) >= at and newest_checkpoint(store, stage) > before
 
         lines = processes.signal_when(process, signal.SIGKILL, is_due)
@@ -149,7 +149,7 @@ def test_sigterm_during_validation_saves_a_checkpoint_and_the_next_attempt_valid
 
 
 def history(store: Path, stage: str) -> list[dict[str, float]]:
-    """The training curve that the report draws."""
+    """Return the training curve that the report draws."""
     (manifest,) = (store / "artifacts" / stage).rglob("manifest.json")
     found: list[dict[str, float]] = json.loads(manifest.read_text())["metrics"]["history"]
     return found
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_with_correct_digests_ends_with_a_one_line_error(
     process.communicate(timeout=300)
     assert process.returncode == 30
 
-    damages: dict[str, Callable[[Path], object]] = {  # cumulative: the second is found before the first
+    damages: dict[str, Callable[[Path], object]] = {  # the second is added to the first, and is detected before it
         "a training cannot resume from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
         "its best.json names nan as a loss": lambda it: (it / "best/best.json").write_text('{"loss": NaN, "step": 4}'),
     }
@@ -291,7 +291,7 @@ def test_a_full_disk_ends_the_training_with_a_one_line_error_and_publishes_nothi
 
 
 def assert_resumed(lines: list[str], stage: str, step: int) -> None:
-    """The training continued after `step`, and made no step twice."""
+    """Assert that the training continued after `step`, and made no step twice."""
     resumed = [line for line in lines if "resumes from the checkpoint" in line]
     assert resumed == ([f"{stage}: resumes from the checkpoint at step {step}"] if step else [])
     steps = [found for line in lines if (found := processes.step(line)) is not None]
