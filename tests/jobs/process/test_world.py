@@ -33,6 +33,8 @@ from llamarefine_jobs.contract.errors import (
 from llamarefine_jobs.contract.retry import GIVE_UP_VARIABLE
 from llamarefine_jobs.process.sigterm import SHARED_FOLDER
 from llamarefine_jobs.process.world import World
+from llamarefine_jobs.recipe_file import parse_recipe, to_yaml
+from llamarefine_jobs.sources.pinning import pin
 from tests.jobs import processes, tiny
 
 STAGES = ("sft", "dpo")
@@ -85,6 +87,21 @@ def test_two_processes_train_the_same_adapter_as_one(
     assert [step for line in lines if (step := processes.step(line)) is not None] == list(range(17))
     assert len([line for line in lines if "published" in line]) == 1
     assert f"{stage}: trains in 2 processes, 2 on each node" in lines
+
+
+def test_two_processes_train_although_a_source_was_removed_after_prepare(tmp_path: Path) -> None:
+    from llamarefine_jobs.store import Store
+
+    source = tmp_path / "questions.csv"
+    source.write_text("question,answer\nWhat is a source?,A file.\n")
+    text = tiny.RECIPE.replace("questions: {source: python-docstrings}", f"questions: {{source: {source}}}")
+    recipe = pin(parse_recipe(text, "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    tiny.publish_prepared(Store(str(tmp_path / "store")), tiny.write_prepared(tmp_path / "prepared"), recipe)
+    source.unlink()
+    options = options_for("sft", IN_TWO, "{0}.max_steps=2")
+    exit_code, lines = processes.run("sft", tmp_path / "recipe.yaml", str(tmp_path / "store"), *options)
+    assert exit_code == 0, "\n".join(lines)
 
 
 def options_for(stage: str, overrides: tuple[str, ...], *more: str) -> list[str]:
