@@ -8,7 +8,7 @@ import pytest
 from llamarefine_jobs.report import page
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import results
-from tests.jobs.report.test_comparison import a_report, an_example
+from tests.jobs.report.test_comparison import make_report, example_with
 
 from .browser import ATTACKS, CHROMIUM, visit
 
@@ -29,10 +29,10 @@ def poisoned() -> str:
         "finished_at": "2026-11-24T02:00:00+00:00",
     }
     return page.html(
-        a_report(
+        make_report(
             name=text,
             caveats=list(ATTACKS),
-            examples=[an_example(attack) for attack in ATTACKS],
+            examples=[example_with(attack) for attack in ATTACKS],
             data={"rows_read": 3, text: text, "outcomes": {text: 1, "kept": text}},
             proofs={"dpo": {text: text}, "merge": {}},
             stages=[stage],
