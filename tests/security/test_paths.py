@@ -38,7 +38,7 @@ def test_an_unsafe_path_is_refused(path: str) -> None:
 def test_two_files_of_a_manifest_never_share_a_path(paths: tuple[str, str]) -> None:
     """Also on a file system that ignores case and Unicode normalization."""
     files = tuple(File(path=path, size_bytes=0, sha256="0" * 64) for path in paths)
-    with pytest.raises(ValueError, match="a file is listed twice|a path is listed as a file and as a folder"):
+    with pytest.raises(ValueError, match=r"a file is listed twice|a path is listed as a file and as a folder"):
         Manifest.model_validate(samples.draft().model_dump() | {"files": [file.model_dump() for file in files]})
 
 

@@ -8,7 +8,7 @@ import pytest
 from llamarefine_jobs.report import page
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.runs import results
-from tests.jobs.report.test_comparison import make_report, example_with
+from tests.jobs.report.test_comparison import example_with, make_report
 
 from .browser import ATTACKS, CHROMIUM, visit
 
