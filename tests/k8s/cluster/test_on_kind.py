@@ -223,7 +223,7 @@ def test_after_correcting_the_settings_only_the_failed_stage_runs_again(on: OnCl
     assert "error: sft could not start within 30 s: Unschedulable: 0/1 nodes are available" in output
     code, output = on.run("submit", str(recipe_file))
     assert code == 0, output
-    assert "prepare: was in the store already" in output
+    assert "prepare: already in the store" in output
     assert "sft: done" in output
 
 
