@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_are_never_saved_in_a_checkpoint(
 ) -> None:
     after_step_5(set_one_weight_to_nan, monkeypatch)
     context = make_context("sft", prepared, tmp_path, "sft.checkpoint_every_steps=1")
-    with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is that of step 4, file:"):
+    with pytest.raises(DivergedError, match=r"no finite weights at step 5 of 16; .* is at step 4, file:"):
         sft.work(context)
     assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
 
