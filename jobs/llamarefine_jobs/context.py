@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.artifact import Manifest, Parent
+from llamarefine_jobs.contract.environment import GIT_COMMIT, IMAGE_DIGEST
 from llamarefine_jobs.contract.errors import PreemptedError
 from llamarefine_jobs.contract.progress import Progress
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
@@ -104,8 +105,8 @@ class Context:
             seed=self.recipe.seed,
             prompt_template_sha256=TEMPLATE_SHA256,
             package_version=__version__,
-            git_commit=os.environ.get("LLAMAREFINE_GIT_COMMIT"),
-            image_digest=os.environ.get("LLAMAREFINE_IMAGE_DIGEST"),
+            git_commit=os.environ.get(GIT_COMMIT),
+            image_digest=os.environ.get(IMAGE_DIGEST),
             libraries=_versions(),
             backend=self.backend,
             accelerator=self.accelerator,

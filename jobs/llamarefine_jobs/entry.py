@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import Manifest, artifact_key, short
+from llamarefine_jobs.contract.environment import WORK_FOLDER
 from llamarefine_jobs.contract.errors import (
     DataError,
     DiskFullError,
@@ -97,9 +98,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     recipe = with_remembered_micro_batch(stage_name, recipe, store, key)
     with (
         halving_micro_batches(stage_name, recipe),
-        tempfile.TemporaryDirectory(
-            prefix=f"llamarefine-{stage_name}-", dir=os.environ.get("LLAMAREFINE_WORK")
-        ) as folder,
+        tempfile.TemporaryDirectory(prefix=f"llamarefine-{stage_name}-", dir=os.environ.get(WORK_FOLDER)) as folder,
     ):
         stop.cleanup_folder = work_folder = Path(folder)
         output = work_folder / "output"

@@ -20,6 +20,7 @@ from typing import Any
 
 from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import short
+from llamarefine_jobs.contract.environment import WORK_FOLDER
 from llamarefine_jobs.contract.errors import DataError, RecipeError, from_os_error
 from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.contract.recipe import Recipe, Rows
@@ -107,7 +108,7 @@ def load_respondent(name: str, recipe: Recipe, store: Store) -> Iterator[Respond
     # Backend: chosen before anything imports trl, transformers or peft.
     backend = backends.choose_backend()
     _log(backends.describe_backend(backend))
-    with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get("LLAMAREFINE_WORK")) as folder:
+    with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get(WORK_FOLDER)) as folder:
         sigterm.STOP.cleanup_folder = Path(folder)
         inputs = entry.fetch_inputs(_STAGE, parents, store, Path(folder))
         _log(f"{name}, from " + ", ".join(f"{stage} {short(parent.key)}" for stage, parent in parents.items()))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.environment import SHARED_FOLDER
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.entry import exit_code, find_parents, open_store, seeded_threads
@@ -44,7 +45,7 @@ def work(stage_name: str, recipe: Recipe, store: Store) -> None:
     stop = sigterm.install_handler()
     world = join()
     parents = find_parents(stage_name, recipe, store)
-    shared = Path(os.environ[sigterm.SHARED_FOLDER])
+    shared = Path(os.environ[SHARED_FOLDER])
     own_folder = shared / f"process-{world.rank}"
     own_folder.mkdir()
     context = Context(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from llamarefine_jobs.contract import retry
+from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.errors import RecipeError, StoreError
-from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE, RetryPolicy, give_up_after_s
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, RetryPolicy, give_up_after_s
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """Documents are true to the code: what is written twice is the same in both places, and what they name exists."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -73,6 +74,18 @@ def test_every_package_has_its_folder_of_tests() -> None:
     assert len(packages) > 10
     folders = [elsewhere.get(name, f"tests/{side}/{name}") for side, name in packages]
     assert [folder for folder in folders if not list((ROOT / folder).glob("test_*.py"))] == []
+
+
+def test_the_name_of_an_environment_variable_is_written_once() -> None:
+    """A name that is written twice can be misspelt once, and the variable is then read by nobody."""
+    places: dict[str, list[str]] = {}
+    for path in tracked():
+        if path.endswith(".py") and path.startswith(("jobs/", "k8s/")):
+            for node in ast.walk(ast.parse(text_of(path))):
+                if isinstance(node, ast.Constant) and re.fullmatch(r"LLAMAREFINE_[A-Z_]+", str(node.value)):
+                    places.setdefault(node.value, []).append(path)
+    assert len(places) > 8
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 @pytest.mark.parametrize("name", documents())

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE
 from llamarefine_jobs.contract.errors import RecipeError, StoreError
 
 GIVE_UP_AFTER_S = 600.0  # default of a run: longer than an API server's upgrade or a bucket's restart
-GIVE_UP_VARIABLE = "LLAMAREFINE_GIVE_UP_AFTER_S"
 _INTERACTIVE_LIMIT_S = 10.0  # default of a command that a person waits for
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _ANNOUNCE_AFTER_S = 2.0  # a single dropped connection is not worth a log line

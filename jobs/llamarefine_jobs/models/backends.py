@@ -17,6 +17,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from llamarefine_jobs.contract.environment import WORK_FOLDER
 from llamarefine_jobs.contract.errors import DataError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Lora
 from llamarefine_jobs.models.encoding import as_one_line
@@ -231,7 +232,7 @@ def prepare_unsloth_environment(environment: MutableMapping[str, str]) -> None:
     """
     environment.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # its request to the Hub blocks for up to two minutes
     if "UNSLOTH_COMPILE_LOCATION" not in environment:
-        folder = tempfile.mkdtemp(prefix="llamarefine-unsloth-", dir=environment.get("LLAMAREFINE_WORK"))
+        folder = tempfile.mkdtemp(prefix="llamarefine-unsloth-", dir=environment.get(WORK_FOLDER))
         environment["UNSLOTH_COMPILE_LOCATION"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.contract.artifact import Manifest
+from llamarefine_jobs.contract.environment import RENDEZVOUS_PORT, SHARED_FOLDER, STOP_AT_EOF, TERMINATION_MESSAGE
 from llamarefine_jobs.contract.errors import (
     LlamaRefineError,
     PeerLostError,
@@ -29,14 +30,12 @@ from llamarefine_jobs.contract.errors import (
     by_exit_code,
 )
 from llamarefine_jobs.contract.recipe import Recipe, Training
-from llamarefine_jobs.process.sigterm import SHARED_FOLDER
 from llamarefine_jobs.process.world import MEET_TIMEOUT_S
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
 
 OUTCOME = "outcome.json"
 _WORKER_MODULE = "llamarefine_jobs.worker"
-_DEFAULT_PORT = 29500  # torchrun's default, too
 _POLL_S = 0.2
 _SAME_CAUSE_S = 5.0  # failures of workers within this time have one cause
 
@@ -74,7 +73,7 @@ def find_node(stage: str, section: Training) -> Node:
             f"the environment of each node, found {address or 'none'} and {rank or 'none'}; on one machine set "
             f"{stage}.nodes to 1"
         )
-    return Node(int(rank), section.nodes, section.gpus, address, int(os.environ.get("MASTER_PORT", _DEFAULT_PORT)))
+    return Node(int(rank), section.nodes, section.gpus, address, int(os.environ.get("MASTER_PORT", RENDEZVOUS_PORT)))
 
 
 def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
@@ -197,8 +196,8 @@ class Agent:
             # Each attempt to connect to a node that is not up yet would print a warning.
             "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             SHARED_FOLDER: str(self._shared),
-            "LLAMAREFINE_TERMINATION_MESSAGE": str(self._termination_message(local_rank)),
-            "LLAMAREFINE_STOP_AT_EOF": "0",  # only the agent watches its input
+            TERMINATION_MESSAGE: str(self._termination_message(local_rank)),
+            STOP_AT_EOF: "0",  # only the agent watches its input
         }
 
     def _follow(self, processes: Any, stop: Any) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from llamarefine_jobs.contract.environment import OOM_VARIABLE
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Dpo, Recipe, Sft
 from llamarefine_jobs.contract.stages import STAGES
@@ -21,7 +22,6 @@ _GPU = re.compile(
 )
 _CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory")
 OOM_METRIC = "ran_out_of_memory_at_micro_batch_rows"  # the micro_batch_rows that were too large, in manifests' metrics
-OOM_VARIABLE = "LLAMAREFINE_RAN_OUT_AT_ROWS"  # the same as a JSON list, set by the process that restarts a stage
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,9 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from llamarefine_jobs.contract.environment import SHARED_FOLDER, STOP_AT_EOF, TERMINATION_MESSAGE
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError
-
-SHARED_FOLDER = "LLAMAREFINE_GROUP"  # variable in which an agent gives its worker processes their shared folder
 
 
 def is_worker(environment: Mapping[str, str]) -> bool:
@@ -117,14 +116,14 @@ def stop_when_launcher_dies() -> None:
                 pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if os.environ.get("LLAMAREFINE_STOP_AT_EOF") == "1":
+    if os.environ.get(STOP_AT_EOF) == "1":
         threading.Thread(target=wait_for_end_of_input, daemon=True).start()
 
 
 def write_termination_message(stage: str, error: LlamaRefineError) -> None:
     """Write how a stage ended to its termination message file, which Kubernetes or the local executor reads."""
     message = {"stage": stage, "reason": error.reason, "exit_code": error.exit_code, "message": str(error)[:800]}
-    target = Path(os.environ.get("LLAMAREFINE_TERMINATION_MESSAGE", "/dev/termination-log"))
+    target = Path(os.environ.get(TERMINATION_MESSAGE, "/dev/termination-log"))
     with contextlib.suppress(OSError):
         if target.exists():  # the reader creates it; Kubernetes reads 4,096 bytes
             target.write_text(json.dumps(message, ensure_ascii=False), encoding="utf-8")

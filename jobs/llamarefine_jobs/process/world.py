@@ -14,9 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llamarefine_jobs.contract.environment import SHARED_FOLDER
 from llamarefine_jobs.contract.errors import PeerLostError, PreemptedError, first_line
 from llamarefine_jobs.contract.retry import give_up_after_s
-from llamarefine_jobs.process.sigterm import SHARED_FOLDER
 
 MEET_TIMEOUT_S = 1800  # other nodes may still pull their image; the launcher's start watchdog ends the wait earlier
 _CHECKPOINT_UPLOAD_S = 300

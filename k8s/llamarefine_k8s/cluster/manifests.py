@@ -20,14 +20,15 @@ from typing import Any
 import yaml
 
 from llamarefine_jobs.contract.artifact import short
+from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE, OOM_VARIABLE, RENDEZVOUS_PORT, WORK_FOLDER
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
 from llamarefine_jobs.contract.recipe import Recipe, Training
-from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S
 from llamarefine_jobs.contract.version import __version__
-from llamarefine_jobs.process.out_of_memory import OOM_VARIABLE
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.cluster import KubeObject
 from llamarefine_k8s.runs.pipeline import InterruptedRunError, Task
+from llamarefine_k8s.runs.records import DRIVER_JOB, DRIVER_UID
 from llamarefine_k8s.runs.signing import SIGNING_KEY
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
 
@@ -40,7 +41,6 @@ SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamaref
 CONTAINER = "stage"
 _CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
 _DRIVER_RETRIES = 3
-_RENDEZVOUS_PORT = 29500  # as in agent.py: where the worker processes of a training meet
 
 
 def stage_job(task: Task, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
@@ -89,7 +89,7 @@ def stage_service(task: Task, owner: KubeObject | None = None) -> KubeObject | N
             "clusterIP": "None",
             "publishNotReadyAddresses": True,  # the pods meet before they are ready
             "selector": {JOB_NAME: stage_job_name(task.run, task.stage)},
-            "ports": [{"name": "meeting", "port": _RENDEZVOUS_PORT}],
+            "ports": [{"name": "meeting", "port": RENDEZVOUS_PORT}],
         },
     }
 
@@ -129,8 +129,8 @@ def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) ->
         "env": [
             *_environment(settings),
             # The driver is the Job, not the pod: a replacement pod continues the run and owns its objects.
-            _from_label("LLAMAREFINE_DRIVER_JOB", JOB_NAME),
-            _from_label("LLAMAREFINE_DRIVER_UID", "batch.kubernetes.io/controller-uid"),
+            _from_label(DRIVER_JOB, JOB_NAME),
+            _from_label(DRIVER_UID, "batch.kubernetes.io/controller-uid"),
             *_signing_key(settings),
         ],
         "resources": _resources(settings, DRIVER),
@@ -325,7 +325,7 @@ def _environment(settings: Settings) -> list[KubeObject]:
         plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
     if settings.give_up_after_s != GIVE_UP_AFTER_S:
         plain[GIVE_UP_VARIABLE] = str(settings.give_up_after_s)
-    plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, "LLAMAREFINE_WORK": _SCRATCH, "PYTHONUNBUFFERED": "1"}
+    plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, WORK_FOLDER: _SCRATCH, "PYTHONUNBUFFERED": "1"}
     secret = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

@@ -22,10 +22,9 @@ from llamarefine_k8s.cluster.manifests import (
 )
 from llamarefine_k8s.cluster.reasons import condition
 from llamarefine_k8s.runs.pipeline import Task
-from llamarefine_k8s.runs.records import DRIVER_JOB
+from llamarefine_k8s.runs.records import DRIVER_JOB, DRIVER_UID
 from llamarefine_k8s.settings import Settings
 
-DRIVER_UID = "LLAMAREFINE_DRIVER_UID"
 _POLL_S = 0.2
 _GONE_S = 60.0
 

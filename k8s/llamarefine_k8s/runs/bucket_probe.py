@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from llamarefine_jobs.contract.environment import WORK_FOLDER
 from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.store.objects import Objects
 from llamarefine_jobs.store.uri import open_objects
@@ -98,4 +99,4 @@ def _check_free_space(root: Path) -> Check:
 
 def _work_folder() -> str:
     """Return the folder in which stages keep their working files on this machine."""
-    return os.environ.get("LLAMAREFINE_WORK") or tempfile.gettempdir()
+    return os.environ.get(WORK_FOLDER) or tempfile.gettempdir()

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE, STOP_AT_EOF, TERMINATION_MESSAGE
 from llamarefine_jobs.contract.errors import LlamaRefineError, PreemptedError, by_exit_code
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S, GIVE_UP_VARIABLE
+from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_jobs.store import Store
@@ -86,12 +87,12 @@ class LocalExecutor:
                 stdin=subprocess.PIPE,
                 stdout=into,
                 stderr=subprocess.STDOUT,
-                env=stage_environment(
-                    task.recipe,
-                    LLAMAREFINE_STOP_AT_EOF="1",
-                    LLAMAREFINE_TERMINATION_MESSAGE=str(message_file),
-                    **{GIVE_UP_VARIABLE: str(self._give_up_after_s)},
-                ),
+                env=stage_environment(task.recipe)
+                | {
+                    STOP_AT_EOF: "1",
+                    TERMINATION_MESSAGE: str(message_file),
+                    GIVE_UP_VARIABLE: str(self._give_up_after_s),
+                },
                 start_new_session=True,
             )
         last_line = ""
@@ -180,9 +181,9 @@ def missing_libraries() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def stage_environment(recipe: Recipe, **more: str) -> dict[str, str]:
-    """Return the environment of a stage on this machine: a changed copy of this process's, with `more` added."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | more
+def stage_environment(recipe: Recipe) -> dict[str, str]:
+    """Return the environment of a stage on this machine: a changed copy of this process's."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     # A stage imports thousands of modules: 5 s if they are compiled, 14 s if each process compiles them again.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment.pop(SIGNING_KEY, None)  # only the driver signs

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE, SHARED_FOLDER
 from llamarefine_jobs.contract.errors import (
     DataError,
     Disposition,
@@ -30,8 +31,6 @@ from llamarefine_jobs.contract.errors import (
     RecipeError,
     by_exit_code,
 )
-from llamarefine_jobs.contract.retry import GIVE_UP_VARIABLE
-from llamarefine_jobs.process.sigterm import SHARED_FOLDER
 from llamarefine_jobs.process.world import World
 from llamarefine_jobs.recipe_file import parse_recipe, to_yaml
 from llamarefine_jobs.sources.pinning import pin
