@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import load_recipe, parse_recipe
 
 from . import generated
@@ -76,8 +77,24 @@ def test_every_package_has_its_folder_of_tests() -> None:
     assert [folder for folder in folders if not list((ROOT / folder).glob("test_*.py"))] == []
 
 
+def test_the_stage_table_in_the_jobs_readme_equals_the_one_in_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .*? \|$", text_of("jobs/README.md"), re.MULTILINE)
+    described = {
+        name: (set(re.findall(r"`(\S+?)`", reads)), set(re.findall(r"`(\S+?)`", writes)))
+        for name, reads, writes in rows
+    }
+    expected = {
+        name: (
+            {part for parent, parts in stage.reads.items() if parent not in stage.key_only for part in parts},
+            set(stage.writes),
+        )
+        for name, stage in STAGES.items()
+    }
+    assert {name: described.get(name) for name in expected} == expected
+
+
 def test_the_name_of_an_environment_variable_is_written_once() -> None:
-    """A name that is written twice can be misspelt once, and the variable is then read by nobody."""
+    """A name that is written twice can be misspelt once, and then nothing reads the variable."""
     places: dict[str, list[str]] = {}
     for path in tracked():
         if path.endswith(".py") and path.startswith(("jobs/", "k8s/")):
