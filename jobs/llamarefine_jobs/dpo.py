@@ -7,6 +7,7 @@ merged into the base in fp32 and a fresh adapter is added; with that adapter dis
 reference. training/step_zero.py proves this before the first step; if the proof fails, nothing is trained.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,15 +21,14 @@ from llamarefine_jobs.contract.recipe import Dpo
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded, encode_pairs, load_tokenizer, read_rows
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
-from llamarefine_jobs.models.scoring import score
+from llamarefine_jobs.models.scoring import OnBatch, score
 from llamarefine_jobs.report.intervals import Bootstrap, Floats, Interval
 from llamarefine_jobs.report.preference import likelihood_margins, preference
 
 # Not `evaluate.confidence` and `evaluate.bootstrap_resamples`: they may change without a new training.
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
-_COMPARED_ROWS = (
-    128  # least number of the trainer's rows that are compared with ours, token by token, if there are more
-)
+# At least so many of the trainer's rows, or all if there are fewer, are compared with ours token by token.
+_COMPARED_ROWS = 128
 
 
 def work(context: Context) -> None:
@@ -168,10 +168,21 @@ class PairValidation:
         }
 
     def _margins(self, model: Any) -> Floats:
-        answers = [answer for pair in self._pairs for answer in pair]
         batch_rows = self._context.recipe.dpo.micro_batch_rows
-        scores = score(model, self._pad_id, answers, batch_rows, lambda done, of: self._context.check_stop())
-        return likelihood_margins(scores[0::2], scores[1::2])
+        return pair_margins(model, self._pad_id, self._pairs, batch_rows, lambda done, of: self._context.check_stop())
+
+
+def pair_margins(
+    model: Any,
+    pad_id: int,
+    pairs: Sequence[tuple[Encoded, Encoded]],
+    batch_rows: int,
+    on_batch: OnBatch | None = None,
+) -> Floats:
+    """Return the likelihood margin that `model` gives to each pair of (chosen, rejected) answers, in nats."""
+    answers = [answer for pair in pairs for answer in pair]
+    scores = score(model, pad_id, answers, batch_rows, on_batch)
+    return likelihood_margins(scores[0::2], scores[1::2])
 
 
 def measure_published(model: Any, tokenizer: Any, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
@@ -185,15 +196,10 @@ def measure_published(model: Any, tokenizer: Any, rows: list[dict[str, Any]], co
 
     section = context.recipe.dpo
     set_peft_model_state_dict(model, load_file(context.output / "adapter" / ADAPTER_WEIGHTS))
-    answers = [encoded for pair in encode_pairs(tokenizer, rows) for encoded in pair]
-
-    def margins() -> Floats:
-        scores = score(model, tokenizer.pad_token_id, answers, section.micro_batch_rows)
-        return likelihood_margins(scores[0::2], scores[1::2])
-
-    policy_margins = margins()
+    pad_id, pairs = tokenizer.pad_token_id, encode_pairs(tokenizer, rows)
+    policy_margins = pair_margins(model, pad_id, pairs, section.micro_batch_rows)
     with model.disable_adapter():
-        reference_margins = margins()
+        reference_margins = pair_margins(model, pad_id, pairs, section.micro_batch_rows)
     found = preference(policy_margins, reference_margins, section.beta)
     bootstrap = Bootstrap([row["group"] for row in rows], resamples=_RESAMPLES, seed=context.recipe.seed)
     each_pair = np.ones(len(rows))
