@@ -69,7 +69,7 @@ def main(stage_name: str, work: Work) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a value of the recipe; repeatable",
+        help="override a key of the recipe; can be repeated",
     )
     options = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries; tqdm reads this when it is imported

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--answers", type=Path, metavar="OUT.jsonl", help="write the answers to this file")
     parser.add_argument(
-        "--interactive", action="store_true", help="then read questions from standard input until Ctrl-D"
+        "--interactive", action="store_true", help="after that, read questions from standard input until Ctrl-D"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe; can be repeated"

@@ -240,7 +240,7 @@ class Merge(Section):
 
 
 class Gate(Section):
-    """A bound on a metric. If the evaluation is outside, the run ends with an error and the report is kept."""
+    """A bound on a metric. If the metric is outside it, the run ends with an error; the report is kept."""
 
     metric: Literal["loss", "perplexity", "preference_accuracy", "preference_margin", "token_f1", "chrf", "stop_rate"]
     model: Literal["base", "sft", "merged"] = "merged"

@@ -1,4 +1,4 @@
-"""The losses that a training logs: progress lines, and the decision that the training diverged."""
+"""Progress lines of a training, and the check whether its loss diverged."""
 
 import time
 from typing import Any

@@ -93,7 +93,7 @@ def has_started(pod: KubeObject) -> bool:
 
 
 def condition(job: KubeObject, *types: str) -> KubeObject | None:
-    """Return a Job's first condition of one of `types` whose status is True; None if there is none."""
+    """Return the first condition of a Job whose type is in `types` and whose status is True; None if there is none."""
     for each in job["status"].get("conditions") or ():
         if each["type"] in types and each["status"] == "True":
             found: KubeObject = each

@@ -1,4 +1,4 @@
-"""Commands that look after a store and an installation: verify, gc, version."""
+"""Commands that check or clean a store, or describe the installation: verify, gc, version."""
 
 import sys
 from dataclasses import asdict
