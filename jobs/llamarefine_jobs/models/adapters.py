@@ -85,22 +85,11 @@ def merge_in_memory(base: Path, adapter: Path, into: Path, *, bf16: bool) -> Pat
     return into
 
 
-def cast_trainable_to_fp32(model: Any) -> None:
-    """Cast the trainable parameters of `model` to fp32.
-
-    On a 4-bit base, TRL's trainer rounds adapters to bf16 when it is built. DPO's updates are then lost: next to a
-    weight of 0.01 the next bf16 number is 6e-5 away, which is ten times DPO's learning rate.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def adapter_state(model: Any) -> dict[str, Any]:
     """Return the adapter's tensors on the CPU, under the names that PEFT gives them in a file."""
     from peft import get_peft_model_state_dict
 
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
 def save_adapter(config: Any, state: dict[str, Any], folder: Path, base_name: str | None) -> None:

@@ -78,15 +78,19 @@ class World:
         """Block until all processes have called this."""
         self.any(False)
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, ordered by rank, in rank 0; an empty list elsewhere."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
+    def copy_from_first(self, weights: Any) -> None:
+        """Replace a tensor on the device of this process by the first process's."""
+        if self.size > 1:
+            import torch.distributed as dist
 
-        found: list[Any] | None = [None] * self.size if self.is_first else None
-        dist.gather_object(value, found, dst=0)
-        return found or []
+            dist.broadcast(weights, src=0)
+
+    def sum_gradient(self, gradient: Any) -> None:
+        """Replace a gradient on the device of this process by its sum over all processes."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(gradient)
 
     def agree_on_checkpoint(self, step: int | None) -> int | None:
         """Return the checkpoint step that the first process of each node fetched; `step` of other processes is ignored.

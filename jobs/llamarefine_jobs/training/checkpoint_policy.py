@@ -53,22 +53,17 @@ class CheckpointPolicy:
         return step - 1 == self._saved_step
 
     def complete(self, step: int, folder: Path, best: BestAdapter, *, preempted: bool) -> None:
-        """Complete the checkpoint that the trainer wrote into `folder`. Every process must call this."""
-        world = self._context.world
-        # Each process wrote the state of its random numbers into its own folder, maybe on another machine.
-        for states in world.gather({file.name: file.read_bytes() for file in folder.glob("rng_state*")}):
-            for name, state_of_one in states.items():
-                (folder / name).write_bytes(state_of_one)
-        if world.is_first:
+        """Add the best adapter to the checkpoint in `folder`, and upload it when it is good. Every process must call this.
+
+        Only the first process has written the folder.
+        """
+        if self._context.world.is_first:
             best.copy_to_checkpoint(folder)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and not needed to continue
             checkpoint = Checkpoint(step, folder, self._context.draft())
             if preempted:
                 self._upload_on_sigterm(checkpoint)
             else:
                 self._replace_unconfirmed(checkpoint)
-        else:
-            shutil.rmtree(folder)
         self._saved_s, self._saved_step = time.monotonic(), step
 
     def confirm(self, step: int) -> None:

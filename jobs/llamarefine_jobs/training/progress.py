@@ -1,9 +1,8 @@
 """Progress lines of a training, and the check whether its loss diverged."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from transformers import TrainerState
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.recipe import Dpo, Sft
@@ -23,14 +22,14 @@ class TrainingProgress:
         self.last_loss: float | None = None
         self.first_step = 0  # the step of the checkpoint that this process continues from
 
-    def begin(self, state: TrainerState) -> None:
+    def begin(self, step: int, steps: int, history: Sequence[Mapping[str, float]]) -> None:
         """Print the first progress line, and read the losses that earlier attempts logged."""
-        self.first_step = state.global_step
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.first_step = step
+        losses = [entry["loss"] for entry in history if "loss" in entry]
         if losses:
             self._first_loss, self.last_loss = float(losses[0]), float(losses[-1])
         self._began_s = time.monotonic()
-        self._context.progress(state.global_step, state.max_steps)
+        self._context.progress(step, steps)
 
     def is_diverged(self, loss: float) -> bool:
         """Return whether `loss` is NaN or far above the first loss, so the training diverged.
@@ -40,16 +39,17 @@ class TrainingProgress:
         self._first_loss = loss if self._first_loss is None else self._first_loss
         return not loss < self._first_loss + _DIVERGED  # also true for NaN
 
-    def report(self, loss: float, state: TrainerState) -> None:
-        """Print a progress line with the loss of the step."""
+    def report(self, loss: float, step: int, steps: int) -> None:
+        """Print a progress line with the mean loss of the steps since the last one."""
+        self.last_loss = loss
         seconds = time.monotonic() - self._began_s
-        steps = max(1, state.global_step - self.first_step)
+        done = max(1, step - self.first_step)
         figures: dict[str, Any] = {
             "loss": loss,
-            "tokens_per_s": self.tokens_per_s(steps, seconds),
-            "eta_s": round((state.max_steps - state.global_step) * seconds / steps, 1),
+            "tokens_per_s": self.tokens_per_s(done, seconds),
+            "eta_s": round((steps - step) * seconds / done, 1),
         }
-        self._context.progress(state.global_step, state.max_steps, **figures)
+        self._context.progress(step, steps, **figures)
 
     def tokens_per_s(self, steps: int, seconds: float) -> float:
         """Return the tokens per second of a training that makes `steps` steps in `seconds`."""

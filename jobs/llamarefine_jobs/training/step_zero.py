@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded
+from llamarefine_jobs.models.forward import forward_for
 from llamarefine_jobs.models.scoring import score
+from llamarefine_jobs.training.objectives import row_sums
 
 LN_2 = math.log(2)
 _COMPARED_PAIRS = 16
@@ -23,53 +24,60 @@ _LOSS_TOLERANCE = 1e-6
 _NOTHING_LEARNED = 1e-5  # nats per token
 # Nats per token by which two ways of computing the same policy may differ: the merged weights are rounded.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "nf4": 3e-1}
+# The first step packs and computes its rows otherwise than the reference was computed, so its loss differs by rounding.
+_STEP_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "nf4": 2e-2}
 
 
 @dataclass(frozen=True)
-class ReferenceScores:
-    """The mean log-probability per token of each answer of the first pairs, from a model that is not the policy."""
+class ExpectedScores:
+    """The mean log-probability per token of each answer of the first pairs, from models that are not the policy."""
 
-    pairs: Sequence[tuple[Encoded, Encoded]]
-    pad_id: int
-    batch_rows: int
     base: list[float]
     sft: list[float]
     sft_twice: list[float]
 
-    @property
-    def answers(self) -> list[Encoded]:
-        return [answer for pair in self.pairs for answer in pair]
-
 
 def score_reference_separately(
-    backend: backends.Backend,
-    base: Path,
-    adapter: Path,
-    pairs: Sequence[tuple[Encoded, Encoded]],
-    pad_id: int,
-    batch_rows: int,
-) -> ReferenceScores:
+    backend: backends.Backend, base: Path, adapter: Path, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int
+) -> ExpectedScores:
     """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice."""
-    compared = pairs[:_COMPARED_PAIRS]
-    answers = [answer for pair in compared for answer in pair]
+    answers = [answer for pair in pairs[:_COMPARED_PAIRS] for answer in pair]
     model = backend.load(base)
-    bare = _per_token(model, answers, pad_id, batch_rows)
+
+    def scores() -> list[float]:
+        found = score(forward_for(model, pad_id, backend.name), answers)
+        return [one.logprob / one.tokens for one in found]
+
+    bare = scores()
     model = adapters.attach_adapter(model, adapter)
-    once = _per_token(model, answers, pad_id, batch_rows)
+    once = scores()
     _scale_adapter(model, 2.0)
-    twice = _per_token(model, answers, pad_id, batch_rows)
+    twice = scores()
     del model
     backends.free_memory()  # the policy is loaded next
-    return ReferenceScores(compared, pad_id, batch_rows, bare, once, twice)
+    return ExpectedScores(bare, once, twice)
 
 
-def prove(trainer: Any, expected: ReferenceScores, context: Context) -> dict[str, float]:
-    """Check policy and reference before the first step; return the figures. Raises ProofError with a likely cause."""
-    loss, margin = _trainer_loss(trainer, len(expected.pairs))
-    with trainer.model.disable_adapter():
-        reference = _per_token(trainer.model, expected.answers, expected.pad_id, expected.batch_rows)
-    figures = check_figures(loss, margin, reference, expected, _tolerance(trainer.model))
-    context.note(
+def prove(trainer: Any, expected: ExpectedScores) -> dict[str, float]:
+    """Check policy and reference before the first step; return the figures. Raises ProofError with a likely cause.
+
+    The reference is what the training uses: the log-probabilities in the trainer's examples.
+    """
+    loss, margin = _worst_pair(trainer)
+    reference = [
+        nats / len(row.answer_ids)
+        for example in trainer.examples[:_COMPARED_PAIRS]
+        for row, nats in zip(example.rows, example.reference, strict=True)
+    ]
+    dtype = _dtype_name(trainer.model)
+    figures = check_figures(loss, margin, reference, expected, _TOLERANCE[dtype])
+    figures["step_loss"] = _loss_of_first_step(trainer)
+    if not abs(figures["step_loss"] - LN_2) <= _STEP_TOLERANCE[dtype]:
+        raise ProofError(
+            f"the first training step does not start from the reference: expected a loss of ln 2 = {LN_2:.8f} within "
+            f"{_STEP_TOLERANCE[dtype]:g}, found {figures['step_loss']:.8f}"
+        )
+    trainer.context.note(
         f"step 0: loss {loss:.8f} (ln 2 is {LN_2:.8f}), margin {margin:g}; the reference is the SFT policy within "
         f"{figures['reference_error']:.1e} nats a token and {figures['distance_from_base']:.3g} away from the base"
     )
@@ -77,7 +85,7 @@ def prove(trainer: Any, expected: ReferenceScores, context: Context) -> dict[str
 
 
 def check_figures(
-    loss: float, margin: float, reference: list[float], expected: ReferenceScores, tolerance: float
+    loss: float, margin: float, reference: list[float], expected: ExpectedScores, tolerance: float
 ) -> dict[str, float]:
     """Raise ProofError unless `reference` is near `expected.sft`, far from `expected.base`, and the loss is ln 2."""
     error = _distance(reference, expected.sft)
@@ -105,7 +113,7 @@ def check_figures(
     }
 
 
-def _likely_cause(reference: list[float], expected: ReferenceScores) -> str:
+def _likely_cause(reference: list[float], expected: ExpectedScores) -> str:
     """Return the known mistake that would explain the reference's scores, as a clause of a message."""
     near = _distance(expected.sft, expected.base) / 10
     if _distance(reference, expected.base) <= near:
@@ -115,30 +123,36 @@ def _likely_cause(reference: list[float], expected: ReferenceScores) -> str:
     return "neither the bare base nor the SFT adapter counted twice explains it: was SFT trained on another base?"
 
 
-def _trainer_loss(trainer: Any, pairs: int) -> tuple[float, float]:
-    """Return the trainer's own loss and reward margin, each the worst of the first pairs, with dropout off."""
+def _worst_pair(trainer: Any) -> tuple[float, float]:
+    """Return loss and reward margin of the pairs that are farthest from ln 2 and from 0, among the first pairs.
+
+    Policy and reference are computed in the same way now, so they agree to the last bit if they are the same model.
+    """
     import torch
 
-    model = trainer.model
-    was_training, precomputed = model.training, trainer.precompute_ref_logps
+    forward, objective, model = trainer.forward, trainer.objective, trainer.model
+    was_training = model.training
     model.eval()
-    trainer.precompute_ref_logps = False  # compute both sides now, also if the training precomputes the reference
-    losses = []
+    losses, margins = [], []
     try:
-        for index in range(pairs):
-            batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index]]))
-            with torch.no_grad():
-                losses.append(float(trainer.compute_loss(model, batch)))
-        margins = [float(value) for value in trainer._metrics["eval"].pop("rewards/margins")]
-        trainer._metrics["eval"].clear()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for example in trainer.examples[:_COMPARED_PAIRS]:
+                batch = forward.batch(example.rows)
+                with model.disable_adapter():
+                    reference_R = -row_sums(forward.nats(batch), batch)
+                nats_T = forward.nats(batch)
+                losses.append(float(objective.loss(nats_T, batch, reference_R, 1)))
+                margins.append(float(objective.margins(nats_T, batch, reference_R)))
     finally:
-        trainer.precompute_ref_logps = precomputed
         model.train(was_training)
     return max(losses, key=lambda loss: abs(loss - LN_2)), max(margins, key=abs)
 
 
-def _per_token(model: Any, answers: list[Encoded], pad_id: int, batch_rows: int) -> list[float]:
-    return [found.logprob / found.tokens for found in score(model, pad_id, answers, batch_rows)]
+def _loss_of_first_step(trainer: Any) -> float:
+    """Return the loss of the first step, computed as the training computes it, without training on it."""
+    (loss,) = trainer.context.world.sum_over_processes(lambda: [float(trainer.step_loss(1))])
+    trainer.weights.clear_gradient()
+    return float(loss)
 
 
 def _distance(one: list[float], other: list[float]) -> float:
@@ -152,8 +166,8 @@ def _scale_adapter(model: Any, factor: float) -> None:
             module.scale_layer(factor)
 
 
-def _tolerance(model: Any) -> float:
+def _dtype_name(model: Any) -> str:
     if getattr(model, "is_loaded_in_4bit", False):
-        return _TOLERANCE["nf4"]
+        return "nf4"
     weight = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return _TOLERANCE["bf16" if "float16" in str(weight.dtype) else "fp32"]
+    return "bf16" if "float16" in str(weight.dtype) else "fp32"

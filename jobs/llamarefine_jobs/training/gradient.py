@@ -1,0 +1,220 @@
+"""The gradient of one optimizer step: the step's examples are split into passes that fit the memory.
+
+On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of each
+size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If it
+fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llamarefine_jobs.contract.errors import LlamaRefineError, first_line
+from llamarefine_jobs.models.backends import free_memory
+from llamarefine_jobs.models.encoding import Encoded
+from llamarefine_jobs.models.forward import Forward, PackedForward, device_of
+from llamarefine_jobs.models.packing import Packed, Size, choose_sizes, round_up
+from llamarefine_jobs.process.out_of_memory import is_out_of_memory
+from llamarefine_jobs.training.adapter_weights import AdapterWeights
+from llamarefine_jobs.training.objectives import Example, Objective
+
+_MOST_SIZES = 4  # of packed sequences; each takes about a second to capture, and memory for its graph
+_MOST_COMPILATIONS = 64  # per function; torch's own limit of 8 would silently run the rest without compilation
+# Relative distance between two gradients of the same pass in 16 bits, computed by different kernels.
+_SAME_GRADIENT = 5e-2
+
+
+class StepGradient:
+    """Computes the gradient of a step into `weights.gradient`, and returns the step's loss.
+
+    most_tokens: of a pass, padding included; halved if memory runs out. most_examples: of a pass, None for no limit.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        objective: Objective,
+        weights: AdapterWeights,
+        note: Callable[[str], None],
+        *,
+        most_tokens: int | None,
+        most_examples: int | None = None,
+    ) -> None:
+        self.forward = forward
+        self.objective = objective
+        self.weights = weights
+        self.most_tokens = most_tokens
+        self.most_examples = most_examples
+        self._note = note
+        self._captured: dict[Size, _CapturedPass] = {}
+        self._sizes: list[Size] = []  # ascending; empty while passes are not captured
+
+    def __call__(self, examples: Sequence[Example], weight: int) -> Any:
+        """Add the gradient of `examples` to the flat gradient, which is 0 before; return their part of the loss.
+
+        The loss is a tensor on the device; reading it would wait for the device. `weight` is the weight of the whole
+        step, over all processes.
+        """
+        while True:
+            try:
+                losses = [self._run(part, weight) for part in self._split(examples)]
+                return torch.stack(losses).sum()
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._halve(examples):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # the frames hold the pass's tensors
+            self._captured.clear()
+            free_memory()
+            self.weights.clear_gradient()
+
+    def prepare(self, steps: Sequence[Sequence[Example]], *, has_dropout: bool) -> None:
+        """Try compiled layers, then CUDA graphs, on the first of `steps`; keep what works. Does nothing on a CPU.
+
+        `steps` are the examples of this process in some steps of the training, from which the sizes of the packed
+        sequences are chosen. With dropout, two passes draw different numbers, so their gradients are not compared.
+        """
+        if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
+            return
+        weight = self.objective.weight(steps[0])
+        sizes = self._choose_sizes(steps)
+        plain = self._gradient_of(steps[0], weight)
+        for name, begin, undo in (
+            ("compiled layers", self._compile, self._run_uncompiled),
+            ("CUDA graphs", lambda: self._capture_in(sizes), lambda: self._capture_in([])),
+        ):
+            try:
+                begin()
+                found = self._gradient_of(steps[0], weight)
+                distance = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
+                reason = "" if has_dropout or distance <= _SAME_GRADIENT else f"their gradient is {distance:.1%} off"
+            except Exception as error:
+                if isinstance(error, LlamaRefineError):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+                reason = f"{type(error).__name__}: {first_line(error)}"
+            if reason:
+                undo()
+                self._note(f"trains without {name}, which is slower: {reason}")
+            self.weights.clear_gradient()
+        free_memory()
+
+    def _gradient_of(self, examples: Sequence[Example], weight: int) -> Any:
+        self.weights.clear_gradient()
+        self(examples, weight)
+        return self.weights.gradient.clone()
+
+    def _split(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """Yield the passes, each with the examples in their order in the step."""
+        lengths = [[len(row) for row in example.rows] for example in examples]
+        for indices in self.forward.passes(lengths, self.most_tokens, self.most_examples):
+            yield [examples[index] for index in sorted(indices)]
+
+    def _run(self, examples: Sequence[Example], weight: int) -> Any:
+        """Add the gradient of one pass; return its part of the loss."""
+        rows = [row for example in examples for row in example.rows]
+        reference = [nats for example in examples for nats in example.reference]
+        if self._sizes:
+            size = self._size_for(sum(len(row) for row in rows))
+            if size not in self._captured:
+                self._captured[size] = _CapturedPass(self, size, rows, reference, weight)
+            return self._captured[size].replay(rows, reference, weight)
+        batch = self.forward.batch(rows)
+        reference_R = torch.zeros(batch.rows, device=batch.targets.device)
+        reference_R[: len(reference)] = torch.tensor(reference)
+        loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
+        loss.backward()
+        return loss.detach()
+
+    def _choose_sizes(self, steps: Sequence[Sequence[Example]]) -> list[Size]:
+        """Return the sizes for which graphs are captured. All hold as many rows as the largest step has."""
+        pass_tokens = [sum(map(len, part)) for examples in steps for part in self._split(examples)]
+        rows = max(len(examples) for examples in steps) * self.objective.rows_per_example
+        longest = max(len(row) for examples in steps for example in examples for row in example.rows)
+        return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
+
+    def _size_for(self, tokens: int) -> Size:
+        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
+        while self._sizes[-1].tokens < tokens:
+            largest = self._sizes[-1]
+            self._sizes.append(Size(2 * largest.tokens, largest.rows, largest.longest))
+        return next(size for size in self._sizes if size.tokens >= tokens)
+
+    def _halve(self, examples: Sequence[Example]) -> bool:
+        """Halve the tokens of a pass if the step has passes that can be split; return whether it did."""
+        longest = max(map(len, examples))
+        if self.most_tokens is None or self.most_examples is not None or self.most_tokens <= longest:
+            return False
+        tokens = min(self.most_tokens, sum(map(len, examples)))
+        self.most_tokens = max(longest, tokens // 2)
+        self._note(
+            f"memory ran out in a pass of up to {tokens} tokens: goes on with {self.most_tokens}; "
+            f"a step keeps its {len(examples)} rows"
+        )
+        return True
+
+    def _compile(self) -> None:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+        causal_model = self.forward.causal_model  # type: ignore[attr-defined]
+        # The first layer's input would be the only one without a gradient, and would take a compilation of its own.
+        self._hook = causal_model.get_input_embeddings().register_forward_hook(_require_gradient)
+        for layer in causal_model.get_decoder().layers:
+            layer.compile(dynamic=True)  # one compilation for all sizes
+
+    def _run_uncompiled(self) -> None:
+        self._hook.remove()
+        for layer in self.forward.causal_model.get_decoder().layers:  # type: ignore[attr-defined]
+            layer._compiled_call_impl = None
+
+    def _capture_in(self, sizes: list[Size]) -> None:
+        self._sizes = sizes
+        self._captured.clear()
+
+
+class _CapturedPass:
+    """Forward and backward of one packed size as a CUDA graph, with the tensors that it reads."""
+
+    def __init__(
+        self, step: StepGradient, size: Size, rows: Sequence[Encoded], reference: Sequence[float], weight: int
+    ) -> None:
+        device = device_of(step.forward.model)
+        self._batch = Packed(size, device)
+        self._numbers = torch.zeros(size.rows + 1, device=device)  # the reference's log-probabilities; the weight
+        self._fill(rows, reference, weight)
+        before = step.weights.gradient.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # allocates, compiles and chooses kernels, none of which can be captured
+                self._compute(step)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self._compute(step)
+        step.weights.gradient.copy_(before)
+
+    def replay(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> Any:
+        """Add the gradient of `rows`; return their part of the loss."""
+        self._fill(rows, reference, weight)
+        self._graph.replay()
+        return self._loss.clone()  # the next replay overwrites it
+
+    def _compute(self, step: StepGradient) -> Any:
+        nats_T = step.forward.nats(self._batch)
+        loss = step.objective.loss(nats_T, self._batch, self._numbers[:-1], self._numbers[-1])
+        loss.backward()
+        return loss.detach()
+
+    def _fill(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> None:
+        self._batch.fill(rows)
+        numbers = torch.zeros(len(self._numbers))
+        numbers[: len(reference)] = torch.tensor(reference)
+        numbers[-1] = weight
+        self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
+
+
+def _require_gradient(_module: Any, _inputs: Any, output: Any) -> Any:
+    return output.requires_grad_()
