@@ -138,9 +138,9 @@ class StepGradient:
         return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
     def _size_for(self, tokens: int) -> Size:
-        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
-        while self._sizes[-1].tokens < tokens:
-            self._sizes.append(replace(self._sizes[-1], tokens=2 * self._sizes[-1].tokens))
+        """Return the smallest size that holds `tokens`; if none does, a new one with room for a tenth more."""
+        if self._sizes[-1].tokens < tokens:
+            self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
         return next(size for size in self._sizes if size.tokens >= tokens)
 
     def _halve(self, examples: Sequence[Example]) -> bool:
