@@ -1,8 +1,8 @@
 """The gradient of one optimizer step: the step's examples are split into passes that fit the memory.
 
-On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of each
-size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If it
-fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
+On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of
+each size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If
+it fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
 """
 
 import traceback
