@@ -200,6 +200,8 @@ class TransformersBackend:
             target_modules=list(lora.target_layers),
             bias="none",
         )
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         return get_peft_model(model, config)
 
 

@@ -37,6 +37,12 @@ class Forward(Protocol):
     def nats(self, batch: Any) -> Any:
         """Return -log p of each target in nats, fp32 (T,); 0 where there is no target."""
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model's layers use this forward's attention within the block.
+
+        A backward pass must run in such a block: with gradient checkpointing it computes the layers once more.
+        """
+
     def passes(
         self, lengths: Sequence[Sequence[int]], most_tokens: int | None, most_items: int | None = None
     ) -> list[list[int]]:
@@ -57,8 +63,11 @@ class PackedForward:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
         return Packed(size or exact_size(rows), device_of(self.model)).fill(rows)
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return using_packed_attention(self.causal_model)
+
     def nats(self, batch: Packed) -> Any:
-        with using_packed_attention(self.causal_model), mixed_precision(self.model):
+        with self.attention(), mixed_precision(self.model):
             hidden_TH = self.causal_model.get_decoder()(
                 input_ids=batch.ids[None],
                 position_ids=batch.positions[None],
@@ -102,6 +111,9 @@ class PaddedForward:
 
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def nats(self, batch: PaddedBatch) -> Any:
         with mixed_precision(self.model):

@@ -126,8 +126,13 @@ class StepGradient:
         batch = self.forward.batch(rows)
         reference_R = torch.zeros(batch.rows, device=batch.targets.device)
         reference_R[: len(reference)] = torch.tensor(reference)
-        loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
-        loss.backward()
+        return self.backward(batch, reference_R, weight)
+
+    def backward(self, batch: Any, reference_R: Any, weight: Any) -> Any:
+        """Add the gradient of one batch; return its part of the loss."""
+        with self.forward.attention():
+            loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
+            loss.backward()
         return loss.detach()
 
     def _choose_sizes(self, steps: Sequence[Sequence[Example]]) -> list[Size]:
@@ -215,10 +220,7 @@ class _CapturedPass:
         return self._loss.clone()  # the next replay overwrites it
 
     def _compute(self, step: StepGradient) -> Any:
-        nats_T = step.forward.nats(self._batch)
-        loss = step.objective.loss(nats_T, self._batch, self._numbers[:-1], self._numbers[-1])
-        loss.backward()
-        return loss.detach()
+        return step.backward(self._batch, self._numbers[:-1], self._numbers[-1])
 
     def _fill(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> None:
         self._batch.fill(rows)
