@@ -30,6 +30,10 @@ class Forward(Protocol):
     """A way to compute the log-likelihoods of rows' answers with one model."""
 
     model: Any
+    causal_model: Any  # the language model within `model`
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model's layers use the attention of this way."""
 
     def batch(self, rows: Sequence[Encoded]) -> Any:
         """Return the tensors of `rows` on the model's device."""
@@ -53,12 +57,15 @@ class PackedForward:
         self.model = model
         self.causal_model = causal_model_of(model)
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return using_packed_attention(self.causal_model)
+
     def batch(self, rows: Sequence[Encoded], size: Size | None = None) -> Packed:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
         return Packed(size or exact_size(rows), device_of(self.model)).fill(rows)
 
     def nats(self, batch: Packed) -> Any:
-        with using_packed_attention(self.causal_model), mixed_precision(self.model):
+        with self.attention(), mixed_precision(self.model):
             hidden_TH = (
                 self.causal_model.get_decoder()(
                     input_ids=batch.ids[None],
@@ -103,6 +110,9 @@ class PaddedForward:
         self.causal_model = causal_model_of(model)
         self._pad_id = pad_id
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))
 
@@ -127,6 +137,19 @@ class PaddedForward:
                 passes.append([])
             passes[-1].append(index)
         return passes
+
+
+def checkpoint_layers(forward: Forward, *, has_dropout: bool) -> None:
+    """Turn gradient checkpointing on: in training, a layer's activations are computed again in the backward pass.
+
+    The backward pass runs outside of `Forward.nats`, so the second computation has to choose the attention anew.
+    """
+    options = {
+        "use_reentrant": False,  # the frozen embeddings give the first layer an input without a gradient
+        "preserve_rng_state": has_dropout,  # reading the state of the random numbers cannot be captured in a CUDA graph
+        "context_fn": lambda: (contextlib.nullcontext(), forward.attention()),
+    }
+    forward.causal_model.gradient_checkpointing_enable(options)
 
 
 def forward_for(model: Any, pad_id: int, backend: str = "packed") -> Forward:

@@ -6,7 +6,8 @@ fails, or its gradient is not that of the plain pass, the training goes on witho
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _MOST_SIZES = 4  # of packed sequences; each takes about a second to capture, an
 _MOST_COMPILATIONS = 64  # per function; torch's own limit of 8 would silently run the rest without compilation
 # Relative distance between two gradients of the same pass in 16 bits, computed by different kernels.
 _SAME_GRADIENT = 5e-2
+
+Way = tuple[Callable[[], None], Callable[[], None]]  # begins to compute passes in another way; undoes it
 
 
 class StepGradient:
@@ -50,6 +53,8 @@ class StepGradient:
         self._note = note
         self._captured: dict[Size, _CapturedPass] = {}
         self._sizes: list[Size] = []  # ascending; empty while passes are not captured
+        self._compiled: list[Any] = []  # decoder layers
+        self._hook: Any = None
 
     def __call__(self, examples: Sequence[Example], weight: int) -> Any:
         """Add the gradient of `examples` to the flat gradient, which is 0 before; return their part of the loss.
@@ -77,16 +82,20 @@ class StepGradient:
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
-        weight = self.objective.weight(steps[0])
-        sizes = self._choose_sizes(steps)
-        plain = self._gradient_of(steps[0], weight)
-        for name, begin, undo in (
-            ("compiled layers", self._compile, self._run_uncompiled),
-            ("CUDA graphs", lambda: self._capture_in(sizes), lambda: self._capture_in([])),
-        ):
+        ways = {
+            "compiled layers": (self.compile_layers, self.uncompile_layers),
+            "CUDA graphs": (lambda: self._capture_in(self._choose_sizes(steps)), lambda: self._capture_in([])),
+        }
+        self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
+
+    def keep_what_works(self, ways: Mapping[str, Way], examples: Sequence[Example], *, has_dropout: bool) -> None:
+        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient of `examples`."""
+        weight = self.objective.weight(examples)
+        plain = self._gradient_of(examples, weight)
+        for name, (begin, undo) in ways.items():
             try:
                 begin()
-                found = self._gradient_of(steps[0], weight)
+                found = self._gradient_of(examples, weight)
                 distance = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
                 reason = "" if has_dropout or distance <= _SAME_GRADIENT else f"their gradient is {distance:.1%} off"
             except Exception as error:
@@ -116,13 +125,13 @@ class StepGradient:
         rows = [row for example in examples for row in example.rows]
         reference = [nats for example in examples for nats in example.reference]
         if self._sizes:
-            size = self._size_for(sum(len(row) for row in rows))
+            size = self._size_for([len(row) for row in rows])
             if size not in self._captured:
                 self._captured[size] = _CapturedPass(self, size, rows, reference, weight)
             return self._captured[size].replay(rows, reference, weight)
         batch = self.forward.batch(rows)
-        reference_R = torch.zeros(batch.rows, device=batch.targets.device)
-        reference_R[: len(reference)] = torch.tensor(reference)
+        reference_R = torch.zeros(batch.rows, dtype=torch.float64, device=batch.targets.device)
+        reference_R[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
         loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
         loss.backward()
         return loss.detach()
@@ -134,12 +143,20 @@ class StepGradient:
         longest = max(len(row) for examples in steps for example in examples for row in example.rows)
         return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
-    def _size_for(self, tokens: int) -> Size:
-        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
-        while self._sizes[-1].tokens < tokens:
+    def _size_for(self, lengths: Sequence[int]) -> Size:
+        """Return the smallest size that holds rows of `lengths` tokens; a new one if none does.
+
+        The sizes are chosen from a part of the steps, so another step may have more tokens, or a longer row.
+        """
+        tokens, longest = sum(lengths), round_up(max(lengths))
+        fitting = [size for size in self._sizes if size.tokens >= tokens and size.longest >= longest]
+        if not fitting:
             largest = self._sizes[-1]
-            self._sizes.append(Size(2 * largest.tokens, largest.rows, largest.longest))
-        return next(size for size in self._sizes if size.tokens >= tokens)
+            while largest.tokens < tokens:
+                largest = replace(largest, tokens=2 * largest.tokens)
+            fitting = [replace(largest, longest=max(largest.longest, longest))]
+            self._sizes += fitting
+        return fitting[0]
 
     def _halve(self, examples: Sequence[Example]) -> bool:
         """Halve the tokens of a pass if the step has passes that can be split; return whether it did."""
@@ -154,20 +171,25 @@ class StepGradient:
         )
         return True
 
-    def _compile(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile the decoder layers, once for all sizes."""
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
-        causal_model = self.forward.causal_model  # type: ignore[attr-defined]
+        causal_model = self.forward.causal_model
         # The first layer's input would be the only one without a gradient, and would take a compilation of its own.
         self._hook = causal_model.get_input_embeddings().register_forward_hook(_require_gradient)
         for layer in causal_model.get_decoder().layers:
-            layer.compile(dynamic=True)  # one compilation for all sizes
+            layer.compile(dynamic=True, backend=backend)
+            self._compiled.append(layer)
 
-    def _run_uncompiled(self) -> None:
-        self._hook.remove()
-        for layer in self.forward.causal_model.get_decoder().layers:  # type: ignore[attr-defined]
+    def uncompile_layers(self) -> None:
+        """Undo `compile_layers`, also if it failed."""
+        if self._hook is not None:
+            self._hook.remove()
+        for layer in self._compiled:
             layer._compiled_call_impl = None
+        self._compiled.clear()
 
     def _capture_in(self, sizes: list[Size]) -> None:
         self._sizes = sizes
@@ -182,7 +204,8 @@ class _CapturedPass:
     ) -> None:
         device = device_of(step.forward.model)
         self._batch = Packed(size, device)
-        self._numbers = torch.zeros(size.rows + 1, device=device)  # the reference's log-probabilities; the weight
+        # The reference's log-probabilities, and the weight.
+        self._numbers = torch.zeros(size.rows + 1, dtype=torch.float64, device=device)
         self._fill(rows, reference, weight)
         before = step.weights.gradient.clone()
         stream = torch.cuda.Stream()
@@ -210,8 +233,8 @@ class _CapturedPass:
 
     def _fill(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> None:
         self._batch.fill(rows)
-        numbers = torch.zeros(len(self._numbers))
-        numbers[: len(reference)] = torch.tensor(reference)
+        numbers = torch.zeros(len(self._numbers), dtype=torch.float64)
+        numbers[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
         numbers[-1] = weight
         self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
 

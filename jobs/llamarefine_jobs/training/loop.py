@@ -12,7 +12,7 @@ from llamarefine_jobs.contract.errors import DataError, DivergedError, Preempted
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.models import adapters
 from llamarefine_jobs.models.backends import Backend
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import checkpoint_layers, forward_for
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, oom_micro_batch_rows
 from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.adapter_weights import AdapterWeights
@@ -59,6 +59,8 @@ class Trainer:
         self.examples = examples
         self.objective = objective
         self.forward = forward_for(model, pad_id, backend.name)
+        if section.gradient_checkpointing and backend.name != "unsloth":  # Unsloth's adapters do it in their own way
+            checkpoint_layers(self.forward, has_dropout=section.lora.dropout > 0)
         self.schedule = Schedule(section, len(examples), context.recipe.seed)
         self.state = TrainingState(0, self.schedule.steps, [])
         self.weights = AdapterWeights(
