@@ -152,16 +152,16 @@ def checkpoint_layers(forward: Forward, *, has_dropout: bool) -> None:
     forward.causal_model.gradient_checkpointing_enable(options)
 
 
-def forward_for(model: Any, pad_id: int, backend: str = "packed") -> Forward:
-    """Return the packed forward where `backend` is "packed" and the model's device and dtype allow it, else the padded.
-
-    torch's packed attention needs 16-bit weights and a card of compute capability 8.0 (Ampere) or newer.
-    """
-    return PackedForward(model) if backend == "packed" and can_pack(model) else PaddedForward(model, pad_id)
+def forward_for(model: Any, pad_id: int) -> Forward:
+    """Return the packed forward where the model's device and dtype allow it, else the padded one."""
+    return PackedForward(model) if can_pack(model) else PaddedForward(model, pad_id)
 
 
 def can_pack(model: Any) -> bool:
-    """Return whether packed attention runs on the model's device, in the dtype of its weights."""
+    """Return whether packed attention runs on the model's device, in the dtype of its weights.
+
+    torch's kernel needs weights in 16 bits, and a card of compute capability 8.0 (Ampere) or newer.
+    """
     if device_of(model).type == "cpu":
         return True
     is_new_enough = torch.cuda.get_device_capability(device_of(model)) >= _PACKED_FROM_CAPABILITY
@@ -186,5 +186,5 @@ def device_of(model: Any) -> Any:
 def mixed_precision(model: Any) -> Iterator[None]:
     """Compute in the dtype of the model's weights where these have 16 bits: the adapter's weights have 32."""
     dtype = head_of(causal_model_of(model)).dtype
-    with torch.autocast(device_of(model).type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device_of(model).type, dtype, enabled=dtype.itemsize == 2):
         yield

@@ -51,6 +51,8 @@ class StepGradient:
         self.most_tokens = most_tokens
         self.most_examples = most_examples
         self._note = note
+        # All graphs use the same memory: they run one after the other, and nothing of a pass is read after the next.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._captured: dict[Size, _CapturedPass] = {}
         self._sizes: list[Size] = []  # ascending; empty while passes are not captured
         self._compiled: list[Any] = []  # decoder layers
@@ -84,7 +86,10 @@ class StepGradient:
             return
         ways = {
             "compiled layers": (self.compile_layers, self.uncompile_layers),
-            "CUDA graphs": (lambda: self._capture_in(self._choose_sizes(steps)), lambda: self._capture_in([])),
+            "CUDA graphs": (
+                lambda: self._capture_in(self._choose_sizes(steps), steps[0], self.objective.weight(steps[0])),
+                lambda: self._capture_in([], [], 1),
+            ),
         }
         self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
 
@@ -165,6 +170,9 @@ class StepGradient:
             return False
         tokens = min(self.most_tokens, sum(map(len, examples)))
         self.most_tokens = max(longest, tokens // 2)
+        if self._sizes:
+            largest = replace(self._sizes[-1], tokens=round_up(self.most_tokens))
+            self._sizes = [size for size in self._sizes if size.tokens < largest.tokens] + [largest]
         self._note(
             f"memory ran out in a pass of up to {tokens} tokens: goes on with {self.most_tokens}; "
             f"a step keeps its {len(examples)} rows"
@@ -191,9 +199,16 @@ class StepGradient:
             layer._compiled_call_impl = None
         self._compiled.clear()
 
-    def _capture_in(self, sizes: list[Size]) -> None:
-        self._sizes = sizes
+    def _capture_in(self, sizes: list[Size], examples: Sequence[Example], weight: int) -> None:
+        """Capture passes of these sizes from now on; none with an empty list.
+
+        The largest is captured at once, because the others then fit into its memory.
+        """
         self._captured.clear()
+        self._sizes = sizes
+        if sizes:
+            rows = next(self._split(examples))[:1][0].rows
+            self._captured[sizes[-1]] = _CapturedPass(self, sizes[-1], rows, (0.0,) * len(rows), weight)
 
 
 class _CapturedPass:
@@ -215,7 +230,7 @@ class _CapturedPass:
                 self._compute(step)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=step.pool):
             self._loss = self._compute(step)
         step.weights.gradient.copy_(before)
 
