@@ -30,6 +30,10 @@ class Forward(Protocol):
     """A way to compute the log-likelihoods of rows' answers with one model."""
 
     model: Any
+    causal_model: Any  # the language model within `model`
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model's layers use the attention of this way."""
 
     def batch(self, rows: Sequence[Encoded]) -> Any:
         """Return the tensors of `rows` on the model's device."""
@@ -58,6 +62,9 @@ class PackedForward:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.causal_model = causal_model_of(model)
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return using_packed_attention(self.causal_model)
 
     def batch(self, rows: Sequence[Encoded], size: Size | None = None) -> Packed:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
@@ -108,6 +115,9 @@ class PaddedForward:
         self.model = model
         self.causal_model = causal_model_of(model)
         self._pad_id = pad_id
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))
@@ -173,5 +183,5 @@ def device_of(model: Any) -> Any:
 def mixed_precision(model: Any) -> Iterator[None]:
     """Compute in the dtype of the model's weights where these have 16 bits: the adapter's weights have 32."""
     dtype = head_of(causal_model_of(model)).dtype
-    with torch.autocast(device_of(model).type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device_of(model).type, dtype, enabled=dtype.itemsize == 2):
         yield
