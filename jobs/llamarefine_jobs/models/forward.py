@@ -32,9 +32,6 @@ class Forward(Protocol):
     model: Any
     causal_model: Any  # the language model within `model`
 
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model's layers use the attention of this way."""
-
     def batch(self, rows: Sequence[Encoded]) -> Any:
         """Return the tensors of `rows` on the model's device."""
 
@@ -62,9 +59,6 @@ class PackedForward:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.causal_model = causal_model_of(model)
-
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        return using_packed_attention(self.causal_model)
 
     def batch(self, rows: Sequence[Encoded], size: Size | None = None) -> Packed:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
@@ -115,9 +109,6 @@ class PaddedForward:
         self.model = model
         self.causal_model = causal_model_of(model)
         self._pad_id = pad_id
-
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))

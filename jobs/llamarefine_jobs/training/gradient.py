@@ -91,7 +91,7 @@ class StepGradient:
         self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
 
     def keep_what_works(self, ways: Mapping[str, Way], examples: Sequence[Example], *, has_dropout: bool) -> None:
-        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient of `examples`."""
+        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient."""
         weight = self.objective.weight(examples)
         plain = self._gradient_of(examples, weight)
         for name, (begin, undo) in ways.items():
