@@ -1,8 +1,8 @@
 """The gradient of one optimizer step: the step's examples are split into passes that fit the memory.
 
-On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of each
-size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If it
-fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
+On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of
+each size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If
+it fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
 """
 
 import traceback
@@ -138,9 +138,9 @@ class StepGradient:
         return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
     def _size_for(self, tokens: int) -> Size:
-        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
-        while self._sizes[-1].tokens < tokens:
-            self._sizes.append(replace(self._sizes[-1], tokens=2 * self._sizes[-1].tokens))
+        """Return the smallest size that holds `tokens`; if none does, a new one with room for a tenth more."""
+        if self._sizes[-1].tokens < tokens:
+            self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
         return next(size for size in self._sizes if size.tokens >= tokens)
 
     def _halve(self, examples: Sequence[Example]) -> bool:

@@ -31,7 +31,7 @@ from llamarefine_jobs.training.reference_logprobs import write_reference
 from llamarefine_jobs.training.schedule import Schedule
 
 _EVALUATIONS_A_RUN = 4
-_SAMPLED_STEPS = 256  # from which the sizes of packed sequences are chosen
+_SAMPLED_ROWS = 100_000  # the sizes of packed sequences are chosen from the training's first steps
 
 # Returns the figures of the forward's model on the validation split, including `eval_loss`, the same in every process.
 # Raises PreemptedError on SIGTERM.
@@ -80,7 +80,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Prepare the passes of the step: on CUDA, compile and capture them."""
-        sampled = range(1, min(self.schedule.steps, _SAMPLED_STEPS) + 1)
+        sampled = range(1, min(self.schedule.steps, 1 + _SAMPLED_ROWS // self.section.batch_rows) + 1)
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
         self.gradient.prepare([self.own_examples(step) for step in sampled], has_dropout=has_dropout)
