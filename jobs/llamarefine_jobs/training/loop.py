@@ -11,8 +11,7 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.models import adapters
-from llamarefine_jobs.models.backends import Backend
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import Forward
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, oom_micro_batch_rows
 from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.adapter_weights import AdapterWeights
@@ -34,31 +33,29 @@ from llamarefine_jobs.training.schedule import Schedule
 _EVALUATIONS_A_RUN = 4
 _SAMPLED_STEPS = 256  # from which the sizes of packed sequences are chosen
 
-# Returns a model's figures on the validation split, including `eval_loss`, the same in every process. Raises
-# PreemptedError on SIGTERM.
+# Returns the figures of the forward's model on the validation split, including `eval_loss`, the same in every process.
+# Raises PreemptedError on SIGTERM.
 Validate = Callable[[Any], dict[str, float]]
 
 
 class Trainer:
-    """Trains the adapter of `model` on `examples`, and validates it with `validate`, which gets the model's forward."""
+    """Trains the adapter of the forward's model on `examples`, and validates it with `validate`."""
 
     def __init__(
         self,
         context: Context,
         section: Sft | Dpo,
-        backend: Backend,
-        model: Any,
-        pad_id: int,
+        forward: Forward,
         examples: Sequence[Example],
         objective: Objective,
         validate: Validate,
     ) -> None:
         self.context = context
         self.section = section
-        self.model = model
+        self.forward = forward
+        self.model = model = forward.model
         self.examples = examples
         self.objective = objective
-        self.forward = forward_for(model, pad_id, backend.name)
         self.schedule = Schedule(section, len(examples), context.recipe.seed)
         self.state = TrainingState(0, self.schedule.steps, [])
         self.weights = AdapterWeights(
