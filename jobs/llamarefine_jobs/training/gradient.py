@@ -5,9 +5,11 @@ each size of a packed sequence are captured as one CUDA graph. Each of the two i
 it fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,6 +177,7 @@ class StepGradient:
         """Compile the decoder layers, once for all sizes."""
         import torch._dynamo
 
+        _use_private_cache()
         torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
         causal_model = self.forward.causal_model
         # The first layer's input would be the only one without a gradient, and would take a compilation of its own.
@@ -245,6 +248,18 @@ class _CapturedPass:
         numbers[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
         numbers[-1] = weight
         self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
+
+
+def _use_private_cache() -> None:
+    """Let compiled code be cached in the user's own folder, if the environment names no other.
+
+    torch's default is a folder in the system's temporary directory with a name that anyone can know and create, and
+    what is cached there is run.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamarefine" / "inductor"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: Any) -> Any:
