@@ -168,7 +168,7 @@ def test_another_micro_batch_size_gives_the_same_adapter_up_to_rounding(prepared
 def test_a_step_is_split_into_passes_of_similar_rows_or_of_equal_size(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padded rows go from the longest to the shortest, so that little is padded; packed passes are about equally large."""
+    """Padded rows go from the longest to the shortest, so that little is padded; packed passes are about equal."""
     uneven = shutil.copytree(prepared, tmp_path / "uneven")
     rows = [(f"What is {place}?", "It is alpha" + " beta" * (place * 7 % 20)) for place in range(60)]
     tiny.write_splits(uneven, {"train": rows[:48], "validation": rows[48:54], "test": rows[54:]})
