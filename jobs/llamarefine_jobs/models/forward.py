@@ -129,16 +129,16 @@ class PaddedForward:
         return passes
 
 
-def forward_for(model: Any, pad_id: int, backend: str = "packed") -> Forward:
-    """Return the packed forward where `backend` is "packed" and the model's device and dtype allow it, else the padded.
-
-    torch's packed attention needs 16-bit weights and a card of compute capability 8.0 (Ampere) or newer.
-    """
-    return PackedForward(model) if backend == "packed" and can_pack(model) else PaddedForward(model, pad_id)
+def forward_for(model: Any, pad_id: int) -> Forward:
+    """Return the packed forward where the model's device and dtype allow it, else the padded one."""
+    return PackedForward(model) if can_pack(model) else PaddedForward(model, pad_id)
 
 
 def can_pack(model: Any) -> bool:
-    """Return whether packed attention runs on the model's device, in the dtype of its weights."""
+    """Return whether packed attention runs on the model's device, in the dtype of its weights.
+
+    torch's kernel needs weights in 16 bits, and a card of compute capability 8.0 (Ampere) or newer.
+    """
     if device_of(model).type == "cpu":
         return True
     is_new_enough = torch.cuda.get_device_capability(device_of(model)) >= _PACKED_FROM_CAPABILITY

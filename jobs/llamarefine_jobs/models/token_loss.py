@@ -21,7 +21,7 @@ def token_nats(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
     return nats_T
 
 
-class _TokenNats(torch.autograd.Function):
+class _TokenNats(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
     """Computes the gradient already in the forward pass, because it needs the same logits, chunk by chunk.
 
     This is possible because the loss of a position depends on the hidden state of this position only. The backward

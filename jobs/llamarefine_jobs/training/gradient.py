@@ -7,6 +7,7 @@ fails, or its gradient is not that of the plain pass, the training goes on witho
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class StepGradient:
         self.most_tokens = most_tokens
         self.most_examples = most_examples
         self._note = note
+        # All graphs use the same memory: they run one after the other, and nothing of a pass is read after the next.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._captured: dict[Size, _CapturedPass] = {}
         self._sizes: list[Size] = []  # ascending; empty while passes are not captured
 
@@ -82,7 +85,7 @@ class StepGradient:
         plain = self._gradient_of(steps[0], weight)
         for name, begin, undo in (
             ("compiled layers", self._compile, self._run_uncompiled),
-            ("CUDA graphs", lambda: self._capture_in(sizes), lambda: self._capture_in([])),
+            ("CUDA graphs", lambda: self._capture_in(sizes, steps[0], weight), lambda: self._capture_in([], [], 1)),
         ):
             try:
                 begin()
@@ -135,10 +138,9 @@ class StepGradient:
         return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
     def _size_for(self, tokens: int) -> Size:
-        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
-        while self._sizes[-1].tokens < tokens:
-            largest = self._sizes[-1]
-            self._sizes.append(Size(2 * largest.tokens, largest.rows, largest.longest))
+        """Return the smallest size that holds `tokens`; if none does, a new one with room for a tenth more."""
+        if self._sizes[-1].tokens < tokens:
+            self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
         return next(size for size in self._sizes if size.tokens >= tokens)
 
     def _halve(self, examples: Sequence[Example]) -> bool:
@@ -148,6 +150,9 @@ class StepGradient:
             return False
         tokens = min(self.most_tokens, sum(map(len, examples)))
         self.most_tokens = max(longest, tokens // 2)
+        if self._sizes:
+            largest = replace(self._sizes[-1], tokens=round_up(self.most_tokens))
+            self._sizes = [size for size in self._sizes if size.tokens < largest.tokens] + [largest]
         self._note(
             f"memory ran out in a pass of up to {tokens} tokens: goes on with {self.most_tokens}; "
             f"a step keeps its {len(examples)} rows"
@@ -169,9 +174,16 @@ class StepGradient:
         for layer in self.forward.causal_model.get_decoder().layers:  # type: ignore[attr-defined]
             layer._compiled_call_impl = None
 
-    def _capture_in(self, sizes: list[Size]) -> None:
-        self._sizes = sizes
+    def _capture_in(self, sizes: list[Size], examples: Sequence[Example], weight: int) -> None:
+        """Capture passes of these sizes from now on; none with an empty list.
+
+        The largest is captured at once, because the others then fit into its memory.
+        """
         self._captured.clear()
+        self._sizes = sizes
+        if sizes:
+            rows = next(self._split(examples))[:1][0].rows
+            self._captured[sizes[-1]] = _CapturedPass(self, sizes[-1], rows, (0.0,) * len(rows), weight)
 
 
 class _CapturedPass:
@@ -192,7 +204,7 @@ class _CapturedPass:
                 self._compute(step)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=step.pool):
             self._loss = self._compute(step)
         step.weights.gradient.copy_(before)
 

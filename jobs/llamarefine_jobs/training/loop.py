@@ -11,8 +11,7 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.models import adapters
-from llamarefine_jobs.models.backends import Backend
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import Forward
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, oom_micro_batch_rows
 from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.adapter_weights import AdapterWeights
@@ -32,33 +31,31 @@ from llamarefine_jobs.training.reference_logprobs import write_reference
 from llamarefine_jobs.training.schedule import Schedule
 
 _EVALUATIONS_A_RUN = 4
-_SAMPLED_STEPS = 256  # from which the sizes of packed sequences are chosen
+_SAMPLED_ROWS = 100_000  # the sizes of packed sequences are chosen from the training's first steps
 
-# Returns a model's figures on the validation split, including `eval_loss`, the same in every process. Raises
-# PreemptedError on SIGTERM.
+# Returns the figures of the forward's model on the validation split, including `eval_loss`, the same in every process.
+# Raises PreemptedError on SIGTERM.
 Validate = Callable[[Any], dict[str, float]]
 
 
 class Trainer:
-    """Trains the adapter of `model` on `examples`, and validates it with `validate`, which gets the model's forward."""
+    """Trains the adapter of the forward's model on `examples`, and validates it with `validate`."""
 
     def __init__(
         self,
         context: Context,
         section: Sft | Dpo,
-        backend: Backend,
-        model: Any,
-        pad_id: int,
+        forward: Forward,
         examples: Sequence[Example],
         objective: Objective,
         validate: Validate,
     ) -> None:
         self.context = context
         self.section = section
-        self.model = model
+        self.forward = forward
+        self.model = model = forward.model
         self.examples = examples
         self.objective = objective
-        self.forward = forward_for(model, pad_id, backend.name)
         self.schedule = Schedule(section, len(examples), context.recipe.seed)
         self.state = TrainingState(0, self.schedule.steps, [])
         self.weights = AdapterWeights(
@@ -83,7 +80,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Prepare the passes of the step: on CUDA, compile and capture them."""
-        sampled = range(1, min(self.schedule.steps, _SAMPLED_STEPS) + 1)
+        sampled = range(1, min(self.schedule.steps, 1 + _SAMPLED_ROWS // self.section.batch_rows) + 1)
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
         self.gradient.prepare([self.own_examples(step) for step in sampled], has_dropout=has_dropout)

@@ -14,7 +14,7 @@ from typing import Any
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import PaddedForward
 from llamarefine_jobs.models.scoring import score
 from llamarefine_jobs.training.objectives import row_sums
 
@@ -40,12 +40,15 @@ class ExpectedScores:
 def score_reference_separately(
     backend: backends.Backend, base: Path, adapter: Path, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int
 ) -> ExpectedScores:
-    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice."""
+    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice.
+
+    The models use their own attention over padded rows, so this checks the training's packed rows, too.
+    """
     answers = [answer for pair in pairs[:_COMPARED_PAIRS] for answer in pair]
     model = backend.load(base)
 
     def scores() -> list[float]:
-        found = score(forward_for(model, pad_id, backend.name), answers)
+        found = score(PaddedForward(model, pad_id), answers)
         return [one.logprob / one.tokens for one in found]
 
     bare = scores()
