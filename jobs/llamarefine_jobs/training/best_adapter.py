@@ -33,7 +33,7 @@ class BestAdapter:
         self.step = 0
 
     def restore(self, checkpoint: Path, world: World) -> None:
-        """Move the best adapter's two files out of `checkpoint`; other files beside them are left there.
+        """Move the best adapter's two files from `checkpoint` to the work folder; other files are left there.
 
         Raises IntegrityError if the adapter's record is damaged. Every process must call this.
         """

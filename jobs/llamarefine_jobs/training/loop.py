@@ -83,7 +83,8 @@ class Trainer:
         sampled = range(1, min(self.schedule.steps, 1 + _SAMPLED_ROWS // self.section.batch_rows) + 1)
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
-        self.gradient.prepare([self.own_examples(step) for step in sampled], has_dropout=has_dropout)
+        longest_row = max(len(row) for example in self.examples for row in example.rows)
+        self.gradient.prepare([self.own_examples(step) for step in sampled], longest_row, has_dropout=has_dropout)
 
     def own_examples(self, step: int) -> list[Example]:
         """Return this process's share of a step's examples. All shares have about as many tokens."""
