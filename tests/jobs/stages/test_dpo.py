@@ -349,17 +349,10 @@ def trainer_on(context: Context, policy: Path) -> tuple[Any, step_zero.ExpectedS
     )
     model = loop.set_token_ids(backend.load(policy), tokenizer)
     model = backend.add_adapter(model, section.lora, seed=1, gradient_checkpointing=False)
-    examples = examples_with_reference(forward_for(model, tokenizer.pad_token_id), pairs, None, context)
-    trainer = loop.Trainer(
-        context,
-        section,
-        backend,
-        model,
-        tokenizer.pad_token_id,
-        examples,
-        DpoObjective(section.beta),
-        dpo.PairValidation(pairs, context).validate,
-    )
+    forward = forward_for(model, tokenizer.pad_token_id)
+    examples = examples_with_reference(forward, pairs, None, context)
+    validation = dpo.PairValidation(pairs, context)
+    trainer = loop.Trainer(context, section, forward, examples, DpoObjective(section.beta), validation.validate)
     return trainer, expected
 
 
