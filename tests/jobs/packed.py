@@ -54,9 +54,7 @@ def with_adapter(model: Any, *, rank: int = 4, dropout: float = 0.0, b_scale: fl
     torch.manual_seed(1)
     model = get_peft_model(
         model.requires_grad_(False),
-        LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear"
-        ),
+        LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear"),
     )
     torch.manual_seed(2)
     for name, weight in model.named_parameters():
@@ -67,7 +65,9 @@ def with_adapter(model: Any, *, rank: int = 4, dropout: float = 0.0, b_scale: fl
 
 def make_policy(dropout: float = 0.0, b_scale: float = 0.05, **config: Any) -> Any:
     """Return a random Llama with a random adapter, the same one for the same arguments."""
-    return with_adapter(tiny.make_model(TOKENS, **({"initializer_range": 0.1} | config)), dropout=dropout, b_scale=b_scale)
+    return with_adapter(
+        tiny.make_model(TOKENS, **({"initializer_range": 0.1} | config)), dropout=dropout, b_scale=b_scale
+    )
 
 
 def sized_forward(model: Any, size: Size) -> Any:

@@ -66,16 +66,13 @@ class PackedForward:
 
     def nats(self, batch: Packed) -> Any:
         with self.attention(), mixed_precision(self.model):
-            hidden_TH = (
-                self.causal_model.get_decoder()(
-                    input_ids=batch.ids[None],
-                    position_ids=batch.positions[None],
-                    use_cache=False,
-                    packed_ends=batch.ends.int(),
-                    packed_longest=batch.size.longest,
-                )
-                .last_hidden_state[0]
-            )
+            hidden_TH = self.causal_model.get_decoder()(
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                packed_ends=batch.ends.int(),
+                packed_longest=batch.size.longest,
+            ).last_hidden_state[0]
             return token_nats(hidden_TH, head_of(self.causal_model), batch.targets)
 
     def passes(

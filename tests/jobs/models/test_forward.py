@@ -61,9 +61,7 @@ def test_a_rows_nats_depend_on_neither_neighbours_nor_place_nor_size(
 
 
 @pytest.mark.parametrize("forward_class", ["PackedForward", "PaddedForward"])
-def test_score_equals_scoring_each_row_alone(
-    forward_class: str, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_score_equals_scoring_each_row_alone(forward_class: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from llamarefine_jobs.models import forward, scoring
 
     monkeypatch.setattr(scoring, "_BATCH_TOKENS", 310)

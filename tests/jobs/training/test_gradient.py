@@ -132,7 +132,7 @@ def test_a_step_draws_the_same_dropout_wherever_a_training_resumes(tmp_path: Pat
         trainer = Trainer(
             context, context.recipe.sft, PackedForward(model), examples, SftObjective(), lambda forward: {}
         )
-        for earlier in ([] if step == 2 else [1]):
+        for earlier in [] if step == 2 else [1]:
             trainer.step_loss(earlier)
             trainer.weights.clear_gradient()
         return float(trainer.step_loss(2)), trainer.weights.gradient.clone()
@@ -270,11 +270,13 @@ def test_compiled_layers_give_the_same_gradient_for_three_sizes_by_one_compilati
     if checkpointed:
         checkpoint_layers(step.forward, has_dropout=False)
     step.gradient.compile_layers("aot_eager")
+    compilations = []
     for size in sizes:
         current[0] = size
         assert_same(step(examples), plain)
-        print(size, dict(torch._dynamo.utils.counters["stats"]), dict(torch._dynamo.utils.counters["frames"]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compilations[0] > 0
+    assert compilations == compilations[:1] * 3, "another size was compiled anew"
     step.gradient.uncompile_layers()
     before = dict(torch._dynamo.utils.counters["stats"])
     assert_same(step(examples), plain)

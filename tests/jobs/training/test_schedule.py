@@ -21,9 +21,7 @@ def section(**fields: Any) -> Any:
 def test_the_learning_rates_equal_transformers(kind: str, steps: int, warmup_fraction: float) -> None:
     from transformers import TrainingArguments, get_scheduler
 
-    schedule = Schedule(
-        section(max_steps=steps, lr_schedule=kind, warmup_fraction=warmup_fraction), rows=20, seed=0
-    )
+    schedule = Schedule(section(max_steps=steps, lr_schedule=kind, warmup_fraction=warmup_fraction), rows=20, seed=0)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     warmup = TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=warmup_fraction), steps)
     if warmup_fraction == 1.0:  # transformers takes 1.0 for one step; a recipe means all steps
