@@ -29,7 +29,6 @@ from llamarefine_jobs.models.encoding import (
     load_tokenizer,
     read_rows,
 )
-from llamarefine_jobs.models.forward import forward_for
 from llamarefine_jobs.models.generation import Answer, generate, speed
 from llamarefine_jobs.models.scoring import OnBatch, Score, score
 from llamarefine_jobs.report import comparison
@@ -120,6 +119,8 @@ class Evaluation:
 
     def evaluate(self, name: str, model: Any) -> ModelResults:
         """Score the rows with `model` and generate its answers. Raises DivergedError if a score is not finite."""
+        from llamarefine_jobs.models.forward import forward_for  # imports torch and transformers
+
         forward = forward_for(model, self.tokenizer.pad_token_id)
 
         def scores(part: str, rows: list[Encoded]) -> list[Score]:

@@ -4,12 +4,13 @@ tests/gpu/test_memory.py compares the estimate with the allocator's peak on a GP
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from llamarefine_jobs.contract import memory
 from llamarefine_jobs.contract.memory import (
-    LOSS_CHUNK_TOKENS,
     PASS_TOKENS,
     Shape,
     least_pass_tokens,
@@ -118,53 +119,61 @@ SECTIONS = {
 CONFIGS = {
     "narrow": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 300},
     "wide": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 300},
+    "many tokens": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 8000},
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("setting", SECTIONS)
-def test_a_pass_allocates_the_estimated_bytes(setting: str, config: str) -> None:
+def test_a_packed_pass_allocates_the_estimated_bytes(
+    setting: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamarefine_jobs.models import packed_attention, token_loss
+
+    assert token_loss.CHUNK_LOGITS == memory.LOSS_CHUNK_LOGITS
+    for module, name in ((token_loss, "CHUNK_LOGITS"), (memory, "LOSS_CHUNK_LOGITS")):
+        monkeypatch.setattr(module, name, 1 << 21)  # so that the loss of many tokens has several chunks
+    monkeypatch.setattr(packed_attention, "_row_by_row", attention_that_keeps_what_the_kernel_keeps)
     section = SECTIONS[setting]
     model = make_model(CONFIGS[config], section)
     sizes = Shape.from_config(model.config.to_dict())
     estimated = pass_bytes(sizes, section, COUNTED_TOKENS)
     if section.quantization == "nf4":
         estimated -= sizes.intermediate * sizes.hidden * 2  # the base is not really in 4 bits here
-    run_pass(model, section)  # creates what is created once
-    counted = allocated_bytes(functools.partial(run_pass, model, section))
+    run_pass(model)  # creates what is created once
+    counted = allocated_bytes(functools.partial(run_pass, model))
     print(f"{setting}, {config}: {counted} bytes allocated, {estimated} estimated")
-    assert counted == pytest.approx(estimated, rel=0.15)
+    assert counted == pytest.approx(estimated, rel=0.1)
 
 
-def make_model(config: dict[str, int], section: Sft) -> Any:
-    """Return a Llama in bf16 with an fp32 adapter whose attention keeps what the varlen kernel keeps."""
+def attention_that_keeps_what_the_kernel_keeps(query: Any, key: Any, value: Any, *_: Any) -> Any:
+    """Keep Q, K, V, the output and its log-sum-exp, as the attention kernel for GPUs; the values do not matter."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface
 
     class Kernel(torch.autograd.Function):
-        """Keeps Q, K, V, the output and its log-sum-exp; the values do not matter."""
-
         @staticmethod
         def forward(context: Any, query: Any, key: Any, value: Any) -> Any:
             output = torch.zeros_like(query)
-            context.save_for_backward(query, key, value, output, torch.zeros(query.shape[:2]))
+            context.save_for_backward(query, key, value, output, torch.zeros(query.shape[:-1]))
             return output
 
         @staticmethod
         def backward(context: Any, *gradients: Any) -> Any:
             return tuple(torch.zeros_like(tensor) for tensor in context.saved_tensors[:3])
 
-    def attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[Any, None]:
-        return Kernel.apply(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)))[None], None  # type: ignore[no-untyped-call]
+    return Kernel.apply(*(tensor.transpose(1, 2) for tensor in (query, key, value)))  # type: ignore[no-untyped-call]
 
-    AttentionInterface.register("counted", attention)
-    AttentionMaskInterface.register("counted", lambda *_, **__: None)
+
+def make_model(config: dict[str, int], section: Sft) -> Any:
+    """Return a Llama in bf16 with an fp32 adapter, whose gradient exists already."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(**config, **heads, attn_implementation="counted")).to(torch.bfloat16)
+    base: Any = LlamaForCausalLM(LlamaConfig(**config, **heads)).to(torch.bfloat16)
     lora = LoraConfig(r=section.lora.rank, target_modules=list(section.lora.target_layers), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base.requires_grad_(requires_grad=False), lora).train()
+    model: Any = get_peft_model(base, lora).train()
     for part in model.parameters():
         if part.requires_grad:
             part.data, part.grad = part.data.float(), torch.zeros(part.shape)
@@ -177,41 +186,21 @@ def make_model(config: dict[str, int], section: Sft) -> Any:
     return model
 
 
-def run_pass(model: Any, section: Sft) -> None:
-    """Run one pass, forward and backward, with the loss computed over chunks of positions."""
-    import torch
+def run_pass(model: Any) -> None:
+    """Run forward and backward of a packed pass of several rows."""
+    from llamarefine_jobs.models.encoding import Encoded
+    from llamarefine_jobs.models.forward import PackedForward
+    from llamarefine_jobs.models.packed_attention import using_packed_attention
+    from llamarefine_jobs.training.objectives import SftObjective
 
-    class ChunkedLoss(torch.autograd.Function):
-        """Cross-entropy that keeps only its gradient of the hidden states."""
-
-        @staticmethod
-        def forward(context: Any, hidden: Any, head: Any, targets: Any) -> Any:
-            gradient, total = torch.empty_like(hidden), torch.zeros(())
-            for part in torch.arange(len(hidden)).split(LOSS_CHUNK_TOKENS):
-                logits = (hidden[part[0] : part[-1] + 1] @ head.T).float()
-                log_p = logits.log_softmax(-1)
-                del logits
-                total -= log_p.gather(1, targets[part, None]).sum()
-                log_p.exp_().scatter_add_(1, targets[part, None], -torch.ones(len(part), 1))
-                gradient[part[0] : part[-1] + 1] = log_p.to(head.dtype) @ head
-            context.save_for_backward(gradient)
-            return total
-
-        @staticmethod
-        def backward(context: Any, *gradients: Any) -> Any:
-            (gradient,) = context.saved_tensors
-            return gradient, None, None
-
-    ids = torch.arange(COUNTED_TOKENS) % model.config.vocab_size
-    llama = model.get_base_model()
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = llama.model(input_ids=ids[None], position_ids=ids[None], use_cache=False).last_hidden_state[0]
-        loss = ChunkedLoss.apply(hidden, llama.lm_head.weight, ids)  # type: ignore[no-untyped-call]
-    del hidden
-    loss.backward()
+    rows = [Encoded([1] * 56, [2] * 200)] * (COUNTED_TOKENS // 256)
+    forward = PackedForward(model)
+    batch = forward.batch(rows)
+    with using_packed_attention(forward.causal_model):  # recomputed activations need it in the backward computation
+        SftObjective().loss(forward.nats(batch), batch, None, COUNTED_TOKENS).backward()
 
 
-def allocated_bytes(work: Any) -> int:
+def allocated_bytes(work: Callable[[], None]) -> int:
     """Return how many bytes more than at its start torch's CPU allocator had given out at the peak of `work`."""
     import torch
 

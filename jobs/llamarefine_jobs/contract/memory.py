@@ -12,14 +12,15 @@ from typing import Any, Self
 from llamarefine_jobs.contract.recipe import Dpo, LinearLayer, Lora, Sft
 
 PASS_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)  # sizes of a packed pass, in tokens
-LOSS_CHUNK_TOKENS = 2048  # the loss is computed over so many positions at a time
+LOSS_CHUNK_LOGITS = 1 << 26  # the loss is computed over so many logits at a time (models/token_loss.py)
 CUDA_CONTEXT_BYTES = 600 * 2**20
 _USABLE_FRACTION = 0.85  # of the free memory; the rest is for cuBLAS, fragmentation and the validation
 _FP32, _HALF = 4, 2  # bytes per number
 # Bytes per weight in nf4: 4 bits, and per block of 64 a scale in 8 bits (double quantisation).
 _NF4 = 0.5 + 1 / 64 + _FP32 / (64 * 256)
 _TRAINED = _FP32 * 4  # bytes per trained weight: the weight, its gradient, and Adam's two moments
-_LOGIT = 2 * _FP32 + 2 * _HALF  # bytes per logit of a chunk: logits and their gradient, each in fp32 and in 16 bits
+# Bytes per logit of a chunk: logits in 16 bits and in fp32, beside the gradient of the chunk before in both.
+_LOGIT = 2 * (_FP32 + _HALF)
 _SIZE_LIMIT = 1 << 31  # every size in a model is smaller
 
 
@@ -128,7 +129,7 @@ def pass_bytes(shape: Shape, section: Sft | Dpo, tokens: int) -> int:
     else:
         kept = shape.layers * block
     kept += _HALF * 4 * shape.hidden  # the final norm's input in fp32 and output, and the loss's gradient of the output
-    loss = min(tokens, LOSS_CHUNK_TOKENS) * shape.vocabulary * _LOGIT
+    loss = min(tokens * shape.vocabulary, LOSS_CHUNK_LOGITS) * _LOGIT
     return per_pass + tokens * kept + max(loss, tokens * computing)
 
 
@@ -139,6 +140,8 @@ def _kept_bytes_per_token(shape: Shape, section: Sft | Dpo) -> int:
     if section.backend == "unsloth":
         # The outputs and inputs of the two norms; Q; attention output and its copy; K, V; gate and up.
         return _HALF * (4 * hidden + 3 * query_width + 2 * key_width + 2 * intermediate)
+    if section.backend == "transformers":
+        key_width = query_width  # its attention with padding repeats K and V for each query head
     # fp32 inputs of the norms; Q; attention output; K, V; gate, its activation, up.
     block = 4 * hidden + 2 * query_width + 2 * key_width + 3 * intermediate
     layers = section.lora.target_layers

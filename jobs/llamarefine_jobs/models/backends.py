@@ -200,6 +200,10 @@ class TransformersBackend:
             target_modules=list(lora.target_layers),
             bias="none",
         )
+        if gradient_checkpointing:
+            # Frozen embeddings give the first layer an input without a gradient, which the reentrant way cannot take.
+            # Reading the state of the random numbers could not be captured in a CUDA graph.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": lora.dropout > 0})
         return get_peft_model(model, config)
 
 

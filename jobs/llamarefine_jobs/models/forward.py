@@ -32,14 +32,17 @@ class Forward(Protocol):
     model: Any
     causal_model: Any  # the language model within `model`
 
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model's layers use the attention of this way."""
-
     def batch(self, rows: Sequence[Encoded]) -> Any:
         """Return the tensors of `rows` on the model's device."""
 
     def nats(self, batch: Any) -> Any:
         """Return -log p of each target in nats, fp32 (T,); 0 where there is no target."""
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model's layers use this forward's attention within the block.
+
+        A backward pass must run in such a block: with gradient checkpointing it computes the layers once more.
+        """
 
     def passes(
         self, lengths: Sequence[Sequence[int]], most_tokens: int | None, most_items: int | None = None
@@ -57,12 +60,12 @@ class PackedForward:
         self.model = model
         self.causal_model = causal_model_of(model)
 
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        return using_packed_attention(self.causal_model)
-
     def batch(self, rows: Sequence[Encoded], size: Size | None = None) -> Packed:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
         return Packed(size or exact_size(rows), device_of(self.model)).fill(rows)
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return using_packed_attention(self.causal_model)
 
     def nats(self, batch: Packed) -> Any:
         with self.attention(), mixed_precision(self.model):
@@ -107,11 +110,11 @@ class PaddedForward:
         self.causal_model = causal_model_of(model)
         self._pad_id = pad_id
 
-    def attention(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def nats(self, batch: PaddedBatch) -> Any:
         with mixed_precision(self.model):
@@ -133,19 +136,6 @@ class PaddedForward:
                 passes.append([])
             passes[-1].append(index)
         return passes
-
-
-def checkpoint_layers(forward: Forward, *, has_dropout: bool) -> None:
-    """Turn gradient checkpointing on: in training, a layer's activations are computed again in the backward pass.
-
-    The backward pass runs outside of `Forward.nats`, so the second computation has to choose the attention anew.
-    """
-    options = {
-        "use_reentrant": False,  # the frozen embeddings give the first layer an input without a gradient
-        "preserve_rng_state": has_dropout,  # reading the state of the random numbers cannot be captured in a CUDA graph
-        "context_fn": lambda: (contextlib.nullcontext(), forward.attention()),
-    }
-    forward.causal_model.gradient_checkpointing_enable(options)
 
 
 def forward_for(model: Any, pad_id: int) -> Forward:
@@ -175,6 +165,7 @@ def head_of(causal_model: Any) -> Any:
 
 
 def device_of(model: Any) -> Any:
+    """Return the torch device of the model's weights."""
     return next(model.parameters()).device
 
 

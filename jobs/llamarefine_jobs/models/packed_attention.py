@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "llamarefine_packed"  # the name under which transformers finds the function
@@ -65,12 +65,14 @@ def _row_by_row(
     lengths = [length for length in ends.diff().tolist() if length]
     outputs = []
     # `split`, not slices: the backward pass of a slice fills a tensor as long as the whole sequence with zeros.
-    for rows in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        tokens = rows[0].shape[2]
+    by_row = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    for tokens, query_row, key_row, value_row in zip(lengths, *by_row, strict=True):
         is_banded = window is not None and window < tokens
         outputs.append(
-            F.scaled_dot_product_attention(
-                *rows,
+            scaled_dot_product_attention(
+                query_row,
+                key_row,
+                value_row,
                 attn_mask=_band(tokens, window) if is_banded else None,
                 is_causal=not is_banded,
                 dropout_p=dropout,

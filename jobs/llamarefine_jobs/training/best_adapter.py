@@ -32,7 +32,7 @@ class BestAdapter:
         self.step = 0
 
     def restore(self, checkpoint: Path, world: World) -> None:
-        """Move the best adapter out of `checkpoint`, where the trainer would load it as a second adapter.
+        """Move the best adapter from `checkpoint` to the work folder.
 
         Raises IntegrityError if the adapter's record is damaged. Every process must call this.
         """

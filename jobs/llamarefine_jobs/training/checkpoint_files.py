@@ -1,4 +1,4 @@
-"""The files of a checkpoint: adapter, optimizer state, step and history. All are safetensors or JSON, none is a pickle."""
+"""The files of a checkpoint: adapter, optimizer state, step and history, as safetensors and JSON, without pickles."""
 
 import contextlib
 import json

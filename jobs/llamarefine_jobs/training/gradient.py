@@ -1,13 +1,15 @@
 """The gradient of one optimizer step: the step's examples are split into passes that fit the memory.
 
-On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of each
-size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If it
-fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
+On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of
+each size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If
+it fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +53,6 @@ class StepGradient:
         self.most_tokens = most_tokens
         self.most_examples = most_examples
         self._note = note
-        # All graphs use the same memory: they run one after the other, and nothing of a pass is read after the next.
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._captured: dict[Size, _CapturedPass] = {}
         self._sizes: list[Size] = []  # ascending; empty while passes are not captured
         self._compiled: list[Any] = []  # decoder layers
@@ -76,25 +76,24 @@ class StepGradient:
             free_memory()
             self.weights.clear_gradient()
 
-    def prepare(self, steps: Sequence[Sequence[Example]], *, has_dropout: bool) -> None:
+    def prepare(self, steps: Sequence[Sequence[Example]], longest_row: int, *, has_dropout: bool) -> None:
         """Try compiled layers, then CUDA graphs, on the first of `steps`; keep what works. Does nothing on a CPU.
 
         `steps` are the examples of this process in some steps of the training, from which the sizes of the packed
-        sequences are chosen. With dropout, two passes draw different numbers, so their gradients are not compared.
+        sequences are chosen; `longest_row` is the most tokens of a row in all steps. With dropout, two passes draw
+        different numbers, so their gradients are not compared.
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
+        sizes = self._choose_sizes(steps, longest_row)
         ways = {
             "compiled layers": (self.compile_layers, self.uncompile_layers),
-            "CUDA graphs": (
-                lambda: self._capture_in(self._choose_sizes(steps), steps[0], self.objective.weight(steps[0])),
-                lambda: self._capture_in([], [], 1),
-            ),
+            "CUDA graphs": (lambda: self._capture(sizes, steps[0]), self._release_captured),
         }
         self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
 
     def keep_what_works(self, ways: Mapping[str, Way], examples: Sequence[Example], *, has_dropout: bool) -> None:
-        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient of `examples`."""
+        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient."""
         weight = self.objective.weight(examples)
         plain = self._gradient_of(examples, weight)
         for name, (begin, undo) in ways.items():
@@ -130,38 +129,33 @@ class StepGradient:
         rows = [row for example in examples for row in example.rows]
         reference = [nats for example in examples for nats in example.reference]
         if self._sizes:
-            size = self._size_for([len(row) for row in rows])
+            size = self._size_for(sum(map(len, rows)))
             if size not in self._captured:
-                self._captured[size] = _CapturedPass(self, size, rows, reference, weight)
+                self._capture([size], examples)
             return self._captured[size].replay(rows, reference, weight)
         batch = self.forward.batch(rows)
         reference_R = torch.zeros(batch.rows, dtype=torch.float64, device=batch.targets.device)
         reference_R[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
-        loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
-        loss.backward()
+        return self.backward(batch, reference_R, weight)
+
+    def backward(self, batch: Any, reference_R: Any, weight: Any) -> Any:
+        """Add the gradient of one batch; return its part of the loss."""
+        with self.forward.attention():
+            loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
+            loss.backward()
         return loss.detach()
 
-    def _choose_sizes(self, steps: Sequence[Sequence[Example]]) -> list[Size]:
+    def _choose_sizes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> list[Size]:
         """Return the sizes for which graphs are captured. All hold as many rows as the largest step has."""
         pass_tokens = [sum(map(len, part)) for examples in steps for part in self._split(examples)]
         rows = max(len(examples) for examples in steps) * self.objective.rows_per_example
-        longest = max(len(row) for examples in steps for example in examples for row in example.rows)
-        return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
+        return [Size(tokens, rows, round_up(longest_row)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
-    def _size_for(self, lengths: Sequence[int]) -> Size:
-        """Return the smallest size that holds rows of `lengths` tokens; a new one if none does.
-
-        The sizes are chosen from a part of the steps, so another step may have more tokens, or a longer row.
-        """
-        tokens, longest = sum(lengths), round_up(max(lengths))
-        fitting = [size for size in self._sizes if size.tokens >= tokens and size.longest >= longest]
-        if not fitting:
-            largest = self._sizes[-1]
-            while largest.tokens < tokens:
-                largest = replace(largest, tokens=2 * largest.tokens)
-            fitting = [replace(largest, longest=max(largest.longest, longest))]
-            self._sizes += fitting
-        return fitting[0]
+    def _size_for(self, tokens: int) -> Size:
+        """Return the smallest size that holds `tokens`; if none does, a new one with room for a tenth more."""
+        if self._sizes[-1].tokens < tokens:
+            self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
+        return next(size for size in self._sizes if size.tokens >= tokens)
 
     def _halve(self, examples: Sequence[Example]) -> bool:
         """Halve the tokens of a pass if the step has passes that can be split; return whether it did."""
@@ -183,6 +177,7 @@ class StepGradient:
         """Compile the decoder layers, once for all sizes."""
         import torch._dynamo
 
+        _use_private_cache()
         torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
         causal_model = self.forward.causal_model
         # The first layer's input would be the only one without a gradient, and would take a compilation of its own.
@@ -199,29 +194,32 @@ class StepGradient:
             layer._compiled_call_impl = None
         self._compiled.clear()
 
-    def _capture_in(self, sizes: list[Size], examples: Sequence[Example], weight: int) -> None:
-        """Capture passes of these sizes from now on; none with an empty list.
+    def _capture(self, sizes: Sequence[Size], examples: Sequence[Example]) -> None:
+        """Capture a pass of each size, and run passes only in captured sizes from now on.
 
-        The largest is captured at once, because the others then fit into its memory.
+        The largest is captured first, because the others then fit into its memory: all graphs use the same, as they
+        run one after the other and nothing of a pass is read after the next.
         """
+        self._sizes = sorted({*self._sizes, *sizes}, key=lambda size: size.tokens)
+        pool = next((one.pool for one in self._captured.values()), None)
+        for size in sorted(sizes, key=lambda size: -size.tokens):
+            self._captured[size] = _CapturedPass(self, size, examples[0].rows, pool)
+            pool = self._captured[size].pool
+
+    def _release_captured(self) -> None:
+        self._sizes = []
         self._captured.clear()
-        self._sizes = sizes
-        if sizes:
-            rows = next(self._split(examples))[:1][0].rows
-            self._captured[sizes[-1]] = _CapturedPass(self, sizes[-1], rows, (0.0,) * len(rows), weight)
 
 
 class _CapturedPass:
     """Forward and backward of one packed size as a CUDA graph, with the tensors that it reads."""
 
-    def __init__(
-        self, step: StepGradient, size: Size, rows: Sequence[Encoded], reference: Sequence[float], weight: int
-    ) -> None:
+    def __init__(self, step: StepGradient, size: Size, rows: Sequence[Encoded], pool: Any) -> None:
         device = device_of(step.forward.model)
         self._batch = Packed(size, device)
         # The reference's log-probabilities, and the weight.
         self._numbers = torch.zeros(size.rows + 1, dtype=torch.float64, device=device)
-        self._fill(rows, reference, weight)
+        self._fill(rows, (), 1)
         before = step.weights.gradient.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -230,8 +228,9 @@ class _CapturedPass:
                 self._compute(step)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=step.pool):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._loss = self._compute(step)
+        self.pool = self._graph.pool()
         step.weights.gradient.copy_(before)
 
     def replay(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> Any:
@@ -241,10 +240,7 @@ class _CapturedPass:
         return self._loss.clone()  # the next replay overwrites it
 
     def _compute(self, step: StepGradient) -> Any:
-        nats_T = step.forward.nats(self._batch)
-        loss = step.objective.loss(nats_T, self._batch, self._numbers[:-1], self._numbers[-1])
-        loss.backward()
-        return loss.detach()
+        return step.backward(self._batch, self._numbers[:-1], self._numbers[-1])
 
     def _fill(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> None:
         self._batch.fill(rows)
@@ -252,6 +248,18 @@ class _CapturedPass:
         numbers[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
         numbers[-1] = weight
         self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
+
+
+def _use_private_cache() -> None:
+    """Let compiled code be cached in the user's own folder, if the environment names no other.
+
+    torch's default is a folder in the system's temporary directory with a name that anyone can know and create, and
+    what is cached there is run.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamarefine" / "inductor"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: Any) -> Any:

@@ -11,7 +11,7 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.models import adapters
-from llamarefine_jobs.models.forward import Forward, checkpoint_layers
+from llamarefine_jobs.models.forward import Forward
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, oom_micro_batch_rows
 from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.adapter_weights import AdapterWeights
@@ -31,7 +31,7 @@ from llamarefine_jobs.training.reference_logprobs import write_reference
 from llamarefine_jobs.training.schedule import Schedule
 
 _EVALUATIONS_A_RUN = 4
-_SAMPLED_STEPS = 256  # from which the sizes of packed sequences are chosen
+_SAMPLED_ROWS = 100_000  # the sizes of packed sequences are chosen from the training's first steps
 
 # Returns the figures of the forward's model on the validation split, including `eval_loss`, the same in every process.
 # Raises PreemptedError on SIGTERM.
@@ -56,8 +56,6 @@ class Trainer:
         self.model = model = forward.model
         self.examples = examples
         self.objective = objective
-        if section.gradient_checkpointing and context.backend != "unsloth":  # Unsloth's adapters do it in their own way
-            checkpoint_layers(forward, has_dropout=section.lora.dropout > 0)
         self.schedule = Schedule(section, len(examples), context.recipe.seed)
         self.state = TrainingState(0, self.schedule.steps, [])
         self.weights = AdapterWeights(
@@ -82,10 +80,11 @@ class Trainer:
 
     def prepare(self) -> None:
         """Prepare the passes of the step: on CUDA, compile and capture them."""
-        sampled = range(1, min(self.schedule.steps, _SAMPLED_STEPS) + 1)
+        sampled = range(1, min(self.schedule.steps, 1 + _SAMPLED_ROWS // self.section.batch_rows) + 1)
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
-        self.gradient.prepare([self.own_examples(step) for step in sampled], has_dropout=has_dropout)
+        longest_row = max(len(row) for example in self.examples for row in example.rows)
+        self.gradient.prepare([self.own_examples(step) for step in sampled], longest_row, has_dropout=has_dropout)
 
     def own_examples(self, step: int) -> list[Example]:
         """Return this process's share of a step's examples. All shares have about as many tokens."""

@@ -47,15 +47,11 @@ def score_reference_separately(
     answers = [answer for pair in pairs[:_COMPARED_PAIRS] for answer in pair]
     model = backend.load(base)
 
-    def scores() -> list[float]:
-        found = score(PaddedForward(model, pad_id), answers)
-        return [one.logprob / one.tokens for one in found]
-
-    bare = scores()
+    bare = _per_token(model, pad_id, answers)
     model = adapters.attach_adapter(model, adapter)
-    once = scores()
+    once = _per_token(model, pad_id, answers)
     _scale_adapter(model, 2.0)
-    twice = scores()
+    twice = _per_token(model, pad_id, answers)
     del model
     backends.free_memory()  # the policy is loaded next
     return ExpectedScores(bare, once, twice)
@@ -156,6 +152,10 @@ def _loss_of_first_step(trainer: Any) -> float:
     (loss,) = trainer.context.world.sum_over_processes(lambda: [float(trainer.step_loss(1))])
     trainer.weights.clear_gradient()
     return float(loss)
+
+
+def _per_token(model: Any, pad_id: int, answers: Sequence[Encoded]) -> list[float]:
+    return [found.logprob / found.tokens for found in score(PaddedForward(model, pad_id), answers)]
 
 
 def _distance(one: list[float], other: list[float]) -> float:

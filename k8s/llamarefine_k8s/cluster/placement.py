@@ -62,7 +62,9 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, report: Ca
     cards = {stage: card for stage in ("sft", "dpo") if (card := _largest_card_bytes(stage, given, jobs, all_nodes))}
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
     checks = [
-        gpu_memory.check_card(recipe, stage, needed[stage], cards[stage], _LARGEST) for stage in cards if stage in needed
+        gpu_memory.check_card(recipe, stage, needed[stage], cards[stage], _LARGEST)
+        for stage in cards
+        if stage in needed
     ]
     excesses = [check for check in checks if check.state != "ok"]
     pinned = pin_for_cluster(recipe, given, report, upload=False) if excesses else recipe

@@ -31,7 +31,7 @@ from llamarefine_k8s.runs.signing import SIGNING_KEY
 GRACE_S = 120.0  # enough to save a checkpoint of a billion parameters to a slow disk
 _POLL_S = 0.05
 INSTALL = "pip install 'llamarefine[train]'"
-NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
+NEEDED = ("torch", "transformers", "peft", "datasets")
 
 Command = Callable[[str], Sequence[str]]
 

@@ -1,7 +1,6 @@
 """Generation: batches change no answer, take in waiting prompts, and respect every limit."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
