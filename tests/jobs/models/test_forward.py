@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
 from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.packing import Size
@@ -36,7 +36,7 @@ def nats_alone(model: Any, row: Encoded) -> float:
     ids = torch.tensor([row.prompt_ids + row.answer_ids])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-    return float(F.cross_entropy(logits, torch.tensor(row.answer_ids), reduction="sum"))
+    return float(cross_entropy(logits, torch.tensor(row.answer_ids), reduction="sum"))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from llamarefine_jobs.models import token_loss
 from llamarefine_jobs.models.token_loss import NO_TARGET, token_nats
@@ -26,14 +26,15 @@ def values(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
     return hidden_TH.requires_grad_(), head_VH, targets_T, torch.randn(POSITIONS, generator=generator, dtype=dtype)
 
 
-def cross_entropy(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
-    return F.cross_entropy(hidden_TH @ head_VH.T, targets_T, ignore_index=NO_TARGET, reduction="none")
+def torchs_nats(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
+    logits = (hidden_TH @ head_VH.T).to(torch.promote_types(head_VH.dtype, torch.float32))
+    return cross_entropy(logits, targets_T, ignore_index=NO_TARGET, reduction="none")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_values_and_gradient_equal_cross_entropy(chunked: None, dtype: torch.dtype, tolerance: float) -> None:
     hidden_TH, head_VH, targets_T, weight_T = values(dtype)
-    expected = cross_entropy(hidden_TH, head_VH, targets_T)
+    expected = torchs_nats(hidden_TH, head_VH, targets_T)
     (gradient,) = torch.autograd.grad((expected * weight_T).sum(), hidden_TH)
     found = token_nats(hidden_TH, head_VH, targets_T)
     (found_gradient,) = torch.autograd.grad((found * weight_T).sum(), hidden_TH)
@@ -68,7 +69,7 @@ def test_sixteen_bit_weights_give_values_in_32_bits(chunked: None) -> None:
     hidden_TH, head_VH, targets_T, weight_T = values(torch.bfloat16)
     found = token_nats(hidden_TH, head_VH, targets_T)
     assert found.dtype == torch.float32
-    expected = F.cross_entropy((hidden_TH @ head_VH.T).float(), targets_T, ignore_index=NO_TARGET, reduction="none")
+    expected = torchs_nats(hidden_TH, head_VH, targets_T)
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad((expected * weight_T).sum(), hidden_TH)
     (found_gradient,) = torch.autograd.grad((found * weight_T).sum(), hidden_TH)

@@ -50,7 +50,7 @@ def test_each_epoch_takes_every_row_once_and_fills_its_last_step_with_its_first_
         steps = range(epoch * steps_per_epoch + 1, (epoch + 1) * steps_per_epoch + 1)
         taken = [schedule.rows_of(step) for step in steps]
         assert all(len(one) == batch_rows for one in taken)
-        order = sum(taken, [])
+        order = [row for one in taken for row in one]
         assert sorted(order[:rows]) == list(range(rows))
         assert order[rows:] == (order[:rows] * batch_rows)[: len(order) - rows]
         orders.append(order)
