@@ -128,10 +128,9 @@ class PaddedForward:
     ) -> list[list[int]]:
         """Split as `Forward` says. Items of similar length share a pass, so that rows need little padding."""
         longest = [max(rows) for rows in lengths]
-        rows_per_item = len(lengths[0])
         passes: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda index: (-longest[index], index)):
-            computed = rows_per_item * (len(passes[-1]) + 1) * longest[passes[-1][0]] if passes else 0
+            computed = len(lengths[index]) * (len(passes[-1]) + 1) * longest[passes[-1][0]] if passes else 0
             is_full = not passes or (most_tokens is not None and computed > most_tokens)
             if is_full or (most_items is not None and len(passes[-1]) >= most_items):
                 passes.append([])

@@ -15,8 +15,8 @@ def token_nats(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
     """Return -log p(target) in nats for each position, (T,), and 0 where the target is NO_TARGET.
 
     The numbers are fp32, or fp64 if the weights are. `head_VH` is the frozen weight of the language model's head.
-    Gradients reach `hidden_TH` only. The values and the gradient equal those of cross entropy over logits of the same type
-    (torch.nn.functional.cross_entropy, reduction="none").
+    Gradients reach `hidden_TH` only. The values and the gradient equal those of cross entropy over logits of the same
+    type (torch.nn.functional.cross_entropy, reduction="none").
     """
     nats_T: Any = _TokenNats.apply(hidden_TH, head_VH, targets_T)
     return nats_T
