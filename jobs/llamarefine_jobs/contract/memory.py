@@ -102,8 +102,8 @@ def least_pass_tokens(section: Sft | Dpo, max_length_tokens: int) -> int:
 def pass_tokens_for(shape: Shape, section: Sft | Dpo, free_bytes: int) -> int:
     """Return the largest of PASS_TOKENS whose pass fits into 85 % of `free_bytes`, or the smallest if none does.
 
-    `free_bytes` is the GPU memory that is free while the model, the adapter with its gradients and the optimizer's state
-    are allocated.
+    `free_bytes` is the GPU memory that is free while the model, the adapter with its gradients and the optimizer's
+    state are allocated.
     """
     fitting = [size for size in PASS_TOKENS if pass_bytes(shape, section, size) <= _USABLE_FRACTION * free_bytes]
     return max(fitting, default=PASS_TOKENS[0])

@@ -151,9 +151,9 @@ class Training(Section):
 
     backend: Literal["auto", "packed", "unsloth", "transformers"] = Field(
         "auto",
-        description="how a step is computed. packed: rows in one sequence without padding, on CUDA compiled and captured "
-        "in CUDA graphs. unsloth, transformers: padded rows, by that library's own code. auto: the one that suits the "
-        "GPU and the quantization, packed where possible. The result is the same up to rounding",
+        description="how a step is computed. packed: rows in one sequence without padding, on CUDA compiled and "
+        "captured in CUDA graphs. unsloth, transformers: padded rows, by that library's own code. auto: the one that "
+        "suits the GPU and the quantization, packed where possible. The result is the same up to rounding",
         json_schema_extra=_NOT_IN_KEY,
     )
     lora: Lora = Lora()

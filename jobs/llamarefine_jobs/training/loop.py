@@ -75,8 +75,8 @@ class Trainer:
         self.checkpoints = CheckpointPolicy(section, context)
         self.best = BestAdapter(context.work, self.checkpoints.address)
         self._validate_model = validate
-        self._losses: list[Any] = []  # of the steps since the last log, on the device
-        self._logged_step = 0
+        self._unread_losses: list[Any] = []  # of the newest steps, on the device: reading one waits for the device
+        self._read_losses: list[float] = []  # of the steps before them, since the last log
 
     def prepare(self) -> None:
         """Prepare the passes of the step: on CUDA, compile and capture them."""
@@ -153,11 +153,10 @@ class Trainer:
         if self._is_validation_due():  # SIGTERM interrupted the validation of this step
             self._validate()
         self.context.stop.defer_exit()  # from the next step on, SIGTERM saves a checkpoint first
-        self._logged_step = self.state.step
         self.model.train()
         while self.state.step < self.state.steps:
             step = self.state.step + 1
-            self._losses.append(self.step_loss(step))
+            self._unread_losses.append(self.step_loss(step))
             self.context.world.sum_gradient(self.weights.gradient)
             self.weights.update(self.schedule.learning_rate(step))
             self.state.step = step
@@ -175,20 +174,27 @@ class Trainer:
             self.best.check(self.model)
 
     def _log(self) -> None:
-        """Read the losses since the last log from the device; check, record and report them."""
-        import torch
-
-        losses = self.context.world.sum_over_processes(torch.stack(self._losses).double().tolist)
-        self._losses.clear()
-        for step, loss in enumerate(losses, self._logged_step + 1):
-            if self.progress.is_diverged(loss):
-                raise self._diverged(f"the loss is {loss:g}", step)
-        self._logged_step = self.state.step
-        mean = sum(losses) / len(losses)
+        """Record and report the mean loss of the steps since the last log."""
+        self._check_losses()
+        mean = sum(self._read_losses) / len(self._read_losses)
+        self._read_losses.clear()
         rate = self.schedule.learning_rate(self.state.step)
         self.state.history.append({"step": self.state.step, "loss": mean, "learning_rate": rate})
         self.checkpoints.confirm(self.state.step)
         self.progress.report(mean, self.state.step, self.state.steps)
+
+    def _check_losses(self) -> None:
+        """Read the newest losses from the device. Raises DivergedError, with the step, if one is too high or NaN."""
+        import torch
+
+        if not self._unread_losses:
+            return
+        losses = self.context.world.sum_over_processes(torch.stack(self._unread_losses).double().tolist)
+        self._unread_losses.clear()
+        for step, loss in enumerate(losses, self.state.step - len(losses) + 1):
+            if self.progress.is_diverged(loss):
+                raise self._diverged(f"the loss is {loss:g}", step)
+        self._read_losses += losses
 
     def _is_validation_due(self) -> bool:
         step, last = self.state.step, self.state.step >= self.state.steps
@@ -199,6 +205,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Validate the adapter, and keep it if it is the best so far. Raises PreemptedError on SIGTERM."""
+        self._check_losses()  # if the training diverged, the error names the step at which it did
         figures = self._validate_model(self.forward)
         loss = figures["eval_loss"]
         step = self.state.step
@@ -212,7 +219,8 @@ class Trainer:
         self.best.replace(self.model, loss, step, write=self.context.world.is_first)
 
     def _save(self, *, preempted: bool) -> None:
-        self._check_weights()  # the loss would show it only when it is logged next
+        self._check_losses()  # as before a validation
+        self._check_weights()  # the loss of the next step would be the first to show it
         folder = self.context.work / "checkpoints" / str(self.state.step)
         if self.context.world.is_first:
             write_checkpoint(folder, self.model, self.weights, self.state)
