@@ -85,10 +85,9 @@ class StepGradient:
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
-        sizes = self._choose_sizes(steps, longest_row)
         ways = {
             "compiled layers": (self.compile_layers, self.uncompile_layers),
-            "CUDA graphs": (lambda: self._capture(sizes, steps[0]), self._release_captured),
+            "CUDA graphs": (lambda: self._capture_passes(steps, longest_row), self._release_captured),
         }
         self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
 
@@ -193,6 +192,18 @@ class StepGradient:
         for layer in self._compiled:
             layer._compiled_call_impl = None
         self._compiled.clear()
+
+    def _capture_passes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> None:
+        """Choose sizes for `steps` and capture them; halve the tokens of a pass as long as memory runs out."""
+        while True:
+            try:
+                return self._capture(self._choose_sizes(steps, longest_row), steps[0])
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._halve(steps[0]):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+            self._release_captured()
+            free_memory()
 
     def _capture(self, sizes: Sequence[Size], examples: Sequence[Example]) -> None:
         """Capture a pass of each size, and run passes only in captured sizes from now on.

@@ -80,7 +80,7 @@ def test_the_optimizer_state_survives_a_file(tmp_path: Path) -> None:
     save_file(weights.optimizer_state(), tmp_path / "optimizer.safetensors")
     again = make_weights(resumed)
     again.values.copy_(weights.values)
-    again.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"), 5)
+    again.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"), updates=5)
     for step in range(5, 10):
         for one, flat in ((model, weights), (resumed, again)):
             set_gradients(one, step)
@@ -114,6 +114,6 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any, reason: str
     weights.update(0.01)
     before = weights.optimizer_state()
     with pytest.raises(ValueError, match=reason):
-        weights.load_optimizer_state(damage(dict(before)), 1)
+        weights.load_optimizer_state(damage(dict(before)), updates=1)
     after = weights.optimizer_state()
     assert all(torch.equal(after[name], before[name]) for name in before)
