@@ -154,7 +154,8 @@ class StepGradient:
                 if is_out_of_memory(error):
                     raise
                 self._note(f"goes on without CUDA graphs, which is slower: {type(error).__name__}: {first_line(error)}")
-                return self._release_captured()
+                self._release_captured()
+                return None
         return self._captured[size]
 
     def _choose_sizes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> list[Size]:

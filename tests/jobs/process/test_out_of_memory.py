@@ -15,13 +15,14 @@ from llamarefine_jobs.contract.artifact import Manifest
 from llamarefine_jobs.contract.environment import OOM_VARIABLE
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Sft
+from llamarefine_jobs.models.encoding import load_tokenizer
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
 
-VOCABULARY = 60_000  # large, so that the logits need most of the memory
-SPARE_BYTES = 128 << 20  # limit above what micro-batches of 8 rows need; 16 rows need several times as much more
+WIDE = 12_000  # the size within a block, so that what a pass keeps for its backward computation needs most memory
+SPARE_BYTES = 48 << 20  # limit above what micro-batches of 8 rows need; 16 rows need several times as much more
 HALVE = "sft.on_out_of_memory=halve_micro_batch"
 
 
@@ -146,9 +147,10 @@ def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micr
 
 
 def prepare(folder: Path) -> Path:
-    """Write a recipe file, and two stores `roomy` and `tight` with a base model with a large vocabulary."""
+    """Write a recipe file, and two stores `roomy` and `tight` with a base model of wide blocks."""
     prepared = tiny.write_prepared(folder / "prepared")
-    tiny.make_model(VOCABULARY).save_pretrained(prepared / "base")
+    tokens = len(load_tokenizer(prepared / "base"))
+    tiny.make_model(tokens, intermediate_size=WIDE).save_pretrained(prepared / "base")
     changes = ("sft.batch_rows=16", "sft.max_steps=6")
     for store in ("roomy", "tight"):
         tiny.publish_prepared(Store(str(folder / store)), prepared, tiny.recipe(*changes))
