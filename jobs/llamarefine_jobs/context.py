@@ -26,7 +26,6 @@ from llamarefine_jobs.store import Store
 _LIBRARIES = (
     "torch",
     "transformers",
-    "trl",
     "peft",
     "datasets",
     "tokenizers",

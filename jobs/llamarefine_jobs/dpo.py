@@ -32,8 +32,8 @@ def work(context: Context) -> None:
     backend = backends.choose_backend(context.recipe.dpo.backend, context.world.size, "dpo.backend")
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(backends.describe_backend(backend))
-    from llamarefine_jobs.models.forward import forward_for
     from llamarefine_jobs.training import checkpoint_files, loop, step_zero
+    from llamarefine_jobs.training.checked_forward import checked_forward
     from llamarefine_jobs.training.objectives import DpoObjective
     from llamarefine_jobs.training.reference_logprobs import examples_with_reference
 
@@ -65,23 +65,15 @@ def work(context: Context) -> None:
 
     # Reference: the log-probabilities of all answers, computed once.
     checkpoint = context.fetch_checkpoint()
-    forward = forward_for(model, tokenizer.pad_token_id, backend.name)
+    rows = [answer for pair in pairs for answer in pair]
+    forward = checked_forward(backend, model, tokenizer.pad_token_id, rows, context.note)
     with checkpoint_files.reporting_damage(context):
         examples = examples_with_reference(forward, pairs, checkpoint, context)
 
     # Training.
     validation_pairs = encode_pairs(tokenizer, validation_rows)
     validation = PairValidation(validation_pairs, context)
-    trainer = loop.Trainer(
-        context,
-        section,
-        backend,
-        model,
-        tokenizer.pad_token_id,
-        examples,
-        DpoObjective(section.beta),
-        validation.validate,
-    )
+    trainer = loop.Trainer(context, section, forward, examples, DpoObjective(section.beta), validation.validate)
     trainer.prepare()
     context.metrics["step_zero"] = step_zero.prove(trainer, expected)
     trainer.train(checkpoint)

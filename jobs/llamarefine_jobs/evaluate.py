@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,8 @@ from llamarefine_jobs.models.encoding import (
     load_tokenizer,
     read_rows,
 )
-from llamarefine_jobs.models.scoring import OnBatch, Score, generate, score
+from llamarefine_jobs.models.generation import Answer, generate, speed
+from llamarefine_jobs.models.scoring import OnBatch, Score, score
 from llamarefine_jobs.report import comparison
 from llamarefine_jobs.report.metrics import MODELS, ComparedRows, ModelResults, check_gates, compare
 
@@ -38,8 +39,8 @@ Item = TypeVar("Item")
 
 def work(context: Context) -> None:
     """Evaluate the three models and write the report."""
-    # Backend: chosen before anything imports trl, transformers or peft.
-    backend = backends.choose_backend()
+    # Backend.
+    backend = backends.inference_backend()
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(backends.describe_backend(backend))
     recipe, section = context.recipe, context.recipe.evaluate
@@ -118,26 +119,36 @@ class Evaluation:
 
     def evaluate(self, name: str, model: Any) -> ModelResults:
         """Score the rows with `model` and generate its answers. Raises DivergedError if a score is not finite."""
-        batch_rows, pad_id = self.context.recipe.evaluate.batch_rows, self.tokenizer.pad_token_id
+        from llamarefine_jobs.models.forward import forward_for  # imports torch and transformers
+
+        forward = forward_for(model, self.tokenizer.pad_token_id)
 
         def scores(part: str, rows: list[Encoded]) -> list[Score]:
-            return check_finite(
-                name, part, score(model, pad_id, rows, batch_rows, self._progress_callback(f"{name}:{part}"))
-            )
+            return check_finite(name, part, score(forward, rows, self._progress_callback(f"{name}:{part}")))
 
         return ModelResults(
             answers=scores("answers", self.rows.questions),
             chosen=scores("chosen", self.rows.chosen),
             rejected=scores("rejected", self.rows.rejected),
-            generated=generate(
-                model,
-                self.tokenizer,
-                self.rows.prompts,
-                max_new_tokens=self.context.recipe.evaluate.max_new_tokens,
-                batch_rows=batch_rows,
-                on_batch=self._progress_callback(f"{name}:generating"),
-            ),
+            generated=self._generate(name, model),
         )
+
+    def _generate(self, name: str, model: Any) -> list[Answer]:
+        """Return the answers of `model`; log how fast they were generated, and record it in the manifest's metrics."""
+        section = self.context.recipe.evaluate
+        began_s = time.monotonic()
+        answers = generate(
+            model,
+            self.tokenizer,
+            self.rows.prompts,
+            max_new_tokens=section.max_new_tokens,
+            batch_rows=section.batch_rows,
+            on_batch=self._progress_callback(f"{name}:generating"),
+        )
+        found = speed(answers, time.monotonic() - began_s)
+        self.context.note(f"{name} generated {found}")
+        self.context.metrics.setdefault("generation", {})[name] = asdict(found)
+        return answers
 
     def _progress_callback(self, phase: str) -> OnBatch:
         before = self.done

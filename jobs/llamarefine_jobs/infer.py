@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.data.reading import read_table
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_prompt, load_tokenizer
-from llamarefine_jobs.models.scoring import Answer, generate
+from llamarefine_jobs.models.generation import Answer, generate, speed
 from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.recipe_file import load_recipe
 from llamarefine_jobs.sources import pinning
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Model and answers.
         with entry.seeded_threads(recipe), load_respondent(options.model, recipe, Store(options.store)) as respondent:
             if questions:
+                began_s = time.monotonic()
                 answers = respondent.answer(questions)
+                _log(f"generated {speed(answers, time.monotonic() - began_s)}")
                 show(questions, answers, options.answers, options.model)
             if options.interactive:
                 converse(respondent)
@@ -105,8 +108,7 @@ class Respondent:
 def load_respondent(name: str, recipe: Recipe, store: Store) -> Iterator[Respondent]:
     """Yield the loaded model `name` of a run. Its files are downloaded into a folder that is removed afterwards."""
     parents = entry.find_parents("infer", recipe, store, NEEDS[name])
-    # Backend: chosen before anything imports trl, transformers or peft.
-    backend = backends.choose_backend()
+    backend = backends.inference_backend()
     _log(backends.describe_backend(backend))
     with tempfile.TemporaryDirectory(prefix="llamarefine-infer-", dir=os.environ.get(WORK_FOLDER)) as folder:
         sigterm.STOP.cleanup_folder = Path(folder)

@@ -23,6 +23,7 @@ def work(context: Context) -> None:
     context.backend, context.accelerator = backend.name, backend.accelerator
     context.note(backends.describe_backend(backend))
     from llamarefine_jobs.training import loop
+    from llamarefine_jobs.training.checked_forward import checked_forward
     from llamarefine_jobs.training.objectives import Example, SftObjective
 
     recipe, section = context.recipe, context.recipe.sft
@@ -43,12 +44,11 @@ def work(context: Context) -> None:
     )
 
     # Training.
+    forward = checked_forward(backend, model, tokenizer.pad_token_id, train_rows, context.note)
     trainer = loop.Trainer(
         context,
         section,
-        backend,
-        model,
-        tokenizer.pad_token_id,
+        forward,
         [Example((row,)) for row in train_rows],
         SftObjective(),
         lambda forward: validate(forward, validation_rows, context),

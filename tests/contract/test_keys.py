@@ -17,6 +17,7 @@ RECIPE = Recipe.model_validate(
     {"name": "keys", "prepare": {"questions": {"source": "a.csv"}, "preferences": {"source": "b.jsonl"}}}
 )
 NOT_IN_KEY = {
+    "backend",
     "gpus",
     "nodes",
     "checkpoint_every_s",

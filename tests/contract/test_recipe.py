@@ -104,7 +104,10 @@ def test_a_value_of_the_wrong_type_is_reported_with_what_was_found(override: str
         ("sft.lora.target_layers=[lm_head]", ["`sft.lora.target_layers.0`", "q_proj"]),
         ("sft.lora.target_layers=[]", ["`sft.lora.target_layers`", "at least 1 item"]),
         ("name=Has Spaces", ["`name`"]),
-        ("sft.batch_rows=12", ["batch_rows 12 must be a multiple of micro_batch_rows 8"]),
+        ("sft={batch_rows: 12, micro_batch_rows: 8}", ["batch_rows 12 must be a multiple of micro_batch_rows 8"]),
+        ("sft.gpus=3", ["batch_rows 16 is shared by 3 gpus x 1 nodes: it must be a multiple of 3"]),
+        ("sft={gpus: 4, micro_batch_rows: 8}", ["it must be a multiple of 32, the micro_batch_rows of all of them"]),
+        ("sft.packing=never", ["`sft.packing` is not a key of a recipe", "backend"]),
         ("prepare.validation_fraction=0", ["must both be over 0"]),
         ("prepare.test_fraction=0.99", ["leave no row to train on"]),
         ("evaluate.gates=[{metric: loss}]", ["`evaluate.gates.0`", "at_least or at_most"]),
@@ -114,6 +117,14 @@ def test_a_value_of_the_wrong_type_is_reported_with_what_was_found(override: str
 def test_a_value_out_of_range_is_reported_with_what_is_allowed(override: str, words: list[str]) -> None:
     line = error_of(override)
     assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [("{}", 16), ("{gpus: 2, nodes: 2}", 4), ("{micro_batch_rows: 2}", 2), ("{micro_batch_rows: 2, gpus: 4}", 2)],
+)
+def test_a_pass_has_at_most_the_rows_that_are_set_or_a_processs_part_of_the_batch(settings: str, rows: int) -> None:
+    assert parse_recipe(MINIMAL, "mine.yaml", [f"dpo={settings}"]).dpo.pass_rows == rows
 
 
 def test_a_missing_key_is_named() -> None:

@@ -86,8 +86,10 @@ def test_a_new_commit_alone_rebuilds_no_layer(name: str) -> None:
 @pytest.mark.parametrize("name", STAGE_NAMES)
 def test_libraries_write_their_files_to_scratch(name: str) -> None:
     settings = dict(pair.split("=", 1) for rest in all_of(name, "ENV") for pair in rest.split())
-    for variable in ("HOME", "TMPDIR", "LLAMAREFINE_WORK", "HF_HOME", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"):
+    caches = {"HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"}
+    for variable in {"HOME", "TMPDIR", "LLAMAREFINE_WORK"} | caches:
         assert settings[variable].startswith("/scratch")
+    assert len({settings[variable] for variable in caches}) == len(caches)
 
 
 def test_the_build_context_holds_exactly_what_is_copied() -> None:

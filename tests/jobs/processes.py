@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _STEP = re.compile(r"^progress .*\bstep=(\d+)")
+_WAITING = Path(__file__).parent / "waiting"
 
 
 def start(
@@ -23,6 +24,16 @@ def start(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
     )
+
+
+def wait_after(words: str) -> dict[str, str]:
+    """Return the environment in which a stage waits after a line with these words, until it is stopped or killed."""
+    return {"PYTHONPATH": str(_WAITING), "LLAMAREFINE_TEST_WAIT_AFTER": words}
+
+
+def wait_at_step(number: int) -> dict[str, str]:
+    """Return the environment in which a training waits at this optimizer step for its signal."""
+    return wait_after(f"step={number} ")
 
 
 def run(stage: str, recipe: Path, store: str, *options: str) -> tuple[int, list[str]]:

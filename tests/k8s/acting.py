@@ -141,7 +141,7 @@ def work(context: entry.Context) -> None:
         case "kill itself":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hoard memory for each row":
-            rows = context.recipe.sft.micro_batch_rows
+            rows = context.recipe.sft.pass_rows
             print(f"hoards for {rows} rows", len(b"x" * (rows * 64 << 20)), flush=True)
         case "say much":
             print("\x1b[31mred\x1b[0m noise of a library\rredrawn noise", flush=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamarefine_jobs import infer
-from llamarefine_jobs.models.scoring import Answer
+from llamarefine_jobs.models.generation import Answer
 from llamarefine_jobs.untrusted.control_characters import strip_control_characters, strip_for_stream
 from llamarefine_k8s.commands import terminal
 

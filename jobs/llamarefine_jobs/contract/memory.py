@@ -1,8 +1,8 @@
 """Estimate the GPU memory that a training needs, from the shapes of its tensors.
 
-The estimate is for the worst batch, where every row has `max_length_tokens`. The tensors that a step keeps were
-counted one by one in the real trainers, without a GPU. tests/gpu/test_memory.py compares the estimate with that count,
-and on a GPU with the peak of the allocator; on a GPU only a tiny model was compared so far.
+A step runs one or more passes (a forward and a backward computation), each over so many tokens. The tensors that a pass
+keeps were counted one by one on a CPU: tests/contract/test_memory.py compares the estimate with what a pass of the
+packed step allocates there. The estimate is for layers that are not compiled; compiled layers keep about half.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,16 @@ from typing import Any, Self
 
 from llamarefine_jobs.contract.recipe import Dpo, LinearLayer, Lora, Sft
 
+PASS_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)  # sizes of a packed pass, in tokens
+LOSS_CHUNK_LOGITS = 1 << 26  # the loss is computed over so many logits at a time (models/token_loss.py)
+CUDA_CONTEXT_BYTES = 600 * 2**20
+_USABLE_FRACTION = 0.85  # of the free memory; the rest is for cuBLAS, fragmentation and the validation
 _FP32, _HALF = 4, 2  # bytes per number
 # Bytes per weight in nf4: 4 bits, and per block of 64 a scale in 8 bits (double quantisation).
 _NF4 = 0.5 + 1 / 64 + _FP32 / (64 * 256)
 _TRAINED = _FP32 * 4  # bytes per trained weight: the weight, its gradient, and Adam's two moments
-# Bytes per logit at the peak. SFT: the logits in fp32, their log-softmax and two gradients. DPO: the logits in 16 bits
-# and in fp32, and two gradients.
-_SFT_LOGIT, _DPO_LOGIT = 4 * _FP32, _HALF + 3 * _FP32
-_FUSED_LOSS_BYTES = 4 * 2**30  # Unsloth splits SFT's logits into parts of at most this size
-CUDA_CONTEXT_BYTES = 600 * 2**20
+# Bytes per logit of a chunk: logits in 16 bits and in fp32, beside the gradient of the chunk before in both.
+_LOGIT = 2 * (_FP32 + _HALF)
 _SIZE_LIMIT = 1 << 31  # every size in a model is smaller
 
 
@@ -84,35 +85,72 @@ class Shape:
         return self.layers * sum(lora.rank * sum(linear[name]) for name in lora.target_layers)
 
 
-def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int, *, with_unsloth: bool) -> int:
-    """Return the estimated bytes on the GPU of one process, for either backend. A DPO row is two sequences."""
-    sequences = section.micro_batch_rows * (2 if isinstance(section, Dpo) else 1)
-    tokens = sequences * max_length_tokens
+def training_bytes(shape: Shape, section: Sft | Dpo, max_length_tokens: int) -> int:
+    """Return the estimated bytes on the GPU of one process, with passes of `least_pass_tokens`."""
+    tokens = least_pass_tokens(section, max_length_tokens)
+    return CUDA_CONTEXT_BYTES + resident_bytes(shape, section) + pass_bytes(shape, section, tokens)
+
+
+def least_pass_tokens(section: Sft | Dpo, max_length_tokens: int) -> int:
+    """Return the tokens of the smallest pass that can hold every row: one row, or `micro_batch_rows` where it is set.
+
+    Every row is assumed to have `max_length_tokens`. A DPO row is a pair: two sequences in the same pass.
+    """
+    return (section.micro_batch_rows or 1) * (2 if isinstance(section, Dpo) else 1) * max_length_tokens
+
+
+def pass_tokens_for(shape: Shape, section: Sft | Dpo, free_bytes: int) -> int:
+    """Return the largest of PASS_TOKENS whose pass fits into 85 % of `free_bytes`, or the smallest if none does.
+
+    `free_bytes` is the GPU memory that is free while the model, the adapter with its gradients and the optimizer's
+    state are allocated.
+    """
+    fitting = [size for size in PASS_TOKENS if pass_bytes(shape, section, size) <= _USABLE_FRACTION * free_bytes]
+    return max(fitting, default=PASS_TOKENS[0])
+
+
+def resident_bytes(shape: Shape, section: Sft | Dpo) -> int:
+    """Return the bytes that are allocated during the whole training: weights, adapter, its gradients, Adam's state."""
     weight_bytes = _NF4 if section.quantization == "nf4" else _HALF
     weights = shape.linear_parameters() * weight_bytes + shape.other_parameters() * _HALF
+    return round(weights + shape.adapter_parameters(section.lora) * _TRAINED)
+
+
+def pass_bytes(shape: Shape, section: Sft | Dpo, tokens: int) -> int:
+    """Return the bytes that the forward and backward computation of one pass over `tokens` tokens adds at its peak."""
+    per_pass = shape.adapter_parameters(section.lora) * _HALF  # autocast's copy of the adapter
     if section.quantization == "nf4":
-        weights += shape.intermediate * shape.hidden * _HALF  # one layer at a time is dequantised
-    trained = shape.adapter_parameters(section.lora) * _TRAINED
-    block_activations = tokens * _kept_bytes_per_token(shape, section, with_unsloth)
-    backward = tokens * _HALF * (3 * shape.intermediate + 5 * shape.hidden)  # of one block at a time
-    logits = tokens * shape.vocabulary * (_DPO_LOGIT if isinstance(section, Dpo) else _SFT_LOGIT)
-    if with_unsloth and isinstance(section, Sft):
-        logits = min(logits, _FUSED_LOSS_BYTES)
+        per_pass += shape.intermediate * shape.hidden * _HALF  # one layer at a time is dequantised
+    block = _kept_bytes_per_token(shape, section)
+    # The MLP's last layer: its input in fp32 and in 16 bits. The final norm needs no more.
+    computing = _HALF * (3 * shape.intermediate + 4 * shape.hidden)
     if section.gradient_checkpointing:
-        kept, backward = shape.layers * tokens * _HALF * shape.hidden, block_activations + backward
+        kept, computing = shape.layers * _HALF * shape.hidden, block + computing
     else:
-        kept = shape.layers * block_activations
-    return round(weights + trained + kept + max(logits, backward)) + CUDA_CONTEXT_BYTES
+        kept = shape.layers * block
+    kept += _HALF * 4 * shape.hidden  # the final norm's input in fp32 and output, and the loss's gradient of the output
+    loss = min(tokens * shape.vocabulary, LOSS_CHUNK_LOGITS) * _LOGIT
+    return per_pass + tokens * kept + max(loss, tokens * computing)
 
 
-def _kept_bytes_per_token(shape: Shape, section: Sft | Dpo, with_unsloth: bool) -> int:
-    """Return how many bytes per token a block keeps for its backward pass."""
+def _kept_bytes_per_token(shape: Shape, section: Sft | Dpo) -> int:
+    """Return how many bytes per token a block keeps for its backward computation."""
     hidden, intermediate = shape.hidden, shape.intermediate
     query_width, key_width = shape.query_width, shape.key_width
-    if with_unsloth:
+    if section.backend == "unsloth":
         # The outputs and inputs of the two norms; Q; attention output and its copy; K, V; gate and up.
         return _HALF * (4 * hidden + 3 * query_width + 2 * key_width + 2 * intermediate)
-    # fp32 inputs of the norms; Q; attention output; K, V; gate, its activation, up; and a second copy of the input of
-    # each layer with an adapter.
-    columns = [shape.linear()[name][1] for name in section.lora.target_layers]
-    return _HALF * (4 * hidden + 2 * query_width + 2 * key_width + 3 * intermediate + sum(columns))
+    if section.backend == "transformers":
+        key_width = query_width  # its attention with padding repeats K and V for each query head
+    # fp32 inputs of the norms; Q; attention output; K, V; gate, its activation, up.
+    block = 4 * hidden + 2 * query_width + 2 * key_width + 3 * intermediate
+    layers = section.lora.target_layers
+    between = section.lora.rank * len(layers)  # the outputs of the A matrices
+    if section.quantization == "none" or section.lora.dropout:
+        # PEFT copies the input of each layer with an adapter, and dropout keeps a mask of one byte per number.
+        inputs = sum(shape.linear()[name][1] for name in layers)
+        return _HALF * (block + between + inputs) + (inputs if section.lora.dropout else 0)
+    # On a 4-bit layer, PEFT copies nothing: layers share their input. That of o_proj is the attention output.
+    shared = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "MLP", "up_proj": "MLP"}
+    inputs = hidden * len({shared[name] for name in layers if name in shared})
+    return _HALF * (block + between + inputs + (intermediate if "down_proj" in layers else 0))

@@ -1,8 +1,8 @@
 """The recipe: one YAML file that determines everything a run does.
 
 Every unknown key is an error. Names contain the unit. A field marked `_NOT_IN_KEY` is not part of the
-artifact's key: it changes at most the rounding of a result (micro-batches, processes), or what a training logs
-and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this, or names the test that does.
+artifact's key: it changes at most the rounding of a result (backend, micro-batches, processes), or what a training
+logs and when it saves a checkpoint. tests/jobs/stages/test_keys.py checks this, or names the test that does.
 """
 
 from collections.abc import Mapping
@@ -149,6 +149,13 @@ class Lora(Section):
 class Training(Section):
     """Settings that SFT and DPO share."""
 
+    backend: Literal["auto", "packed", "unsloth", "transformers"] = Field(
+        "auto",
+        description="how a step is computed. packed: rows in one sequence without padding, on CUDA compiled and "
+        "captured in CUDA graphs. unsloth, transformers: padded rows, by that library's own code. auto: the one that "
+        "suits the GPU and the quantization, packed where possible. The result is the same up to rounding",
+        json_schema_extra=_NOT_IN_KEY,
+    )
     lora: Lora = Lora()
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: the base in 4 bits (QLoRA), on CUDA only")
     epochs: float = Field(1.0, gt=0)
@@ -158,9 +165,14 @@ class Training(Section):
     warmup_fraction: Fraction = 0.1
     weight_decay: float = Field(0.0, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
-    batch_rows: Count = Field(16, description="rows in one optimizer step, over all processes")
-    micro_batch_rows: Count = Field(
-        8, description="rows in one forward pass; batch_rows must be a multiple", json_schema_extra=_NOT_IN_KEY
+    batch_rows: Count = Field(
+        16, description="rows in one optimizer step, over all processes; a multiple of gpus x nodes"
+    )
+    micro_batch_rows: Count | None = Field(
+        None,
+        description="rows in one forward pass at most (for DPO, a row is a pair); null: as many as fit into memory; "
+        "batch_rows must be a multiple",
+        json_schema_extra=_NOT_IN_KEY,
     )
     on_out_of_memory: Literal["fail", "halve_micro_batch"] = Field(
         "fail",
@@ -191,17 +203,23 @@ class Training(Section):
         return self.gpus * self.nodes
 
     @property
-    def micro_batches(self) -> int:
-        """Number of forward passes that each process makes for one optimizer step."""
-        return self.batch_rows // (self.micro_batch_rows * self.processes)
+    def pass_rows(self) -> int:
+        """Largest number of rows in one forward pass: `micro_batch_rows`, or without it a process's part of a batch."""
+        return self.micro_batch_rows or self.batch_rows // self.processes
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Self:
-        if self.batch_rows % self.micro_batch_rows:
+        if self.micro_batch_rows is None:
+            if self.batch_rows % self.processes:
+                raise ValueError(
+                    f"batch_rows {self.batch_rows} is shared by {self.gpus} gpus x {self.nodes} nodes: it must be a "
+                    f"multiple of {self.processes}"
+                )
+        elif self.batch_rows % self.micro_batch_rows:
             raise ValueError(
                 f"batch_rows {self.batch_rows} must be a multiple of micro_batch_rows {self.micro_batch_rows}"
             )
-        if self.batch_rows % (self.micro_batch_rows * self.processes):
+        elif self.batch_rows % (self.micro_batch_rows * self.processes):
             raise ValueError(
                 f"batch_rows {self.batch_rows} is shared by {self.gpus} gpus x {self.nodes} nodes: it must be a "
                 f"multiple of {self.micro_batch_rows * self.processes}, the micro_batch_rows of all of them together; "
@@ -217,10 +235,6 @@ class Training(Section):
 
 class Sft(Training):
     """Supervised fine-tuning with LoRA. Only the answer's tokens count in the loss."""
-
-    packing: Literal["auto", "never"] = Field(
-        "auto", description="auto: several rows in one sequence, if attention can keep them apart; never: padding"
-    )
 
 
 class Dpo(Training):

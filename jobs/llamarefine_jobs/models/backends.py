@@ -1,8 +1,8 @@
-"""The two backends that load a base model and add a LoRA adapter, behind one interface.
+"""Backends: the ways to load a base model and to add a LoRA adapter, behind one interface, and the choice among them.
 
-Unsloth runs on CUDA (with bitsandbytes for 4 bits), transformers + peft everywhere else. `choose_backend` returns the
-backend and the reason for the choice. Call it before trl, transformers or peft is imported: importing Unsloth patches
-all three. Adapters that are already trained are handled in adapters.py.
+`packed` and `transformers` load the same model, by transformers + peft; they differ in the step that trains it.
+`unsloth` loads a model that Unsloth patched. A training calls `choose_backend` before transformers or peft is imported,
+because importing Unsloth patches both. Adapters that are already trained are handled in adapters.py.
 """
 
 import atexit
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +26,16 @@ from llamarefine_jobs.process.out_of_memory import is_out_of_memory
 from llamarefine_jobs.untrusted.remote_code import refuse_remote_code
 from llamarefine_jobs.untrusted.safe_json import read_object
 
+BF16_CAPABILITY = (8, 0)  # the first CUDA compute capability with bf16, and the first with flash attention
+
 
 class Backend(Protocol):
     """A way to load models and to add adapters to them."""
 
-    name: str
-    reason: str  # why choose_backend chose it
+    name: str  # packed, transformers or unsloth
+    reason: str  # why it was chosen
     accelerator: str
     bf16: bool
-    flattens: bool  # its attention separates the rows of one flattened sequence, so SFT batches need no padding
 
     def load(
         self,
@@ -53,39 +55,86 @@ class Backend(Protocol):
         """Return `model` with a new trainable LoRA adapter. Its B matrices are 0, so the output is still the base's."""
 
 
-def choose_backend(processes: int = 1) -> Backend:
-    """Return Unsloth for one process on CUDA if the package is installed, else transformers + peft.
+@dataclass(frozen=True)
+class Machine:
+    """What the choice of a backend depends on."""
 
-    The environment variable LLAMAREFINE_BACKEND=transformers chooses transformers + peft on CUDA too, for comparisons.
+    card: str | None  # name of the CUDA device; None without one
+    capability: tuple[int, int]  # of that device; (0, 0) without one
+    unsloth_installed: bool
+
+
+def choose_backend(requested: str = "auto", processes: int = 1, key: str = "backend") -> Backend:
+    """Return the backend of a training in `processes` processes. `requested` is the value of the recipe's `key`.
+
+    Raises RecipeError if the requested backend cannot run here.
     """
+    name, reason = decide(requested, _find_machine(), processes, key)
+    backend = UnslothBackend(reason) if name == "unsloth" else TransformersBackend(name, reason)
+    _set_up_libraries()
+    return backend
+
+
+def inference_backend() -> Backend:
+    """Return the backend that evaluate and infer use: plain transformers, on every machine.
+
+    Unsloth patches Llama for the whole process, after which no Llama runs on the CPU in it. So only a training that
+    uses Unsloth imports it.
+    """
+    backend = TransformersBackend("transformers", "models that are not trained need no other")
+    _set_up_libraries()
+    return backend
+
+
+def decide(requested: str, machine: Machine, processes: int, key: str) -> tuple[str, str]:
+    """Return the name of a training's backend, and the reason for it.
+
+    `auto` means packed, or unsloth where that cannot run, or transformers where neither can. Unsloth is not preferred
+    on newer cards, in 16 bits or in nf4: on an H200 it was slower than transformers + peft (docs/gpu.md).
+    """
+    obstacles = {
+        "packed": _obstacle_to_packed(machine),
+        "unsloth": _obstacle_to_unsloth(machine, processes),
+        "transformers": None,
+    }
+    if requested != "auto":
+        if obstacle := obstacles[requested]:
+            raise RecipeError(f"{key}: {requested} {obstacle}; set it to auto")
+        return requested, f"{key} is set to it"
+    in_the_way = []
+    for name, obstacle in obstacles.items():
+        if obstacle is None:
+            break
+        in_the_way.append(f"{name} {obstacle}")
+    return name, "; ".join(in_the_way) or "it is the default"
+
+
+def _obstacle_to_packed(machine: Machine) -> str | None:
+    """Return why the packed step cannot run, or None. On a CPU it runs; on CUDA it needs bf16 and flash attention."""
+    if machine.card is None or machine.capability >= BF16_CAPABILITY:
+        return None
+    needed, found = (".".join(map(str, capability)) for capability in (BF16_CAPABILITY, machine.capability))
+    return f"needs compute capability {needed} or newer (bf16, flash attention), and {machine.card} has {found}"
+
+
+def _obstacle_to_unsloth(machine: Machine, processes: int) -> str | None:
+    """Return why Unsloth cannot train here, or None."""
+    if machine.card is None:
+        return "needs a CUDA device, and there is none"
+    if not machine.unsloth_installed:
+        return "needs its package, which is not installed (pip install 'llamarefine[gpu]')"
+    if processes > 1:
+        return f"trains in one process here, and gpus x nodes is {processes}"
+    return None
+
+
+def _find_machine() -> Machine:
     import torch
 
-    requested = os.environ.get("LLAMAREFINE_BACKEND", "")
-    if requested not in ("", "transformers", "unsloth"):
-        raise RecipeError(f"LLAMAREFINE_BACKEND: expected transformers or unsloth, found {requested}")
-    cuda, unsloth = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
-    if requested == "unsloth" and not (cuda and unsloth):
-        missing = "the package unsloth (pip install 'llamarefine[gpu]')" if cuda else "a CUDA device"
-        raise RecipeError(f"LLAMAREFINE_BACKEND=unsloth needs {missing}, found none; unset it to use transformers")
-    if requested == "unsloth" and processes > 1:
-        raise RecipeError(
-            "LLAMAREFINE_BACKEND=unsloth supports one process here; set gpus and nodes to 1, or unset the variable"
-        )
-    backend: Backend
-    if cuda and processes > 1:
-        backend = TransformersBackend(f"{processes} processes train together, and unsloth supports one here")
-    elif cuda and unsloth and requested != "transformers":
-        backend = UnslothBackend("CUDA is available")
-    elif cuda:
-        backend = TransformersBackend(
-            "LLAMAREFINE_BACKEND is set to it"
-            if requested
-            else "unsloth is not installed (pip install 'llamarefine[gpu]')"
-        )
-    else:
-        backend = TransformersBackend("CUDA is not available")
-    _silence_libraries()
-    return backend
+    unsloth_installed = importlib.util.find_spec("unsloth") is not None
+    if not torch.cuda.is_available():
+        return Machine(None, (0, 0), unsloth_installed)
+    return Machine(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), unsloth_installed)
 
 
 def describe_backend(backend: Backend) -> str:
@@ -94,17 +143,14 @@ def describe_backend(backend: Backend) -> str:
 
 
 class TransformersBackend:
-    """Plain transformers + peft, on any machine: fp32 on a CPU, bf16 on CUDA devices that support it."""
+    """transformers + peft, on any machine: fp32 on a CPU, bf16 on CUDA devices that support it.
 
-    name = "transformers + peft"
-    flattens = False
+    It is the backend `packed` as well as `transformers`: which step trains the model is the training's matter.
+    """
 
-    def __init__(self, reason: str) -> None:
-        import torch
-
-        self.reason = reason
-        self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.accelerator = _accelerator()
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        self.accelerator, self.bf16 = _accelerator(), _has_bf16()
 
     def load(
         self,
@@ -154,6 +200,10 @@ class TransformersBackend:
             target_modules=list(lora.target_layers),
             bias="none",
         )
+        if gradient_checkpointing:
+            # Frozen embeddings give the first layer an input without a gradient, which the reentrant way cannot take.
+            # Reading the state of the random numbers could not be captured in a CUDA graph.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": lora.dropout > 0})
         return get_peft_model(model, config)
 
 
@@ -161,18 +211,14 @@ class UnslothBackend:
     """Unsloth's kernels, with bitsandbytes for 4 bits. CUDA only."""
 
     name = "unsloth"
-    flattens = True
 
     def __init__(self, reason: str) -> None:
-        import torch
-
         prepare_unsloth_environment(os.environ)
-        with contextlib.redirect_stdout(sys.stderr):  # Unsloth prints a banner; infer's stdout holds only answers
-            import unsloth  # noqa: F401  (before transformers, trl and peft: it patches them)
+        with contextlib.redirect_stdout(sys.stderr):  # Unsloth prints a banner; a stage's stdout is its log
+            import unsloth  # noqa: F401  (before transformers and peft: it patches them)
 
         self.reason = reason
-        self.bf16 = torch.cuda.is_bf16_supported()
-        self.accelerator = _accelerator()
+        self.accelerator, self.bf16 = _accelerator(), _has_bf16()
 
     def load(
         self,
@@ -294,17 +340,27 @@ def _accelerator() -> str:
     return f"{torch.cuda.get_device_name(0)} ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)"
 
 
-def _silence_libraries() -> None:
-    """Turn off the libraries' progress bars and warnings. Stages log their own progress.
+def _has_bf16() -> bool:
+    """Return whether the CUDA device computes in bf16. torch's own answer is True where it only emulates bf16, too."""
+    import torch
+
+    return bool(torch.cuda.is_available() and torch.cuda.get_device_capability() >= BF16_CAPABILITY)
+
+
+def _set_up_libraries() -> None:
+    """Turn off cuDNN's attention, and the libraries' progress bars and warnings. Stages log their own progress.
 
     Users cannot act on these warnings, and among them they would overlook the messages that they can act on.
     """
     import warnings
 
-    import datasets
+    import torch
     import transformers
 
-    datasets.disable_progress_bars()
+    if torch.cuda.is_available():
+        # cuDNN's attention plans anew for every new shape, which took the CPU 3 ms a call on an H200. Rows have many
+        # lengths; flash attention and the memory-efficient kernel need no plan.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|trl|accelerate|datasets)\b.*")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|unsloth|unsloth_zoo|trl)\b.*")

@@ -86,13 +86,42 @@ def set_special_tokens(tokenizer: Any) -> None:
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
     """Return the tokens of a prompt, up to the first token of the answer."""
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, text)
+    return _tokenize(tokenizer, [_render_prompt(tokenizer, prompt)])[0]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
+    """Return the tokens of a prompt and of its answer, which ends with EOS.
+
+    Raises DataError if the tokenizer joins the end of the prompt and the beginning of the answer into one token.
+    """
+    return encode_all(tokenizer, [(prompt, text)])[0]
+
+
+def encode_all(tokenizer: Any, rows: Sequence[tuple[Sequence[Message], str]]) -> list[Encoded]:
+    """Return the tokens of many prompts with their answers. Faster than one by one: the tokenizer uses all CPU cores."""
+    prompts = [_render_prompt(tokenizer, prompt) for prompt, _ in rows]
+    wholes = [tokenizer.apply_chat_template([*prompt, *answer(text)], tokenize=False) for prompt, text in rows]
+    encoded = []
+    for prompt_ids, ids in zip(_tokenize(tokenizer, prompts), _tokenize(tokenizer, wholes), strict=True):
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise DataError(
+                "the base model's tokenizer joins the end of a prompt and the beginning of its answer into one token; "
+                "choose a base whose tokenizer never joins a line break with the text after it"
+            )
+        encoded.append(Encoded(prompt_ids, ids[len(prompt_ids) :]))
+    return encoded
+
+
+def _render_prompt(tokenizer: Any, prompt: Sequence[Message]) -> str:
+    text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
     try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     except BaseException as error:
         # The native library's PanicException derives from BaseException, not from Exception.
         if type(error).__name__ != "PanicException":
@@ -103,22 +132,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
-    """Return the tokens of a prompt and of its answer, which ends with EOS.
-
-    Raises DataError if the tokenizer joins the end of the prompt and the beginning of the answer into one token.
-    """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template([*prompt, *answer(text)], tokenize=False)
-    ids = _ids(tokenizer, whole)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise DataError(
-            "the base model's tokenizer joins the end of a prompt and the beginning of its answer into one token; "
-            "choose a base whose tokenizer never joins a line break with the text after it"
-        )
-    return Encoded(prompt_ids, ids[len(prompt_ids) :])
-
-
 def read_rows(folder: Path, split: str) -> list[PublishedRow]:
     """Return the rows of one split, as prepare published them."""
     with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
@@ -127,12 +140,11 @@ def read_rows(folder: Path, split: str) -> list[PublishedRow]:
 
 def encode_questions(tokenizer: Any, rows: Sequence[PublishedRow]) -> list[Encoded]:
     """Return the tokens of each question row. The last message of a row is its answer."""
-    return [encode(tokenizer, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+    return encode_all(tokenizer, [(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows])
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[PublishedRow]) -> list[tuple[Encoded, Encoded]]:
     """Return the tokens of each preference row: its prompt with the chosen answer, and with the rejected answer."""
-    return [
-        (encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"]))
-        for row in rows
-    ]
+    chosen = encode_all(tokenizer, [(row["prompt"], row["chosen"]) for row in rows])
+    rejected = encode_all(tokenizer, [(row["prompt"], row["rejected"]) for row in rows])
+    return list(zip(chosen, rejected, strict=True))

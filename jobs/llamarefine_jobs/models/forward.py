@@ -30,12 +30,19 @@ class Forward(Protocol):
     """A way to compute the log-likelihoods of rows' answers with one model."""
 
     model: Any
+    causal_model: Any  # the language model within `model`
 
     def batch(self, rows: Sequence[Encoded]) -> Any:
         """Return the tensors of `rows` on the model's device."""
 
     def nats(self, batch: Any) -> Any:
         """Return -log p of each target in nats, fp32 (T,); 0 where there is no target."""
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model's layers use this forward's attention within the block.
+
+        A backward pass must run in such a block: with gradient checkpointing it computes the layers once more.
+        """
 
     def passes(
         self, lengths: Sequence[Sequence[int]], most_tokens: int | None, most_items: int | None = None
@@ -57,18 +64,18 @@ class PackedForward:
         """Return the tensors of `rows`: of exactly their size, or padded to `size`."""
         return Packed(size or exact_size(rows), device_of(self.model)).fill(rows)
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return using_packed_attention(self.causal_model)
+
     def nats(self, batch: Packed) -> Any:
-        with using_packed_attention(self.causal_model), mixed_precision(self.model):
-            hidden_TH = (
-                self.causal_model.get_decoder()(
-                    input_ids=batch.ids[None],
-                    position_ids=batch.positions[None],
-                    use_cache=False,
-                    packed_ends=batch.ends.int(),
-                    packed_longest=batch.size.longest,
-                )
-                .last_hidden_state[0]
-            )
+        with self.attention(), mixed_precision(self.model):
+            hidden_TH = self.causal_model.get_decoder()(
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                packed_ends=batch.ends.int(),
+                packed_longest=batch.size.longest,
+            ).last_hidden_state[0]
             return token_nats(hidden_TH, head_of(self.causal_model), batch.targets)
 
     def passes(
@@ -106,6 +113,9 @@ class PaddedForward:
     def batch(self, rows: Sequence[Encoded]) -> PaddedBatch:
         return PaddedBatch(rows, self._pad_id, device_of(self.model))
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def nats(self, batch: PaddedBatch) -> Any:
         with mixed_precision(self.model):
             output = self.causal_model.get_decoder()(
@@ -118,10 +128,9 @@ class PaddedForward:
     ) -> list[list[int]]:
         """Split as `Forward` says. Items of similar length share a pass, so that rows need little padding."""
         longest = [max(rows) for rows in lengths]
-        rows_per_item = len(lengths[0])
         passes: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda index: (-longest[index], index)):
-            computed = rows_per_item * (len(passes[-1]) + 1) * longest[passes[-1][0]] if passes else 0
+            computed = len(lengths[index]) * (len(passes[-1]) + 1) * longest[passes[-1][0]] if passes else 0
             is_full = not passes or (most_tokens is not None and computed > most_tokens)
             if is_full or (most_items is not None and len(passes[-1]) >= most_items):
                 passes.append([])
@@ -129,16 +138,16 @@ class PaddedForward:
         return passes
 
 
-def forward_for(model: Any, pad_id: int, backend: str = "packed") -> Forward:
-    """Return the packed forward where `backend` is "packed" and the model's device and dtype allow it, else the padded.
-
-    torch's packed attention needs 16-bit weights and a card of compute capability 8.0 (Ampere) or newer.
-    """
-    return PackedForward(model) if backend == "packed" and can_pack(model) else PaddedForward(model, pad_id)
+def forward_for(model: Any, pad_id: int) -> Forward:
+    """Return the packed forward where the model's device and dtype allow it, else the padded one."""
+    return PackedForward(model) if can_pack(model) else PaddedForward(model, pad_id)
 
 
 def can_pack(model: Any) -> bool:
-    """Return whether packed attention runs on the model's device, in the dtype of its weights."""
+    """Return whether packed attention runs on the model's device, in the dtype of its weights.
+
+    torch's kernel needs weights in 16 bits, and a card of compute capability 8.0 (Ampere) or newer.
+    """
     if device_of(model).type == "cpu":
         return True
     is_new_enough = torch.cuda.get_device_capability(device_of(model)) >= _PACKED_FROM_CAPABILITY
@@ -156,6 +165,7 @@ def head_of(causal_model: Any) -> Any:
 
 
 def device_of(model: Any) -> Any:
+    """Return the torch device of the model's weights."""
     return next(model.parameters()).device
 
 
@@ -163,5 +173,5 @@ def device_of(model: Any) -> Any:
 def mixed_precision(model: Any) -> Iterator[None]:
     """Compute in the dtype of the model's weights where these have 16 bits: the adapter's weights have 32."""
     dtype = head_of(causal_model_of(model)).dtype
-    with torch.autocast(device_of(model).type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device_of(model).type, dtype, enabled=dtype.itemsize == 2):
         yield

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "llamarefine_packed"  # the name under which transformers finds the function
@@ -62,22 +62,24 @@ def _row_by_row(
     query: Any, key: Any, value: Any, ends: Any, scaling: float | None, dropout: float, window: int | None
 ) -> Any:
     """Return the same on a CPU, with one call of torch's attention for each row."""
-    bounds = ends.tolist()
+    lengths = [length for length in ends.diff().tolist() if length]
     outputs = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        if end > begin:
-            rows = (tensor[:, :, begin:end] for tensor in (query, key, value))
-            is_banded = window is not None and window < end - begin
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    *rows,
-                    attn_mask=_band(end - begin, window) if is_banded else None,
-                    is_causal=not is_banded,
-                    dropout_p=dropout,
-                    scale=scaling,
-                    enable_gqa=True,
-                )
+    # `split`, not slices: the backward pass of a slice fills a tensor as long as the whole sequence with zeros.
+    by_row = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    for tokens, query_row, key_row, value_row in zip(lengths, *by_row, strict=True):
+        is_banded = window is not None and window < tokens
+        outputs.append(
+            scaled_dot_product_attention(
+                query_row,
+                key_row,
+                value_row,
+                attn_mask=_band(tokens, window) if is_banded else None,
+                is_causal=not is_banded,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=True,
             )
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

@@ -5,7 +5,7 @@ Tensor axes: B rows of a batch, T tokens of its longest row, V tokens of the voc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llamarefine_jobs.models.encoding import Encoded
 

@@ -12,16 +12,17 @@ CHUNK_LOGITS = 1 << 26  # in memory at the same time; 256 MiB in fp32
 
 
 def token_nats(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
-    """Return -log p(target) in nats for each position as fp32 (T,), and 0 where the target is NO_TARGET.
+    """Return -log p(target) in nats for each position, (T,), and 0 where the target is NO_TARGET.
 
-    `head_VH` is the frozen weight of the language model's head. Gradients reach `hidden_TH` only. The values and the
-    gradient equal those of cross entropy over fp32 logits (torch.nn.functional.cross_entropy, reduction="none").
+    The numbers are fp32, or fp64 if the weights are. `head_VH` is the frozen weight of the language model's head.
+    Gradients reach `hidden_TH` only. The values and the gradient equal those of cross entropy over logits of the same
+    type (torch.nn.functional.cross_entropy, reduction="none").
     """
     nats_T: Any = _TokenNats.apply(hidden_TH, head_VH, targets_T)
     return nats_T
 
 
-class _TokenNats(torch.autograd.Function):
+class _TokenNats(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
     """Computes the gradient already in the forward pass, because it needs the same logits, chunk by chunk.
 
     This is possible because the loss of a position depends on the hidden state of this position only. The backward
@@ -30,7 +31,8 @@ class _TokenNats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
-        nats_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=torch.float32)
+        exact = torch.promote_types(head_VH.dtype, torch.float32)
+        nats_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=exact)
         needs_gradient = ctx.needs_input_grad[0]
         gradient_TH = torch.empty_like(hidden_TH) if needs_gradient else None
         positions = max(1, CHUNK_LOGITS // head_VH.shape[0])
@@ -38,7 +40,7 @@ class _TokenNats(torch.autograd.Function):
             part = slice(start, start + positions)
             has_target = targets_T[part] != NO_TARGET
             target = targets_T[part].clamp_min(0)[:, None]
-            logits = (hidden_TH[part] @ head_VH.T).float()
+            logits = (hidden_TH[part] @ head_VH.T).to(exact)
             log_total = logits.logsumexp(-1, keepdim=True)
             # `where`, not a product with the mask: a position without a target may hold NaN, and NaN · 0 is NaN.
             nats_T[part] = torch.where(has_target, (log_total - logits.gather(-1, target))[:, 0], 0.0)

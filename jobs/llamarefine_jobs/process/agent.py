@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,10 +79,7 @@ def find_node(stage: str, section: Training) -> Node:
 def find_agent(stage: str, recipe: Recipe, shared: Path) -> "Agent | None":
     """Return the agent that runs a stage's work in several processes; None if the recipe wants one process."""
     section = recipe.section(stage)
-    if not isinstance(section, Training):
-        return None
-    if section.processes == 1:
-        _show_one_gpu(os.environ)
+    if not isinstance(section, Training) or section.processes == 1:
         return None
     agent = Agent(stage, section, shared)
     where = f", this is node {agent.node.rank}" if section.nodes > 1 else ""
@@ -238,12 +235,6 @@ class Agent:
 
     def _termination_message(self, local_rank: int) -> Path:
         return self._shared / f"termination-message-{local_rank}"
-
-
-def _show_one_gpu(environment: MutableMapping[str, str]) -> None:
-    """Make one GPU visible. In one process transformers' trainer would put batch_rows on every GPU that it sees."""
-    first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment["CUDA_VISIBLE_DEVICES"] = first
 
 
 def _cause_priority(code: int, *, is_stopping: bool) -> int:

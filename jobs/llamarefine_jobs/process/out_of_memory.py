@@ -21,7 +21,7 @@ _GPU = re.compile(
     r"|cudaErrorMemoryAllocation|Cuda failure.*out of memory"  # the last is NCCL's
 )
 _CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|Cannot allocate memory")
-OOM_METRIC = "ran_out_of_memory_at_micro_batch_rows"  # the micro_batch_rows that were too large, in manifests' metrics
+OOM_METRIC = "ran_out_of_memory_at_micro_batch_rows"  # in manifests' metrics: rows in a pass that were too many
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -49,7 +49,8 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
     """With `on_out_of_memory: halve_micro_batch`, restart the stage with smaller micro-batches if memory runs out.
 
     The process replaces itself by exec, because nothing else reliably frees all of a GPU's memory. The training resumes
-    from the newest checkpoint. The rows of an optimizer step stay the same, and with them the artifact's key.
+    from the newest checkpoint. The rows of an optimizer step stay the same, and with them the artifact's key. Without
+    `micro_batch_rows` in the recipe, the first restart sets it to half of the rows of a process's part of a batch.
     """
     try:
         yield
@@ -57,9 +58,9 @@ def halving_micro_batches(stage_name: str, recipe: Recipe) -> Iterator[None]:
         section = section_that_halves(stage_name, recipe)
         if section is None or not is_out_of_memory(error):
             raise
-        if section.micro_batch_rows == 1:
+        if section.pass_rows == 1:
             raise OutOfMemoryError(
-                f"memory is too small for {stage_name} even with micro_batch_rows 1: lower max_length_tokens, set "
+                f"memory is too small for {stage_name} even with one row in a pass: lower max_length_tokens, set "
                 f"{stage_name}.gradient_checkpointing to true, or give it more memory"
             ) from None
         _restart(stage_name, section)
@@ -79,7 +80,7 @@ def with_remembered_micro_batch(stage_name: str, recipe: Recipe, store: Store, k
         return recipe
     os.environ[OOM_VARIABLE] = json.dumps(too_large)
     print(
-        f"{stage_name}: micro-batches of {fitting.micro_batch_rows} rows, because memory ran out with {too_large[-1]} "
+        f"{stage_name}: micro-batches of up to {fitting.pass_rows} rows, because memory ran out with {too_large[-1]} "
         f"before; a step still has {section.batch_rows} rows",
         flush=True,
     )
@@ -110,28 +111,27 @@ def section_that_halves(stage_name: str, recipe: Recipe) -> Sft | Dpo | None:
 
 
 def with_micro_batch_below(section: Sft | Dpo, too_large: Sequence[int]) -> Sft | Dpo:
-    """Return `section` with `micro_batch_rows` halved until it is below all of `too_large`, or 1."""
-    while too_large and 1 < section.micro_batch_rows >= min(too_large):
+    """Return `section`, with `micro_batch_rows` set so that a pass has fewer rows than all of `too_large`, or 1."""
+    while too_large and 1 < section.pass_rows >= min(too_large):
         section = section.model_copy(update={"micro_batch_rows": halved_micro_batch_rows(section)})
     return section
 
 
 def halved_micro_batch_rows(section: Sft | Dpo) -> int:
-    """Return half of `micro_batch_rows`, or the next smaller number that divides a process's part of `batch_rows`."""
-    processes = section.gpus * section.nodes
-    halves = range(section.micro_batch_rows // 2, 0, -1)
-    return next(rows for rows in halves if section.batch_rows % (rows * processes) == 0)
+    """Return half of the rows in a pass, or the next smaller number that divides a process's part of `batch_rows`."""
+    halves = range(section.pass_rows // 2, 0, -1)
+    return next(rows for rows in halves if section.batch_rows % (rows * section.processes) == 0)
 
 
 def _restart(stage_name: str, section: Sft | Dpo) -> None:
     rows = halved_micro_batch_rows(section)
     print(
-        f"{stage_name}: memory ran out with micro-batches of {section.micro_batch_rows} rows: restarts with {rows} "
+        f"{stage_name}: memory ran out with micro-batches of up to {section.pass_rows} rows: restarts with {rows} "
         f"from the newest checkpoint; a step still has {section.batch_rows} rows",
         flush=True,
     )
     sys.stderr.flush()
-    os.environ[OOM_VARIABLE] = json.dumps([*oom_micro_batch_rows(), section.micro_batch_rows])
+    os.environ[OOM_VARIABLE] = json.dumps([*oom_micro_batch_rows(), section.pass_rows])
     arguments = ["-m", STAGES[stage_name].module, *sys.argv[1:], "--set", f"{stage_name}.micro_batch_rows={rows}"]
     sigterm.keep_pending_across_exec()
     os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 the same program
@@ -141,7 +141,7 @@ def _advice(stage_name: str) -> str:
     """Return what to change after `stage_name` ran out of memory, as a clause of a message."""
     if STAGES[stage_name].has_checkpoints:
         return (
-            f"lower {stage_name}.micro_batch_rows (the result stays the same) or max_length_tokens, "
-            f"or set {stage_name}.on_out_of_memory to halve_micro_batch"
+            f"lower {stage_name}.micro_batch_rows if it is set (the result stays the same) or max_length_tokens, set "
+            f"{stage_name}.gradient_checkpointing to true, or {stage_name}.on_out_of_memory to halve_micro_batch"
         )
     return f"lower {stage_name}.batch_rows" if stage_name in ("evaluate", "infer") else "use a larger machine"

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from llamarefine_jobs.contract.recipe import Evaluate, Gate
-from llamarefine_jobs.models.scoring import Answer, Score
+from llamarefine_jobs.models.generation import Answer
+from llamarefine_jobs.models.scoring import Score
 from llamarefine_jobs.report.intervals import Bootstrap, Estimate, Floats, Interval, Span
 from llamarefine_jobs.report.preference import accuracy_credit, likelihood_margins, preference
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+_SQUARES = "exp_avg_sq"
 _ALIGNED = 32  # numbers; each weight begins at a multiple of 128 bytes, as in torch's own allocations
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names of its state
+_MOMENTS = ("exp_avg", _SQUARES)  # AdamW's names of its state
 
 
 class AdapterWeights:
@@ -71,19 +72,26 @@ class AdapterWeights:
         }
         return found | {"step": state["step"].cpu().clone()}
 
-    def load_optimizer_state(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `optimizer_state` returned. Raises ValueError if names, shapes or numbers do not fit."""
+    def load_optimizer_state(self, saved: Mapping[str, Any], updates: int) -> None:
+        """Restore what `optimizer_state` returned after so many updates.
+
+        Raises ValueError if names, shapes or numbers do not fit.
+        """
         expected = {f"{moment}.{name}": shape for moment in _MOMENTS for name, (_, shape) in self._shapes.items()}
         found = {name: tensor.shape for name, tensor in saved.items() if name != "step"}
         if found != expected or "step" not in saved or saved["step"].numel() != 1:
             raise ValueError("the optimizer's state is of another adapter")
         if not all(bool(tensor.isfinite().all()) for tensor in saved.values()):
             raise ValueError("the optimizer's state holds NaN or infinity")
+        if float(saved["step"]) != updates:
+            raise ValueError(f"the optimizer's state is of step {float(saved['step']):g}, expected {updates}")
+        if any(bool((tensor < 0).any()) for name, tensor in saved.items() if name.startswith(_SQUARES)):
+            raise ValueError("the optimizer's state holds negative squares")
         state = self._optimizer.state[self._flat]
         for moment in _MOMENTS:
             for name, (place, shape) in self._shapes.items():
                 state[moment][place].view(shape).copy_(saved[f"{moment}.{name}"])
-        self._set_updates(float(saved["step"]))
+        self._set_updates(updates)
 
     def _set_updates(self, count: float) -> None:
         """Set AdamW's number of updates, from which it computes the bias corrections of its moments."""

@@ -3,6 +3,7 @@
 It is part of each checkpoint, so a training that was killed and continues ends with the same best adapter.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -32,7 +33,7 @@ class BestAdapter:
         self.step = 0
 
     def restore(self, checkpoint: Path, world: World) -> None:
-        """Move the best adapter out of `checkpoint`, where the trainer would load it as a second adapter.
+        """Move the best adapter's two files from `checkpoint` to the work folder; other files are left there.
 
         Raises IntegrityError if the adapter's record is damaged. Every process must call this.
         """
@@ -41,7 +42,10 @@ class BestAdapter:
             self.loss, self.step = read_best(checkpoint / _FOLDER, self._address)
         world.barrier()
         if in_checkpoint and world.is_first_on_node:
-            shutil.move(checkpoint / _FOLDER, self._folder)
+            self._folder.mkdir()
+            for name in (_RECORD, ADAPTER_WEIGHTS):
+                with contextlib.suppress(FileNotFoundError):  # `check` reports an adapter that is missing
+                    shutil.move(checkpoint / _FOLDER / name, self._folder)
         world.barrier()
 
     def check(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: adapter, optimizer state, step and history. All are safetensors or JSON, none is a pickle."""
+"""The files of a checkpoint: adapter, optimizer state, step and history, as safetensors and JSON, without pickles."""
 
 import contextlib
 import json
@@ -58,12 +58,15 @@ def write_checkpoint(folder: Path, model: Any, weights: AdapterWeights, state: T
 def read_checkpoint(folder: Path, model: Any, weights: AdapterWeights, steps: int) -> TrainingState:
     """Load adapter and optimizer state into `model` and `weights`, and return the state.
 
-    Raises ValueError or OSError if a file is missing or damaged, or belongs to another training.
+    No other file is opened. Raises ValueError or OSError if a file is missing or damaged, or belongs to another
+    training.
     """
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    for name in (_STATE, ADAPTER_WEIGHTS, _OPTIMIZER):
+        require_file(folder, name)
     state = _read_state(folder / _STATE, steps)
     try:
         adapter, optimizer = load_file(folder / ADAPTER_WEIGHTS), load_file(folder / _OPTIMIZER)
@@ -74,9 +77,15 @@ def read_checkpoint(folder: Path, model: Any, weights: AdapterWeights, steps: in
         raise ValueError("its adapter has other weights than the one in training")
     if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
         raise ValueError("its adapter holds NaN or infinity")
+    weights.load_optimizer_state(optimizer, state.step)
     set_peft_model_state_dict(model, adapter)
-    weights.load_optimizer_state(optimizer)
     return state
+
+
+def require_file(folder: Path, name: str) -> None:
+    """Raise ValueError if the checkpoint in `folder` has no file `name`."""
+    if not (folder / name).is_file():
+        raise ValueError(f"it has no {name}: an earlier version of LlamaRefine wrote it, or it is incomplete")
 
 
 def _read_state(file: Path, steps: int) -> TrainingState:

@@ -53,9 +53,9 @@ class CheckpointPolicy:
         return step - 1 == self._saved_step
 
     def complete(self, step: int, folder: Path, best: BestAdapter, *, preempted: bool) -> None:
-        """Add the best adapter to the checkpoint in `folder`, and upload it when it is good. Every process must call this.
+        """Add the best adapter to the checkpoint in `folder`, and upload it when it is good.
 
-        Only the first process has written the folder.
+        Every process must call this. Only the first process has written the folder.
         """
         if self._context.world.is_first:
             best.copy_to_checkpoint(folder)

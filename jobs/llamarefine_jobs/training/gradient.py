@@ -1,12 +1,15 @@
 """The gradient of one optimizer step: the step's examples are split into passes that fit the memory.
 
-On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of each
-size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If it
-fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
+On CUDA a pass is fast only if Python launches few kernels: decoder layers are compiled, and forward and backward of
+each size of a packed sequence are captured as one CUDA graph. Each of the two is tried once, before the first step. If
+it fails, or its gradient is not that of the plain pass, the training goes on without it and says so in one line.
 """
 
+import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ _MOST_SIZES = 4  # of packed sequences; each takes about a second to capture, an
 _MOST_COMPILATIONS = 64  # per function; torch's own limit of 8 would silently run the rest without compilation
 # Relative distance between two gradients of the same pass in 16 bits, computed by different kernels.
 _SAME_GRADIENT = 5e-2
+
+Way = tuple[Callable[[], None], Callable[[], None]]  # begins to compute passes in another way; undoes it
 
 
 class StepGradient:
@@ -50,6 +55,8 @@ class StepGradient:
         self._note = note
         self._captured: dict[Size, _CapturedPass] = {}
         self._sizes: list[Size] = []  # ascending; empty while passes are not captured
+        self._compiled: list[Any] = []  # decoder layers
+        self._hook: Any = None
 
     def __call__(self, examples: Sequence[Example], weight: int) -> Any:
         """Add the gradient of `examples` to the flat gradient, which is 0 before; return their part of the loss.
@@ -69,24 +76,30 @@ class StepGradient:
             free_memory()
             self.weights.clear_gradient()
 
-    def prepare(self, steps: Sequence[Sequence[Example]], *, has_dropout: bool) -> None:
+    def prepare(self, steps: Sequence[Sequence[Example]], longest_row: int, *, has_dropout: bool) -> None:
         """Try compiled layers, then CUDA graphs, on the first of `steps`; keep what works. Does nothing on a CPU.
 
         `steps` are the examples of this process in some steps of the training, from which the sizes of the packed
-        sequences are chosen. With dropout, two passes draw different numbers, so their gradients are not compared.
+        sequences are chosen; `longest_row` is the most tokens of a row in all steps. With dropout, two passes draw
+        different numbers, so their gradients are not compared.
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
-        weight = self.objective.weight(steps[0])
-        sizes = self._choose_sizes(steps)
-        plain = self._gradient_of(steps[0], weight)
-        for name, begin, undo in (
-            ("compiled layers", self._compile, self._run_uncompiled),
-            ("CUDA graphs", lambda: self._capture_in(sizes), lambda: self._capture_in([])),
-        ):
+        sizes = self._choose_sizes(steps, longest_row)
+        ways = {
+            "compiled layers": (self.compile_layers, self.uncompile_layers),
+            "CUDA graphs": (lambda: self._capture(sizes, steps[0]), self._release_captured),
+        }
+        self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
+
+    def keep_what_works(self, ways: Mapping[str, Way], examples: Sequence[Example], *, has_dropout: bool) -> None:
+        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient."""
+        weight = self.objective.weight(examples)
+        plain = self._gradient_of(examples, weight)
+        for name, (begin, undo) in ways.items():
             try:
                 begin()
-                found = self._gradient_of(steps[0], weight)
+                found = self._gradient_of(examples, weight)
                 distance = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
                 reason = "" if has_dropout or distance <= _SAME_GRADIENT else f"their gradient is {distance:.1%} off"
             except Exception as error:
@@ -116,29 +129,32 @@ class StepGradient:
         rows = [row for example in examples for row in example.rows]
         reference = [nats for example in examples for nats in example.reference]
         if self._sizes:
-            size = self._size_for(sum(len(row) for row in rows))
+            size = self._size_for(sum(map(len, rows)))
             if size not in self._captured:
-                self._captured[size] = _CapturedPass(self, size, rows, reference, weight)
+                self._capture([size], examples)
             return self._captured[size].replay(rows, reference, weight)
         batch = self.forward.batch(rows)
-        reference_R = torch.zeros(batch.rows, device=batch.targets.device)
-        reference_R[: len(reference)] = torch.tensor(reference)
-        loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
-        loss.backward()
+        reference_R = torch.zeros(batch.rows, dtype=torch.float64, device=batch.targets.device)
+        reference_R[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
+        return self.backward(batch, reference_R, weight)
+
+    def backward(self, batch: Any, reference_R: Any, weight: Any) -> Any:
+        """Add the gradient of one batch; return its part of the loss."""
+        with self.forward.attention():
+            loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
+            loss.backward()
         return loss.detach()
 
-    def _choose_sizes(self, steps: Sequence[Sequence[Example]]) -> list[Size]:
+    def _choose_sizes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> list[Size]:
         """Return the sizes for which graphs are captured. All hold as many rows as the largest step has."""
         pass_tokens = [sum(map(len, part)) for examples in steps for part in self._split(examples)]
         rows = max(len(examples) for examples in steps) * self.objective.rows_per_example
-        longest = max(len(row) for examples in steps for example in examples for row in example.rows)
-        return [Size(tokens, rows, round_up(longest)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
+        return [Size(tokens, rows, round_up(longest_row)) for tokens in choose_sizes(pass_tokens, _MOST_SIZES)]
 
     def _size_for(self, tokens: int) -> Size:
-        """Return the smallest size that holds `tokens`; a new one, twice as large as the largest, if none does."""
-        while self._sizes[-1].tokens < tokens:
-            largest = self._sizes[-1]
-            self._sizes.append(Size(2 * largest.tokens, largest.rows, largest.longest))
+        """Return the smallest size that holds `tokens`; if none does, a new one with room for a tenth more."""
+        if self._sizes[-1].tokens < tokens:
+            self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
         return next(size for size in self._sizes if size.tokens >= tokens)
 
     def _halve(self, examples: Sequence[Example]) -> bool:
@@ -148,42 +164,62 @@ class StepGradient:
             return False
         tokens = min(self.most_tokens, sum(map(len, examples)))
         self.most_tokens = max(longest, tokens // 2)
+        if self._sizes:
+            largest = replace(self._sizes[-1], tokens=round_up(self.most_tokens))
+            self._sizes = [size for size in self._sizes if size.tokens < largest.tokens] + [largest]
         self._note(
             f"memory ran out in a pass of up to {tokens} tokens: goes on with {self.most_tokens}; "
             f"a step keeps its {len(examples)} rows"
         )
         return True
 
-    def _compile(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile the decoder layers, once for all sizes."""
         import torch._dynamo
 
+        _use_private_cache()
         torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
-        causal_model = self.forward.causal_model  # type: ignore[attr-defined]
+        causal_model = self.forward.causal_model
         # The first layer's input would be the only one without a gradient, and would take a compilation of its own.
         self._hook = causal_model.get_input_embeddings().register_forward_hook(_require_gradient)
         for layer in causal_model.get_decoder().layers:
-            layer.compile(dynamic=True)  # one compilation for all sizes
+            layer.compile(dynamic=True, backend=backend)
+            self._compiled.append(layer)
 
-    def _run_uncompiled(self) -> None:
-        self._hook.remove()
-        for layer in self.forward.causal_model.get_decoder().layers:  # type: ignore[attr-defined]
+    def uncompile_layers(self) -> None:
+        """Undo `compile_layers`, also if it failed."""
+        if self._hook is not None:
+            self._hook.remove()
+        for layer in self._compiled:
             layer._compiled_call_impl = None
+        self._compiled.clear()
 
-    def _capture_in(self, sizes: list[Size]) -> None:
-        self._sizes = sizes
+    def _capture(self, sizes: Sequence[Size], examples: Sequence[Example]) -> None:
+        """Capture a pass of each size, and run passes only in captured sizes from now on.
+
+        The largest is captured first, because the others then fit into its memory: all graphs use the same, as they
+        run one after the other and nothing of a pass is read after the next.
+        """
+        self._sizes = sorted({*self._sizes, *sizes}, key=lambda size: size.tokens)
+        pool = next((one.pool for one in self._captured.values()), None)
+        for size in sorted(sizes, key=lambda size: -size.tokens):
+            self._captured[size] = _CapturedPass(self, size, examples[0].rows, pool)
+            pool = self._captured[size].pool
+
+    def _release_captured(self) -> None:
+        self._sizes = []
         self._captured.clear()
 
 
 class _CapturedPass:
     """Forward and backward of one packed size as a CUDA graph, with the tensors that it reads."""
 
-    def __init__(
-        self, step: StepGradient, size: Size, rows: Sequence[Encoded], reference: Sequence[float], weight: int
-    ) -> None:
+    def __init__(self, step: StepGradient, size: Size, rows: Sequence[Encoded], pool: Any) -> None:
         device = device_of(step.forward.model)
         self._batch = Packed(size, device)
-        self._numbers = torch.zeros(size.rows + 1, device=device)  # the reference's log-probabilities; the weight
-        self._fill(rows, reference, weight)
+        # The reference's log-probabilities, and the weight.
+        self._numbers = torch.zeros(size.rows + 1, dtype=torch.float64, device=device)
+        self._fill(rows, (), 1)
         before = step.weights.gradient.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -192,8 +228,9 @@ class _CapturedPass:
                 self._compute(step)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._loss = self._compute(step)
+        self.pool = self._graph.pool()
         step.weights.gradient.copy_(before)
 
     def replay(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> Any:
@@ -203,17 +240,26 @@ class _CapturedPass:
         return self._loss.clone()  # the next replay overwrites it
 
     def _compute(self, step: StepGradient) -> Any:
-        nats_T = step.forward.nats(self._batch)
-        loss = step.objective.loss(nats_T, self._batch, self._numbers[:-1], self._numbers[-1])
-        loss.backward()
-        return loss.detach()
+        return step.backward(self._batch, self._numbers[:-1], self._numbers[-1])
 
     def _fill(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> None:
         self._batch.fill(rows)
-        numbers = torch.zeros(len(self._numbers))
-        numbers[: len(reference)] = torch.tensor(reference)
+        numbers = torch.zeros(len(self._numbers), dtype=torch.float64)
+        numbers[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
         numbers[-1] = weight
         self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
+
+
+def _use_private_cache() -> None:
+    """Let compiled code be cached in the user's own folder, if the environment names no other.
+
+    torch's default is a folder in the system's temporary directory with a name that anyone can know and create, and
+    what is cached there is run.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamarefine" / "inductor"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: Any) -> Any:

@@ -11,8 +11,7 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import DataError, DivergedError, PreemptedError
 from llamarefine_jobs.contract.recipe import Dpo, Sft
 from llamarefine_jobs.models import adapters
-from llamarefine_jobs.models.backends import Backend
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import Forward
 from llamarefine_jobs.process.out_of_memory import OOM_METRIC, oom_micro_batch_rows
 from llamarefine_jobs.sources import locations
 from llamarefine_jobs.training.adapter_weights import AdapterWeights
@@ -32,33 +31,31 @@ from llamarefine_jobs.training.reference_logprobs import write_reference
 from llamarefine_jobs.training.schedule import Schedule
 
 _EVALUATIONS_A_RUN = 4
-_SAMPLED_STEPS = 256  # from which the sizes of packed sequences are chosen
+_SAMPLED_ROWS = 100_000  # the sizes of packed sequences are chosen from the training's first steps
 
-# Returns a model's figures on the validation split, including `eval_loss`, the same in every process. Raises
-# PreemptedError on SIGTERM.
+# Returns the figures of the forward's model on the validation split, including `eval_loss`, the same in every process.
+# Raises PreemptedError on SIGTERM.
 Validate = Callable[[Any], dict[str, float]]
 
 
 class Trainer:
-    """Trains the adapter of `model` on `examples`, and validates it with `validate`, which gets the model's forward."""
+    """Trains the adapter of the forward's model on `examples`, and validates it with `validate`."""
 
     def __init__(
         self,
         context: Context,
         section: Sft | Dpo,
-        backend: Backend,
-        model: Any,
-        pad_id: int,
+        forward: Forward,
         examples: Sequence[Example],
         objective: Objective,
         validate: Validate,
     ) -> None:
         self.context = context
         self.section = section
-        self.model = model
+        self.forward = forward
+        self.model = model = forward.model
         self.examples = examples
         self.objective = objective
-        self.forward = forward_for(model, pad_id, backend.name)
         self.schedule = Schedule(section, len(examples), context.recipe.seed)
         self.state = TrainingState(0, self.schedule.steps, [])
         self.weights = AdapterWeights(
@@ -78,15 +75,16 @@ class Trainer:
         self.checkpoints = CheckpointPolicy(section, context)
         self.best = BestAdapter(context.work, self.checkpoints.address)
         self._validate_model = validate
-        self._losses: list[Any] = []  # of the steps since the last log, on the device
-        self._logged_step = 0
+        self._unread_losses: list[Any] = []  # of the newest steps, on the device: reading one waits for the device
+        self._read_losses: list[float] = []  # of the steps before them, since the last log
 
     def prepare(self) -> None:
         """Prepare the passes of the step: on CUDA, compile and capture them."""
-        sampled = range(1, min(self.schedule.steps, _SAMPLED_STEPS) + 1)
+        sampled = range(1, min(self.schedule.steps, 1 + _SAMPLED_ROWS // self.section.batch_rows) + 1)
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
-        self.gradient.prepare([self.own_examples(step) for step in sampled], has_dropout=has_dropout)
+        longest_row = max(len(row) for example in self.examples for row in example.rows)
+        self.gradient.prepare([self.own_examples(step) for step in sampled], longest_row, has_dropout=has_dropout)
 
     def own_examples(self, step: int) -> list[Example]:
         """Return this process's share of a step's examples. All shares have about as many tokens."""
@@ -155,11 +153,10 @@ class Trainer:
         if self._is_validation_due():  # SIGTERM interrupted the validation of this step
             self._validate()
         self.context.stop.defer_exit()  # from the next step on, SIGTERM saves a checkpoint first
-        self._logged_step = self.state.step
         self.model.train()
         while self.state.step < self.state.steps:
             step = self.state.step + 1
-            self._losses.append(self.step_loss(step))
+            self._unread_losses.append(self.step_loss(step))
             self.context.world.sum_gradient(self.weights.gradient)
             self.weights.update(self.schedule.learning_rate(step))
             self.state.step = step
@@ -177,20 +174,27 @@ class Trainer:
             self.best.check(self.model)
 
     def _log(self) -> None:
-        """Read the losses since the last log from the device; check, record and report them."""
-        import torch
-
-        losses = self.context.world.sum_over_processes(torch.stack(self._losses).double().tolist)
-        self._losses.clear()
-        for step, loss in enumerate(losses, self._logged_step + 1):
-            if self.progress.is_diverged(loss):
-                raise self._diverged(f"the loss is {loss:g}", step)
-        self._logged_step = self.state.step
-        mean = sum(losses) / len(losses)
+        """Record and report the mean loss of the steps since the last log."""
+        self._check_losses()
+        mean = sum(self._read_losses) / len(self._read_losses)
+        self._read_losses.clear()
         rate = self.schedule.learning_rate(self.state.step)
         self.state.history.append({"step": self.state.step, "loss": mean, "learning_rate": rate})
         self.checkpoints.confirm(self.state.step)
         self.progress.report(mean, self.state.step, self.state.steps)
+
+    def _check_losses(self) -> None:
+        """Read the newest losses from the device. Raises DivergedError, with the step, if one is too high or NaN."""
+        import torch
+
+        if not self._unread_losses:
+            return
+        losses = self.context.world.sum_over_processes(torch.stack(self._unread_losses).double().tolist)
+        self._unread_losses.clear()
+        for step, loss in enumerate(losses, self.state.step - len(losses) + 1):
+            if self.progress.is_diverged(loss):
+                raise self._diverged(f"the loss is {loss:g}", step)
+        self._read_losses += losses
 
     def _is_validation_due(self) -> bool:
         step, last = self.state.step, self.state.step >= self.state.steps
@@ -201,6 +205,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Validate the adapter, and keep it if it is the best so far. Raises PreemptedError on SIGTERM."""
+        self._check_losses()  # if the training diverged, the error names the step at which it did
         figures = self._validate_model(self.forward)
         loss = figures["eval_loss"]
         step = self.state.step
@@ -214,7 +219,8 @@ class Trainer:
         self.best.replace(self.model, loss, step, write=self.context.world.is_first)
 
     def _save(self, *, preempted: bool) -> None:
-        self._check_weights()  # the loss would show it only when it is logged next
+        self._check_losses()  # as before a validation
+        self._check_weights()  # the loss of the next step would be the first to show it
         folder = self.context.work / "checkpoints" / str(self.state.step)
         if self.context.world.is_first:
             write_checkpoint(folder, self.model, self.weights, self.state)

@@ -66,7 +66,7 @@ class DpoObjective:
         from torch.nn.functional import logsigmoid
 
         margins = self.margins(nats_T, batch, reference_R)
-        answered_R = row_sums(batch.targets.ge(0).float(), batch)
+        answered_R = row_sums(batch.targets.ge(0), batch)
         return (-logsigmoid(margins) * (answered_R[0::2] > 0)).sum() / weight
 
     def margins(self, nats_T: Any, batch: Any, reference_R: Any) -> Any:
@@ -76,5 +76,9 @@ class DpoObjective:
 
 
 def row_sums(values_T: Any, batch: Any) -> Any:
-    """Return the sum of the values of each row's positions, (R,)."""
+    """Return the sum of the values of each row's positions, (R,), in fp64.
+
+    A row has hundreds of nats, of which fp32 rounds away 1e-4, and a margin is the small difference of such sums.
+    """
+    values_T = values_T.double()
     return values_T.new_zeros(batch.rows).index_add(0, batch.row_of, values_T)

@@ -7,6 +7,7 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.forward import Forward
 from llamarefine_jobs.models.scoring import score
+from llamarefine_jobs.training.checkpoint_files import require_file
 from llamarefine_jobs.training.objectives import Example
 
 _FILE = "reference_logprobs.safetensors"
@@ -54,6 +55,7 @@ def _read(checkpoint: Path, pairs: int) -> Iterator[float]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_file(checkpoint, _FILE)
     try:
         nats = load_file(checkpoint / _FILE)[_NAME]
     except (SafetensorError, KeyError, OSError) as error:

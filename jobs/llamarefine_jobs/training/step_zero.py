@@ -14,7 +14,7 @@ from typing import Any
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded
-from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.forward import PaddedForward
 from llamarefine_jobs.models.scoring import score
 from llamarefine_jobs.training.objectives import row_sums
 
@@ -40,19 +40,18 @@ class ExpectedScores:
 def score_reference_separately(
     backend: backends.Backend, base: Path, adapter: Path, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int
 ) -> ExpectedScores:
-    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice."""
+    """Score the first pairs with the bare base, with base + SFT, and with the SFT adapter applied twice.
+
+    The models use their own attention over padded rows, so this checks the training's packed rows, too.
+    """
     answers = [answer for pair in pairs[:_COMPARED_PAIRS] for answer in pair]
     model = backend.load(base)
 
-    def scores() -> list[float]:
-        found = score(forward_for(model, pad_id, backend.name), answers)
-        return [one.logprob / one.tokens for one in found]
-
-    bare = scores()
+    bare = _per_token(model, pad_id, answers)
     model = adapters.attach_adapter(model, adapter)
-    once = scores()
+    once = _per_token(model, pad_id, answers)
     _scale_adapter(model, 2.0)
-    twice = scores()
+    twice = _per_token(model, pad_id, answers)
     del model
     backends.free_memory()  # the policy is loaded next
     return ExpectedScores(bare, once, twice)
@@ -153,6 +152,10 @@ def _loss_of_first_step(trainer: Any) -> float:
     (loss,) = trainer.context.world.sum_over_processes(lambda: [float(trainer.step_loss(1))])
     trainer.weights.clear_gradient()
     return float(loss)
+
+
+def _per_token(model: Any, pad_id: int, answers: Sequence[Encoded]) -> list[float]:
+    return [found.logprob / found.tokens for found in score(PaddedForward(model, pad_id), answers)]
 
 
 def _distance(one: list[float], other: list[float]) -> float:

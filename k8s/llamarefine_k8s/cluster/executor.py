@@ -123,12 +123,12 @@ class _MemoryLimitError(OutOfMemoryError):
 
 
 def with_halved_micro_batch(task: Task, killed: OutOfMemoryError, on_line: Callable[[str], None]) -> Task:
-    """Return `task` with half the micro-batch if its recipe allows that; raises `killed` if not, or at 1 row."""
+    """Return `task` with half the rows in a pass if its recipe allows that; raises `killed` if not, or at 1 row."""
     section = section_that_halves(task.stage, task.recipe)
-    if section is None or (tried := with_micro_batch_below(section, task.oom_micro_batch_rows)).micro_batch_rows == 1:
+    if section is None or (tried := with_micro_batch_below(section, task.oom_micro_batch_rows)).pass_rows == 1:
         raise killed
     on_line(
         f"{task.stage}: {killed}; restarts with micro-batches of {halved_micro_batch_rows(tried)} rows instead of "
-        f"{tried.micro_batch_rows}, from the newest checkpoint; the {section.batch_rows} rows of a step stay"
+        f"up to {tried.pass_rows}, from the newest checkpoint; the {section.batch_rows} rows of a step stay"
     )
-    return replace(task, oom_micro_batch_rows=(*task.oom_micro_batch_rows, tried.micro_batch_rows))
+    return replace(task, oom_micro_batch_rows=(*task.oom_micro_batch_rows, tried.pass_rows))

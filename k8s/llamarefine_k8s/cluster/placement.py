@@ -44,9 +44,10 @@ def check_placement(
     for stage, size_bytes in needed.items():
         card = _largest_card_bytes(stage, given, jobs, all_nodes)
         if card:
-            yield gpu_memory.check_card(stage, size_bytes, card, _LARGEST)
+            yield gpu_memory.check_card(recipe or _PLAIN_RECIPE, stage, size_bytes, card, _LARGEST)
         elif given.gpus_of(stage):
-            text = f"{gpu_memory.gib(size_bytes)}, {gpu_memory.UNMEASURED}; the memory of the nodes' GPUs is not known"
+            needs = gpu_memory.describe(recipe or _PLAIN_RECIPE, stage, size_bytes)
+            text = f"{needs}, {gpu_memory.UNMEASURED}; the memory of the nodes' GPUs is not known"
             yield warning(f"GPU memory for {stage}", text, "compare it with the GPU's memory yourself")
 
 
@@ -60,7 +61,11 @@ def require_memory(cluster: Cluster, given: Settings, recipe: Recipe, report: Ca
     all_nodes = _list_if_allowed(lambda: cluster.objects("Node"))
     cards = {stage: card for stage in ("sft", "dpo") if (card := _largest_card_bytes(stage, given, jobs, all_nodes))}
     needed = gpu_memory.estimates(recipe, given.store) if cards else {}
-    checks = [gpu_memory.check_card(stage, needed[stage], cards[stage], _LARGEST) for stage in cards if stage in needed]
+    checks = [
+        gpu_memory.check_card(recipe, stage, needed[stage], cards[stage], _LARGEST)
+        for stage in cards
+        if stage in needed
+    ]
     excesses = [check for check in checks if check.state != "ok"]
     pinned = pin_for_cluster(recipe, given, report, upload=False) if excesses else recipe
     due = {stage.stage for stage in plan(pinned, Store(given.store)) if stage.state != "there"} if excesses else set()

@@ -200,4 +200,4 @@ def _check_local_gpu(recipe: Recipe, uri: str) -> Iterator[Check]:
         return  # the GPU driver does not work; the stage reports it
     sizes = [int(line) << 20 for line in done.stdout.split() if line.isdecimal()]
     for stage, needed in gpu_memory.estimates(recipe, uri).items() if sizes else ():
-        yield gpu_memory.check_card(stage, needed, min(sizes), "of this machine's GPU")
+        yield gpu_memory.check_card(recipe, stage, needed, min(sizes), "of this machine's GPU")

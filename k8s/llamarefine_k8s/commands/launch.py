@@ -69,7 +69,8 @@ def plan(recipe: Path, overrides: tuple[str, ...], store: str | None, as_json: b
         stages = [asdict(stage) | {"estimated_gpu_memory_bytes": memory.get(stage.stage)} for stage in planned]
         print_json({"run": records.run_id(pinned), "store": opened.uri, "stages": stages})
     else:
-        output.print_plan(open_console(), records.run_id(pinned), opened, planned, memory)
+        needed = {stage: gpu_memory.describe(pinned, stage, size_bytes) for stage, size_bytes in memory.items()}
+        output.print_plan(open_console(), records.run_id(pinned), opened, planned, needed)
 
 
 @click.command()

@@ -23,7 +23,6 @@ from llamarefine_k8s.commands.display import duration, stage_table
 from llamarefine_k8s.commands.terminal import command
 from llamarefine_k8s.runs.checks import Check
 from llamarefine_k8s.runs.garbage import Garbage
-from llamarefine_k8s.runs.gpu_memory import gib
 from llamarefine_k8s.runs.plan import PlannedStage
 from llamarefine_k8s.runs.records import RunRecord, where
 from llamarefine_k8s.runs.results import PARTS, Example, Interval, Metric, Report, part_of, part_place
@@ -157,9 +156,9 @@ def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
 
 
 def print_plan(
-    console: Console, run: str, store: Store, planned: Sequence[PlannedStage], memory: Mapping[str, int]
+    console: Console, run: str, store: Store, planned: Sequence[PlannedStage], memory: Mapping[str, str]
 ) -> None:
-    """Print one line per stage of a plan. `memory` is the estimated GPU memory of each training, in bytes."""
+    """Print one line per stage of a plan. `memory` is the estimated GPU memory of each training, as text."""
     states = {"there": ("in the store", "green"), "due": ("will run", "cyan"), "follows": ("will run", "cyan")}
     print_header(console, run, store)
     table = Table.grid(padding=(0, 3, 0, 0))
@@ -168,7 +167,7 @@ def print_plan(
         row = (stage.stage, Text(*states[stage.state]), Text(key, "dim"), "; ".join(stage.reasons))
         known = [f"took {duration(stage.took_s)} last time"] if stage.took_s is not None else []
         if stage.state != "there" and (needs := memory.get(stage.stage)):
-            known.append(f"about {gib(needs)} of GPU memory (estimated)")
+            known.append(f"{needs} of GPU memory (estimated)")
         table.add_row(*row, Text(", ".join(known), "dim"))
     console.print(table)
     due = sum(stage.state != "there" for stage in planned)

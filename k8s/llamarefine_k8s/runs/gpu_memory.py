@@ -1,7 +1,7 @@
 """Estimated GPU memory of a recipe's trainings: the estimate of contract/memory.py for the recipe's base model.
 
-The estimate was derived without a GPU, and compared with a GPU only for a tiny model. So a training is refused only if
-its estimate far exceeds the card's memory.
+The estimate was derived from tensors counted on a CPU. So a training is refused only if its estimate far exceeds the
+card's memory.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from llamarefine_jobs.untrusted.safe_json import LIMIT_BYTES, parse_object
 from llamarefine_k8s.runs.checks import Check, fail, ok, warning
 
 REFUSED_FROM = 1.5  # an estimate above so many times the card's memory is refused
-UNMEASURED = "an estimate that was checked on a card only for a tiny model"
+UNMEASURED = "an estimate from tensors counted on a CPU"
 _CONFIG_BYTES = 1 << 20
 _KEY = "prepare.base"
 _PREPARED_CONFIG = "base/config.json"
@@ -41,11 +41,8 @@ def estimates(recipe: Recipe, store_uri: str, *, ask_hub: bool = True) -> dict[s
         if config is None:
             return {}
         shape = Shape.from_config(config)
-        sections: dict[str, Sft | Dpo] = {"sft": recipe.sft, "dpo": recipe.dpo}
         return {
-            # The images hold Unsloth, which trains in one process.
-            name: training_bytes(shape, section, recipe.max_length_tokens, with_unsloth=section.processes == 1)
-            for name, section in sections.items()
+            stage: training_bytes(shape, _training(recipe, stage), recipe.max_length_tokens) for stage in ("sft", "dpo")
         }
     except (LlamaRefineError, ValueError):
         return {}  # prepare reads the base and reports what is wrong with it
@@ -77,22 +74,45 @@ def base_config(base: Base) -> dict[str, Any] | None:
         raise DataError(f"{_KEY}: {base.source}: {error}; expected a model's folder") from None
 
 
-def check_card(stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
+def check_card(recipe: Recipe, stage: str, needed_bytes: int, card_bytes: int, where: str) -> Check:
     """Compare an estimate with a card: ok if it fits, a warning if not, a failure above REFUSED_FROM times the card.
 
     `where` follows the card's memory in the text, as in "of this machine's GPU".
     """
     name = f"GPU memory for {stage}"
-    text = f"{gib(needed_bytes)} of the {gib(card_bytes)} {where}, {UNMEASURED}"
-    to_do = f"lower {stage}.micro_batch_rows or max_length_tokens, or set {stage}.gradient_checkpointing"
+    text = f"{describe(recipe, stage, needed_bytes)} of the {gib(card_bytes)} {where}, {UNMEASURED}"
+    to_do = _how_to_need_less(recipe, stage)
     if needed_bytes > REFUSED_FROM * card_bytes:
         return fail(name, text, to_do)
     return warning(name, text, to_do) if needed_bytes > card_bytes else ok(name, text)
 
 
+def describe(recipe: Recipe, stage: str, needed_bytes: int) -> str:
+    """Return an estimate as text: "at least 3.1 GiB", or "about 25.0 GiB" if the recipe sets the rows of a pass.
+
+    Without `micro_batch_rows`, a training uses more memory where there is more: larger passes are faster.
+    """
+    return f"{'about' if _training(recipe, stage).micro_batch_rows else 'at least'} {gib(needed_bytes)}"
+
+
 def gib(size_bytes: float) -> str:
     """Return bytes as text in GiB, the unit of a card's memory."""
     return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _training(recipe: Recipe, stage: str) -> Sft | Dpo:
+    """Return the section of a training stage."""
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
+def _how_to_need_less(recipe: Recipe, stage: str) -> str:
+    """Return which settings to change so that a training needs less GPU memory."""
+    section = _training(recipe, stage)
+    rows = f"{stage}.micro_batch_rows or " if (section.micro_batch_rows or 1) > 1 else ""
+    settings = [] if section.gradient_checkpointing else [f"{stage}.gradient_checkpointing to true"]
+    if section.quantization == "none":
+        settings.append(f"{stage}.quantization to nf4")
+    return f"lower {rows}max_length_tokens" + (f", or set {' or '.join(settings)}" if settings else "")
 
 
 def _prepared_config(recipe: Recipe, store: Store) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from llamarefine_k8s.runs.signing import SIGNING_KEY
 GRACE_S = 120.0  # enough to save a checkpoint of a billion parameters to a slow disk
 _POLL_S = 0.05
 INSTALL = "pip install 'llamarefine[train]'"
-NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
+NEEDED = ("torch", "transformers", "peft", "datasets")
 
 Command = Callable[[str], Sequence[str]]
 
@@ -197,8 +197,8 @@ def _ended_by_signal(stage: str, number: int, cancelled: bool) -> LlamaRefineErr
         return PreemptedError(f"{stage} was killed before it saved a checkpoint")
     if number == signal.SIGKILL:
         return LlamaRefineError(
-            f"{stage} was killed by signal 9 (SIGKILL), often because memory ran out: lower micro_batch_rows or "
-            "max_length_tokens and rerun the same command; it resumes from the last checkpoint"
+            f"{stage} was killed by signal 9 (SIGKILL), often because memory ran out: set micro_batch_rows "
+            "to fewer rows, or lower max_length_tokens, and rerun the same command; it resumes from the last checkpoint"
         )
     return LlamaRefineError(f"{stage} was killed by signal {number} ({signal.strsignal(number)}); see its log")
 

@@ -50,7 +50,7 @@ class Task:
     key: str
     recipe: Recipe
     store_uri: str
-    oom_micro_batch_rows: tuple[int, ...] = ()  # micro-batches, in rows, for which the kernel killed the stage
+    oom_micro_batch_rows: tuple[int, ...] = ()  # rows in a pass for which the kernel killed the stage
 
 
 class Executor(Protocol):

@@ -1,6 +1,5 @@
 """Backends and adapters: loading, errors, numeric types, and the state that Unsloth needs before it is imported."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.contract.errors import DataError, RecipeError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import load_tokenizer
-from llamarefine_jobs.models.scoring import generate
 from tests.jobs import tiny
 
 POSITIONS = 64
@@ -40,7 +38,7 @@ def adapter(base: Path, backend: backends.Backend, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "evaluate", "infer"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_no_library_that_unsloth_patches_is_imported_before_the_backend_is_chosen(stage: str) -> None:
     code = f"""
 import sys
@@ -48,7 +46,7 @@ from llamarefine_jobs import {stage}, entry, recipe_file
 from llamarefine_jobs.models import backends
 recipe = recipe_file.parse_recipe({tiny.RECIPE!r}, "tiny", ())
 def choose():
-    print(sorted({{"unsloth", "trl", "transformers", "peft"}} & set(sys.modules)))
+    print(sorted({{"unsloth", "trl", "transformers", "peft", "datasets"}} & set(sys.modules)))
     sys.exit()
 backends.choose_backend = choose
 with entry.seeded_threads(recipe):
@@ -119,26 +117,109 @@ def test_a_model_merged_in_memory_has_its_bases_tokenizer(base: Path, adapter: P
     assert (found.pad_token_id, found.eos_token_id) == (expected.pad_token_id, expected.eos_token_id)
 
 
-def test_an_adapter_that_was_rounded_to_bf16_is_trained_in_fp32(base: Path, backend: backends.Backend) -> None:
-    """TRL rounds the adapter of a 4-bit base to bf16, in which steps of DPO's size are lost."""
+def test_the_adapter_of_a_16_bit_base_is_trained_in_fp32(base: Path, backend: backends.Backend) -> None:
+    """In bf16, steps of DPO's size are lost."""
     step, weight = 5e-6, 0.01
     assert torch.tensor(weight).bfloat16() + torch.tensor(step).bfloat16() == torch.tensor(weight).bfloat16()
-    model = backend.add_adapter(backend.load(base), tiny.recipe().dpo.lora, seed=1, gradient_checkpointing=False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.bfloat16()
-    adapters.cast_trainable_to_fp32(model)
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    model = backend.load(base).bfloat16()
+    model = backend.add_adapter(model, tiny.recipe().dpo.lora, seed=1, gradient_checkpointing=False)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
-def test_an_answer_ends_at_the_models_last_position(base: Path, backend: backends.Backend) -> None:
-    tokenizer = load_tokenizer(base)
-    prompt = tokenizer("alpha " * POSITIONS, add_special_tokens=False)["input_ids"][: POSITIONS - 5]
-    answer = generate(backend.load(base), tokenizer, [prompt], max_new_tokens=40, batch_rows=1)[0]
-    assert answer.tokens <= 5
+def machine(capability: tuple[int, int] | None = None, *, unsloth_installed: bool = True) -> backends.Machine:
+    """Return a machine with a CUDA device of that compute capability, or without one."""
+    card = None if capability is None else "a card"
+    return backends.Machine(card, capability or (0, 0), unsloth_installed)
 
 
-def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "LLAMAREFINE_BACKEND", "jax")
-    with pytest.raises(RecipeError, match="expected transformers or unsloth, found jax"):
-        backends.choose_backend()
+CPU = machine()
+H200 = machine((9, 0))
+T4 = machine((7, 5))
+T4_WITHOUT_UNSLOTH = machine((7, 5), unsloth_installed=False)
+DEFAULT, SET = "it is the default", "sft.backend is set to it"
+TOO_OLD = "packed needs compute capability 8.0 or newer (bf16, flash attention), and a card has 7.5"
+
+
+@pytest.mark.parametrize(
+    ("requested", "found", "processes", "name", "reason"),
+    [
+        ("auto", CPU, 1, "packed", DEFAULT),
+        ("auto", CPU, 2, "packed", DEFAULT),
+        ("auto", H200, 1, "packed", DEFAULT),
+        ("auto", H200, 8, "packed", DEFAULT),
+        ("auto", machine((8, 0)), 1, "packed", DEFAULT),
+        ("auto", T4, 1, "unsloth", TOO_OLD),
+        ("auto", T4, 2, "transformers", f"{TOO_OLD}; unsloth trains in one process here, and gpus x nodes is 2"),
+        (
+            "auto",
+            T4_WITHOUT_UNSLOTH,
+            1,
+            "transformers",
+            f"{TOO_OLD}; unsloth needs its package, which is not installed (pip install 'llamarefine[gpu]')",
+        ),
+        ("packed", CPU, 1, "packed", SET),
+        ("packed", H200, 2, "packed", SET),
+        ("unsloth", H200, 1, "unsloth", SET),
+        ("unsloth", T4, 1, "unsloth", SET),
+        ("transformers", CPU, 1, "transformers", SET),
+        ("transformers", H200, 2, "transformers", SET),
+        ("transformers", T4, 1, "transformers", SET),
+    ],
+)
+def test_the_backend_depends_on_the_recipe_the_card_and_the_packages(
+    requested: str, found: backends.Machine, processes: int, name: str, reason: str
+) -> None:
+    assert backends.decide(requested, found, processes, "sft.backend") == (name, reason)
+
+
+@pytest.mark.parametrize(
+    ("requested", "found", "processes", "message"),
+    [
+        ("packed", T4, 1, f"dpo.backend: {TOO_OLD}; set it to auto"),
+        ("unsloth", CPU, 1, "dpo.backend: unsloth needs a CUDA device, and there is none; set it to auto"),
+        (
+            "unsloth",
+            machine((9, 0), unsloth_installed=False),
+            1,
+            "dpo.backend: unsloth needs its package, which is not installed (pip install 'llamarefine[gpu]'); "
+            "set it to auto",
+        ),
+        (
+            "unsloth",
+            H200,
+            2,
+            "dpo.backend: unsloth trains in one process here, and gpus x nodes is 2; set it to auto",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_run_here_is_refused_in_one_line(
+    requested: str, found: backends.Machine, processes: int, message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        backends.decide(requested, found, processes, "dpo.backend")
+    assert str(caught.value) == message
+
+
+def test_what_is_chosen_on_this_machine_is_what_the_rules_say() -> None:
+    backend = backends.choose_backend("transformers", key="sft.backend")
+    assert (backend.name, backend.reason) == ("transformers", "sft.backend is set to it")
+    if not torch.cuda.is_available():
+        assert (backend.accelerator, backend.bf16) == ("cpu", False)
+        assert backends.choose_backend().name == "packed"
+        with pytest.raises(RecipeError, match=r"^sft\.backend: unsloth needs a CUDA device"):
+            backends.choose_backend("unsloth", key="sft.backend")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "infer"])
+def test_a_stage_that_does_not_train_imports_neither_unsloth_nor_what_only_trainings_and_data_need(stage: str) -> None:
+    """Unsloth patches Llama for the whole process, and `datasets` takes longer to import than transformers."""
+    code = f"""
+import sys
+from llamarefine_jobs import {stage}
+from llamarefine_jobs.models import backends
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+print(backends.inference_backend().name, sorted({{"unsloth", "trl", "datasets"}} & set(sys.modules)))
+"""
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert completed.stdout == "transformers []\n", completed.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import Manifest
+from llamarefine_jobs.contract.environment import OOM_VARIABLE
 from llamarefine_jobs.contract.errors import OutOfMemoryError
 from llamarefine_jobs.contract.recipe import Sft
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
@@ -19,7 +20,8 @@ from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
 
-VOCABULARY = 60_000  # large, so that the logits need most of the memory
+# Wide, so that the activations of a row need most of the memory: several MB for each token.
+WIDE = {"intermediate_size": 20_000, "num_hidden_layers": 4}
 SPARE_BYTES = 128 << 20  # limit above what micro-batches of 8 rows need; 16 rows need several times as much more
 HALVE = "sft.on_out_of_memory=halve_micro_batch"
 
@@ -46,17 +48,30 @@ def test_out_of_memory_errors_of_every_library_are_recognised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_rows", "micro_batch_rows", "halved"), [(16, 16, 8), (16, 2, 1), (15, 5, 1), (18, 9, 3), (6, 3, 1)]
+    ("batch_rows", "micro_batch_rows", "halved"),
+    [(16, 16, 8), (16, 2, 1), (15, 5, 1), (18, 9, 3), (6, 3, 1), (16, None, 8), (18, None, 9), (15, None, 5)],
 )
-def test_halved_micro_batches_still_divide_the_batch(batch_rows: int, micro_batch_rows: int, halved: int) -> None:
+def test_halved_micro_batches_still_divide_the_batch(
+    batch_rows: int, micro_batch_rows: int | None, halved: int
+) -> None:
     section = Sft(batch_rows=batch_rows, micro_batch_rows=micro_batch_rows)
     assert out_of_memory.halved_micro_batch_rows(section) == halved
 
 
-def test_with_micro_batches_of_one_row_it_fails_and_names_other_settings_to_change(
-    capsys: pytest.CaptureFixture[str],
+def test_a_process_without_micro_batch_rows_starts_from_its_part_of_the_batch() -> None:
+    section = Sft(batch_rows=16, gpus=2)
+    assert out_of_memory.halved_micro_batch_rows(section) == 4
+    assert out_of_memory.with_micro_batch_below(section, [8, 4]).micro_batch_rows == 2
+    assert out_of_memory.with_micro_batch_below(section, [8, 4, 2, 1]).micro_batch_rows == 1
+    for too_large in ([], [16]):  # a pass of one of two processes has fewer rows anyway
+        assert out_of_memory.with_micro_batch_below(section, too_large) is section
+
+
+@pytest.mark.parametrize("one_row", ["sft.micro_batch_rows=1", "sft={batch_rows: 1}"])
+def test_with_one_row_in_a_pass_it_fails_and_names_other_settings_to_change(
+    one_row: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny.recipe("sft.micro_batch_rows=1", HALVE)
+    recipe = tiny.recipe(one_row, HALVE)
     with (
         pytest.raises(SystemExit) as ended,
         entry.exit_code("sft"),
@@ -66,7 +81,32 @@ def test_with_micro_batches_of_one_row_it_fails_and_names_other_settings_to_chan
     assert ended.value.code == OutOfMemoryError.exit_code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "even with micro_batch_rows 1: lower max_length_tokens, set sft.gradient_checkpointing to true" in lines[0]
+    assert "even with one row in a pass: lower max_length_tokens, set sft.gradient_checkpointing to true" in lines[0]
+
+
+@pytest.mark.parametrize(("settings", "rows"), [("{batch_rows: 12}", 6), ("{batch_rows: 12, micro_batch_rows: 4}", 2)])
+def test_a_process_that_runs_out_of_memory_replaces_itself_by_one_with_half_the_rows(
+    settings: str, rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class ReplacedError(Exception):
+        """Raised in place of the process's end."""
+
+    def replace(program: str, arguments: list[str]) -> None:
+        raise ReplacedError(arguments[-1])
+
+    monkeypatch.setattr("os.execv", replace)
+    monkeypatch.setenv(OOM_VARIABLE, "[]")
+    recipe = tiny.recipe(f"sft={settings}", HALVE)
+    with (
+        pytest.raises(ReplacedError, match=f"^sft.micro_batch_rows={rows}$"),
+        out_of_memory.halving_micro_batches("sft", recipe),
+    ):
+        torch.empty(1 << 50)
+    assert capsys.readouterr().out == (
+        f"sft: memory ran out with micro-batches of up to {2 * rows} rows: restarts with {rows} from the newest "
+        "checkpoint; a step still has 12 rows\n"
+    )
+    assert out_of_memory.oom_micro_batch_rows() == [2 * rows]
 
 
 def test_without_halve_micro_batch_the_error_is_raised() -> None:
@@ -92,7 +132,7 @@ def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micr
     _, lines = follow(process, limit_bytes=needed_bytes + SPARE_BYTES, at_step=3)
     assert process.returncode == 0, "\n".join(lines)
     assert [line for line in lines if "memory ran out" in line] == [
-        "sft: memory ran out with micro-batches of 16 rows: restarts with 8 from the newest checkpoint; "
+        "sft: memory ran out with micro-batches of up to 16 rows: restarts with 8 from the newest checkpoint; "
         "a step still has 16 rows"
     ]
 
@@ -107,9 +147,9 @@ def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micr
 
 
 def prepare(folder: Path) -> Path:
-    """Write a recipe file, and two stores `roomy` and `tight` with a base model with a large vocabulary."""
+    """Write a recipe file, and two stores `roomy` and `tight` with a base model with wide layers."""
     prepared = tiny.write_prepared(folder / "prepared")
-    tiny.make_model(VOCABULARY).save_pretrained(prepared / "base")
+    tiny.make_model(2000, **WIDE).save_pretrained(prepared / "base")
     changes = ("sft.batch_rows=16", "sft.max_steps=6")
     for store in ("roomy", "tight"):
         tiny.publish_prepared(Store(str(folder / store)), prepared, tiny.recipe(*changes))

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from llamarefine_jobs.contract.recipe import Evaluate
-from llamarefine_jobs.models.scoring import Answer, Score
+from llamarefine_jobs.models.generation import Answer
+from llamarefine_jobs.models.scoring import Score
 from llamarefine_jobs.report import comparison, page
 from llamarefine_jobs.report.metrics import MODELS, ComparedRows, ModelResults, compare
 from llamarefine_jobs.report.plots import draw_chart, draw_strip

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from llamarefine_jobs.contract.recipe import Evaluate, Gate
-from llamarefine_jobs.models.scoring import Answer, Score
+from llamarefine_jobs.models.generation import Answer
+from llamarefine_jobs.models.scoring import Score
 from llamarefine_jobs.report.metrics import METRICS, MODELS, ComparedRows, ModelResults, check_gates, compare, token_f1
 
 SETTINGS = Evaluate(bootstrap_resamples=500)

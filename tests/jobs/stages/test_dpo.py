@@ -1,9 +1,8 @@
-"""DPO after SFT: the proof before the first step refuses every wrong reference. Real trainers on a tiny model."""
+"""DPO after SFT: the proof before the first step refuses every wrong reference. Real trainings of a tiny model."""
 
 import math
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from llamarefine_jobs.contract.prompt import answer, question
 from llamarefine_jobs.contract.recipe import Evaluate
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.forward import forward_for
+from llamarefine_jobs.models.generation import Answer
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
-from llamarefine_jobs.models.scoring import Answer, score
+from llamarefine_jobs.models.scoring import score
 from llamarefine_jobs.report.metrics import ComparedRows, ModelResults, compare
 from llamarefine_jobs.training import step_zero
 from tests.jobs import tiny
-from tests.jobs.stages.test_sft import assert_longest_first, make_context, record_widths
+from tests.jobs.stages.test_sft import batches_of, ids_before_and_targets, make_context, record_passes
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,8 @@ def test_before_the_first_step_loss_is_ln_2_and_the_reference_is_the_sft_policy(
     proof = context.metrics["step_zero"]
     assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert proof["margin"] == 0
+    assert proof["step_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert context.metrics["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the first real step"
     assert proof["reference_error"] < 1e-5
     assert proof["distance_from_base"] > 100 * proof["reference_error"]
 
@@ -111,19 +114,31 @@ def test_changing_the_reports_confidence_changes_no_byte_of_dpo(prepared: Path, 
     assert made[0] == made[1]
 
 
-def test_a_step_orders_its_pairs_from_the_longest_to_the_shortest(
-    context: Context, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("backend", ["packed", "transformers"])
+def test_both_answers_of_a_pair_are_in_one_pass_and_each_pair_is_in_one_step_of_an_epoch(
+    backend: str, prepared: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths = record_widths(monkeypatch)
+    context = make_dpo(prepared, trained, tmp_path, f"dpo.backend={backend}", "dpo.epochs=1")
+    passes = record_passes(monkeypatch)
     dpo.work(context)
-    assert_longest_first(widths, context.recipe.dpo.micro_batches)
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    pairs = encode_pairs(tokenizer, rows_of(context, "train"))
+    expected = {(tuple(chosen.answer_ids), tuple(rejected.answer_ids)) for chosen, rejected in pairs}
+    learned = [
+        (tuple(chosen), tuple(rejected))
+        for answers in passes
+        for chosen, rejected in zip(answers[0::2], answers[1::2], strict=True)
+    ]
+    assert set(learned) == expected
+    assert len(learned) == 8 * 8 + 8, "8 steps of 8 pairs, and the first step once more for the proof"
+    assert {len(answers) for answers in passes} == {2 * context.recipe.dpo.micro_batch_rows}
 
 
 def test_a_reference_on_the_bare_base_is_refused(context: Context) -> None:
     """The most common mistake: a fresh adapter on the base. Policy and reference agree, so the loss is ln 2 as well."""
     base = context.inputs["prepare"] / "base"
     with pytest.raises(ProofError, match="it is the bare base: the SFT adapter is missing in it"):
-        prove_with(context, backends.choose_backend().load(base))
+        prove_with(context, base)
 
 
 def test_a_reference_with_the_sft_adapter_applied_twice_is_refused(context: Context) -> None:
@@ -131,7 +146,7 @@ def test_a_reference_with_the_sft_adapter_applied_twice_is_refused(context: Cont
     once = adapters.merge_in_memory(context.inputs["prepare"] / "base", adapter, context.work / "once", bf16=False)
     twice = adapters.merge_in_memory(once, adapter, context.work / "twice", bf16=False)
     with pytest.raises(ProofError, match="the SFT adapter counts twice in it"):
-        prove_with(context, backends.choose_backend().load(twice))
+        prove_with(context, twice)
 
 
 def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Path) -> None:
@@ -140,17 +155,83 @@ def test_a_reference_of_other_weights_is_refused(context: Context, tmp_path: Pat
         other / "base", context.inputs["sft"] / "adapter", context.work / "policy", bf16=False
     )
     with pytest.raises(ProofError, match="was SFT trained on another base"):
-        prove_with(context, backends.choose_backend().load(policy))
+        prove_with(context, policy)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("bare base", "it is the bare base: the SFT adapter is missing in it"),
+        ("twice", "the SFT adapter counts twice in it"),
+        ("other", "was SFT trained on another base"),
+    ],
+)
+def test_a_wrong_precomputed_reference_is_refused_also_with_the_right_policy(
+    wrong: str, message: str, context: Context, tmp_path: Path
+) -> None:
+    base, adapter = context.inputs["prepare"] / "base", context.inputs["sft"] / "adapter"
+    if wrong == "twice":
+        base = adapters.merge_in_memory(sft_policy(context), adapter, tmp_path / "twice", bf16=False)
+    elif wrong == "other":
+        base = tiny.write_prepared(tmp_path / "other", seed=5) / "base"
+    trainer, expected = trainer_on(context, sft_policy(context))
+    trainer.examples = trainer_on(context, base)[0].examples
+    with pytest.raises(ProofError, match=message):
+        step_zero.prove(trainer, expected)
 
 
 def test_a_policy_without_sft_is_refused_also_with_the_right_reference(context: Context) -> None:
     """Policy and reference are different models: the policy is the base, the reference is the SFT policy."""
-    base = backends.choose_backend().load(context.inputs["prepare"] / "base")
-    trainer, expected = trainer_on(context, base)
-    trainer.ref_model = backends.choose_backend().load(sft_policy(context))
-    loss, margin = step_zero._trainer_loss(trainer, len(expected.pairs))
+    trainer, expected = trainer_on(context, context.inputs["prepare"] / "base")
+    trainer.examples = trainer_on(context, sft_policy(context))[0].examples
+    with pytest.raises(ProofError, match="the first training step does not start from the reference"):
+        step_zero.prove(trainer, expected)
+
+
+def test_a_policy_whose_adapter_is_not_fresh_is_refused(context: Context) -> None:
+    trainer, expected = trainer_on(context, sft_policy(context))
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(0.01)
     with pytest.raises(ProofError, match="the policy does not start from the SFT policy"):
-        step_zero.check_figures(loss, margin, expected.sft, expected, 1e-4)
+        step_zero.prove(trainer, expected)
+
+
+def test_the_proof_changes_neither_a_weight_nor_the_gradient(context: Context) -> None:
+    trainer, expected = trainer_on(context, sft_policy(context))
+    before = trainer.weights.values.clone()
+    step_zero.prove(trainer, expected)
+    assert torch.equal(trainer.weights.values, before)
+    assert not trainer.weights.gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["packed", "transformers"])
+def test_the_training_uses_the_precomputed_scores_of_the_sft_policy(
+    backend: str, prepared: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every pass, up to the last step, the loss gets what the merged SFT policy gives to each answer."""
+    from llamarefine_jobs.models.forward import PaddedForward
+    from llamarefine_jobs.training.objectives import DpoObjective
+
+    context = make_dpo(prepared, trained, tmp_path, f"dpo.backend={backend}")
+    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
+    rows = [answer for pair in encode_pairs(tokenizer, rows_of(context, "train")) for answer in pair]
+    policy = PaddedForward(backends.choose_backend().load(sft_policy(context)), tokenizer.pad_token_id)
+    expected = {
+        (*row.prompt_ids, *row.answer_ids): found.logprob for row, found in zip(rows, score(policy, rows), strict=True)
+    }
+    used = []
+    original = DpoObjective.loss
+
+    def loss(objective: DpoObjective, nats_T: Any, batch: Any, reference_R: Any, weight: Any) -> Any:
+        used.extend(zip(rows_in(batch), reference_R.tolist(), strict=True))
+        return original(objective, nats_T, batch, reference_R, weight)
+
+    monkeypatch.setattr(DpoObjective, "loss", loss)
+    dpo.work(context)
+    assert len(used) >= 2 * 8 * 16
+    for row, nats in used:
+        assert nats == pytest.approx(expected[row], abs=1e-4)
 
 
 def test_an_sft_adapter_that_learned_nothing_is_refused(context: Context, tmp_path: Path) -> None:
@@ -197,67 +278,44 @@ def test_an_adapter_with_other_shapes_is_a_one_line_error(context: Context, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_a_trainer_with_other_tokens_is_refused(context: Context) -> None:
-    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
-    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
-    pairs = encode_pairs(tokenizer, rows_of(context, "train"))
-    dpo.check_rows(trainer, pairs)
-    cut = [(replace(chosen, answer_ids=chosen.answer_ids[:-1]), rejected) for chosen, rejected in pairs]
-    with pytest.raises(ProofError, match="not those of the chat template"):
-        dpo.check_rows(trainer, cut)
+def test_in_random_conversations_the_loss_covers_the_answers_with_eos_and_no_prompt_token(prepared: Path) -> None:
+    tokenizer = load_tokenizer(prepared / "base")
+    texts = random_pairs(200)
+    pairs = encode_pairs(tokenizer, texts)
+    for row, pair in zip(texts, pairs, strict=True):
+        for batch, ids in batches_of(list(pair), tokenizer):
+            for place, text in enumerate((row["chosen"], row["rejected"])):
+                predicted_after, learned = ids_before_and_targets(batch, ids, place)
+                assert tokenizer.decode(learned) == text + tokenizer.eos_token
+                assert learned[-1] == tokenizer.eos_token_id
+                assert predicted_after == [pair[place].prompt_ids[-1], *learned[:-1]]
 
 
-def test_in_random_conversations_the_loss_covers_the_answers_with_eos_and_no_prompt_token(
-    prepared: Path, trained: Path, tmp_path: Path
-) -> None:
-    context = make_dpo(prepared, trained, tmp_path)
-    rows = random_pairs(200)
-    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)), rows)
-    tokenizer = load_tokenizer(context.inputs["prepare"] / "base")
-    assert len(trainer.train_dataset) == len(rows)
-    for row, trainer_row in zip(rows, trainer.train_dataset, strict=True):
-        batch = trainer.data_collator([trainer_row])  # (2, T): chosen, then rejected
-        for place, answer_text in enumerate((row["chosen"], row["rejected"])):
-            counted = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
-            assert counted[-1] == tokenizer.eos_token_id
-            assert tokenizer.decode(counted) == answer_text + tokenizer.eos_token
-            assert not batch["completion_mask"][place][: len(trainer_row["prompt_ids"])].any()
-
-
-def test_the_trainer_has_no_copy_of_the_adapter_as_reference(context: Context) -> None:
-    trainer, _ = trainer_on(context, backends.choose_backend().load(sft_policy(context)))
+def test_the_policy_has_one_adapter_and_no_copy_of_it_as_reference(context: Context) -> None:
+    trainer, _ = trainer_on(context, sft_policy(context))
     assert list(trainer.model.peft_config) == ["default"]
-    assert trainer.ref_model is None
-
-
-def test_precomputing_the_reference_does_not_change_the_losses(prepared: Path, trained: Path, tmp_path: Path) -> None:
-    """With two epochs the reference is computed once; with one epoch, in each step. The losses must be equal."""
-    losses = []
-    for epochs in ("1", "2"):
-        (tmp_path / epochs).mkdir()
-        context = make_dpo(
-            prepared,
-            trained,
-            tmp_path / epochs,
-            f"dpo.epochs={epochs}",
-            "dpo.lr_schedule=constant",
-            "dpo.warmup_fraction=0",
-        )
-        dpo.work(context)
-        losses.append([row["loss"] for row in context.metrics["history"] if "loss" in row and row["step"] <= 8])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    base = context.inputs["prepare"] / "base"
+    frozen = [weight for weight in trainer.model.parameters() if not weight.requires_grad]
+    assert len(frozen) == len(list(backends.choose_backend().load(base).parameters()))
 
 
 def results_of(model: Any, tokenizer: Any, pairs: list[Any]) -> ModelResults:
     """Return what evaluate would pass to the report for these pairs, with placeholders for questions and answers."""
-    chosen, rejected = (score(model, tokenizer.pad_token_id, [pair[side] for pair in pairs], 4) for side in (0, 1))
+    forward = forward_for(model, tokenizer.pad_token_id)
+    chosen, rejected = (score(forward, [pair[side] for pair in pairs]) for side in (0, 1))
     return ModelResults(chosen, chosen, rejected, [Answer("", 1, True)] * len(pairs))
 
 
-def prove_with(context: Context, model: Any) -> dict[str, float]:
-    """Run the step-0 proof of a trainer whose frozen policy is `model`; return its figures."""
-    trainer, expected = trainer_on(context, model)
-    return step_zero.prove(trainer, expected, context)
+def prove_with(context: Context, policy: Path) -> dict[str, float]:
+    """Run the step-0 proof of a trainer whose frozen policy is the model in `policy`; return its figures."""
+    return step_zero.prove(*trainer_on(context, policy))
+
+
+def rows_in(batch: Any) -> list[tuple[int, ...]]:
+    """Return the token ids of each row of a packed or padded batch, without padding."""
+    if hasattr(batch, "mask_BT"):
+        return [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch.ids_BT, batch.mask_BT, strict=True)]
+    return [tuple(batch.ids[batch.row_of == row].tolist()) for row in range(batch.rows)]
 
 
 def random_pairs(count: int) -> list[dict[str, Any]]:
@@ -276,25 +334,25 @@ def random_pairs(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def trainer_on(
-    context: Context, model: Any, rows: list[dict[str, Any]] | None = None
-) -> tuple[Any, step_zero.ReferenceScores]:
+def trainer_on(context: Context, policy: Path) -> tuple[Any, step_zero.ExpectedScores]:
+    """Return the trainer that dpo.work builds on the frozen policy in a folder, and what the proof expects."""
     from llamarefine_jobs.training import loop
+    from llamarefine_jobs.training.objectives import DpoObjective
+    from llamarefine_jobs.training.reference_logprobs import examples_with_reference
 
-    backend = backends.choose_backend()
+    backend, section = backends.choose_backend(), context.recipe.dpo
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
-    rows = rows or rows_of(context, "train")
-    pairs = encode_pairs(tokenizer, rows)
+    pairs = encode_pairs(tokenizer, rows_of(context, "train"))
     expected = step_zero.score_reference_separately(
-        backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id, 4
+        backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id
     )
-    model = backend.add_adapter(
-        loop.set_token_ids(model, tokenizer), context.recipe.dpo.lora, seed=1, gradient_checkpointing=False
-    )
-    validation = dpo.PairValidation(pairs, tokenizer.pad_token_id, context)
-    callback = loop.TrainingCallback(context.recipe.dpo, context, 10, validation.validate)
-    trainer = dpo.build_trainer(context, context.recipe.dpo, backend, model, tokenizer, rows, callback)
+    model = loop.set_token_ids(backend.load(policy), tokenizer)
+    model = backend.add_adapter(model, section.lora, seed=1, gradient_checkpointing=False)
+    forward = forward_for(model, tokenizer.pad_token_id)
+    examples = examples_with_reference(forward, pairs, None, context)
+    validation = dpo.PairValidation(pairs, context)
+    trainer = loop.Trainer(context, section, forward, examples, DpoObjective(section.beta), validation.validate)
     return trainer, expected
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import dataclass
@@ -275,10 +276,25 @@ def test_caveats_belong_to_this_run(report: dict[str, Any]) -> None:
 def test_progress_counts_the_rows_of_all_models_once(unchanged: Run, capsys: pytest.CaptureFixture[str]) -> None:
     unchanged.evaluate("evaluate.max_rows=12")
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("evaluate: backend: transformers + peft on ") and ", because " in line for line in lines)
+    assert any(line.startswith("evaluate: backend: transformers on ") and ", because " in line for line in lines)
     steps = [(found.step, found.steps) for line in lines if (found := parse(line))]
     assert steps == sorted(steps)
     assert steps[-1] == (3 * (12 + 12 + 12 + 8), 3 * (12 + 12 + 12 + 8))
+
+
+def test_the_speed_of_generating_is_logged_and_recorded_in_the_manifest_and_not_in_the_report(
+    unchanged: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny.recipe(*SETTINGS, "evaluate.max_rows=11")
+    manifest = entry.run("evaluate", evaluate.work, recipe, unchanged.store)
+    lines = capsys.readouterr().out.splitlines()
+    assert list(manifest.metrics["generation"]) == ["base", "sft", "merged"]
+    for name, found in manifest.metrics["generation"].items():
+        assert found.keys() == {"answers", "tokens", "seconds", "tokens_per_s"}
+        assert found["answers"] == 8
+        expected = rf"evaluate: {name} generated 8 answers, {found['tokens']} tokens in [\d.]+ s, \d+ tokens/s"
+        assert sum(bool(re.fullmatch(expected, line)) for line in lines) == 1
+    assert '"generation"' not in unchanged.files("evaluate.max_rows=11")["report.json"]
 
 
 def test_one_test_row_gives_a_report_without_intervals(tmp_path: Path) -> None:

@@ -229,6 +229,13 @@ def test_each_line_of_an_interactive_session_is_answered_separately(
     assert printed.err.endswith("infer: bye\n")
 
 
+def test_the_speed_of_generating_is_logged(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    infer.main([*arguments, *QUESTIONS])
+    lines = capsys.readouterr().err.splitlines()
+    expected = re.compile(r"infer: generated 3 answers, \d+ tokens in [\d.]+ s, \d+ tokens/s")
+    assert sum(bool(expected.fullmatch(line)) for line in lines) == 1
+
+
 def test_decoding_at_a_temperature_is_seeded_by_the_recipe(ask: Ask) -> None:
     at_high_temperature = ("--set", "infer.temperature=5.0", *QUESTIONS)
     assert ask(*at_high_temperature) == ask(*at_high_temperature) != ask(*QUESTIONS)

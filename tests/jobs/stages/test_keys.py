@@ -61,6 +61,7 @@ NOT_CHANGED = {
 
 # Parts of a manifest's metrics that record how the run went, not what was made.
 RECORDS_OF_THE_RUN = {
+    "generation",
     "peak_memory_bytes",
     "proof_s",
     "seconds",

@@ -1,7 +1,8 @@
-"""SFT: which tokens carry a loss, what is trained, which trainings fail. Real trainers on a tiny model."""
+"""SFT: which tokens carry a loss, what is trained, which trainings fail. Real trainings of a tiny model."""
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from llamarefine_jobs import sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import checkpoint_path
-from llamarefine_jobs.contract.errors import DataError, DivergedError, ProofError, RecipeError
+from llamarefine_jobs.contract.errors import DataError, DivergedError, RecipeError
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode, encode_questions, load_tokenizer, read_rows, set_special_tokens
@@ -75,29 +76,42 @@ def test_answer_tokens_and_eos_carry_a_loss_and_prompt_tokens_do_not(
         for message in ({"role": "user", "content": user}, {"role": "assistant", "content": assistant})
     ] + [{"role": "user", "content": prompt_text}]
     row = encode(tokenizer, prompt, answer_text)
-    columns = sft.labelled([row])
-    ids, labels = columns["input_ids"][0], columns["labels"][0]
-    counted = [label != sft.NO_LOSS for label in labels]
-    assert counted == [False] * len(row.prompt_ids) + [True] * len(row.answer_ids)
-    assert labels[-1] == ids[-1] == tokenizer.eos_token_id
+    other = encode(tokenizer, [{"role": "user", "content": "and?"}], "other")
+    for batch, ids in batches_of([row, other], tokenizer):
+        for place, expected in enumerate((row, other)):
+            predicted_after, learned = ids_before_and_targets(batch, ids, place)
+            assert learned == expected.answer_ids
+            assert learned[-1] == tokenizer.eos_token_id
+            assert predicted_after == [expected.prompt_ids[-1], *expected.answer_ids[:-1]]
     assert tokenizer.decode(row.prompt_ids).endswith("\n<|assistant|>\n")
     assert tokenizer.decode(row.answer_ids) == answer_text + tokenizer.eos_token
 
 
-def test_the_trainers_batches_have_exactly_the_answers_as_labels(context: Context, tokenizer: Any) -> None:
-    trainer, rows = build(context, tokenizer)
-    for batch in trainer.get_train_dataloader():
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            learned = ids[labels != sft.NO_LOSS].tolist()
-            assert learned in [row.answer_ids for row in rows]
-            assert learned[-1] == tokenizer.eos_token_id
+@pytest.mark.parametrize("backend", ["packed", "transformers"])
+def test_an_epoch_learns_each_answer_with_eos_and_no_prompt_token(
+    backend: str, prepared: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches of a real training of 8 steps of 8 rows: each of the 60 rows once, and 4 of them twice."""
+    passes = record_passes(monkeypatch)
+    context = make_context("sft", prepared, tmp_path, f"sft.backend={backend}", "sft.epochs=1")
+    sft.work(context)
+    learned = Counter(tuple(answer) for answers in passes for answer in answers)
+    rows = encode_questions(tokenizer, read_rows(prepared / "questions", "train"))
+    assert learned.keys() == {tuple(row.answer_ids) for row in rows}
+    assert sum(learned.values()) == 64
+    assert all(answer[-1] == tokenizer.eos_token_id for answer in learned)
 
 
-def test_rows_are_not_flattened_if_attention_would_mix_them(context: Context, tokenizer: Any) -> None:
-    backend = backends.choose_backend()
-    trainer, _ = build(context, tokenizer)
-    assert trainer.padding_free is backend.flattens is False
-    assert trainer.args.packing is False
+def test_each_backend_trains_the_same_adapter_up_to_rounding(prepared: Path, tmp_path: Path) -> None:
+    trained = {}
+    for backend in ("packed", "transformers"):
+        (tmp_path / backend).mkdir()
+        context = make_context("sft", prepared, tmp_path / backend, f"sft.backend={backend}")
+        sft.work(context)
+        assert context.backend == backend
+        trained[backend] = load_file(context.output / "adapter" / ADAPTER_WEIGHTS)
+    for name, tensor in trained["packed"].items():
+        torch.testing.assert_close(tensor, trained["transformers"][name], atol=2e-4, rtol=0)
 
 
 def test_training_changes_the_adapter_and_no_weight_of_the_base(context: Context) -> None:
@@ -140,33 +154,35 @@ def test_lora_settings_reach_the_adapter(prepared: Path, tmp_path: Path) -> None
 
 def test_another_micro_batch_size_gives_the_same_adapter_up_to_rounding(prepared: Path, tmp_path: Path) -> None:
     adapters = []
-    for rows in (8, 2):
-        folder = tmp_path / str(rows)
+    for rows in ("8", "2", "null"):
+        folder = tmp_path / rows
         folder.mkdir()
         context = make_context("sft", prepared, folder, f"sft.micro_batch_rows={rows}")
         sft.work(context)
         adapters.append(load_file(context.output / "adapter" / ADAPTER_WEIGHTS))
     for name, tensor in adapters[0].items():
-        torch.testing.assert_close(tensor, adapters[1][name], atol=2e-4, rtol=0)
+        for other in adapters[1:]:
+            torch.testing.assert_close(tensor, other[name], atol=2e-4, rtol=0)
 
 
-def test_a_step_orders_its_rows_from_the_longest_to_the_shortest(
+def test_a_step_is_split_into_passes_of_similar_rows_or_of_equal_size(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Padded rows go from the longest to the shortest, so that little is padded; packed passes are about equal."""
     uneven = shutil.copytree(prepared, tmp_path / "uneven")
     rows = [(f"What is {place}?", "It is alpha" + " beta" * (place * 7 % 20)) for place in range(60)]
     tiny.write_splits(uneven, {"train": rows[:48], "validation": rows[48:54], "test": rows[54:]})
-    context = make_context("sft", uneven, tmp_path)
-    widths = record_widths(monkeypatch)
-    sft.work(context)
-    assert_longest_first(widths, context.recipe.sft.micro_batches)
-
-
-def test_a_trainer_that_cuts_rows_fails_the_label_check(context: Context, tokenizer: Any) -> None:
-    trainer, rows = build(context, tokenizer)
-    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": row["labels"][:-1]})
-    with pytest.raises(ProofError, match="would learn"):
-        sft.check_labels(trainer, rows)
+    for backend in ("transformers", "packed"):
+        (tmp_path / backend).mkdir()
+        widths = record_widths(monkeypatch)
+        context = make_context("sft", uneven, tmp_path / backend, f"sft.backend={backend}", "sft.epochs=1")
+        sft.work(context)
+        assert len(widths) == 6 * 2, "6 steps of 8 rows, with micro_batch_rows 4"
+        steps = list(zip(widths[0::2], widths[1::2], strict=True))
+        if backend == "transformers":
+            assert_longest_first(steps)
+        else:
+            assert all(max(step) < 1.3 * min(step) for step in steps), steps
 
 
 def test_a_nan_loss_ends_the_training(context: Context, prepared: Path, tmp_path: Path) -> None:
@@ -205,6 +221,37 @@ def test_a_loss_that_explodes_ends_the_training_and_names_the_last_good_checkpoi
     assert (found[1], found[2]) == ("6", "4"), "the loss of step 6 is computed with the weights after step 5"
     assert found[3] == f"{context.store.uri}/{checkpoint_path('sft', context.key, 4)}"
     assert context.store.fetch_checkpoint("sft", context.key, tmp_path / "resume") == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("sft.evaluate_every_steps=16",),  # read when they are logged, at step 10
+        ("sft.evaluate_every_steps=8",),  # read before the validation of step 8
+        ("sft.evaluate_every_steps=16", "sft.checkpoint_every_steps=7"),  # read before the checkpoint of step 7
+    ],
+)
+def test_a_nan_loss_names_its_step_although_losses_are_read_only_now_and_then(
+    other: tuple[str, ...], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_step_5(set_one_weight_to_nan, monkeypatch)
+    context = make_context("sft", prepared, tmp_path, "sft.log_every_steps=10", *other)
+    with pytest.raises(DivergedError, match=r"loss is nan at step 6 of 16; .*; no checkpoint was written before"):
+        sft.work(context)
+    assert not list(context.output.iterdir())
+
+
+def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_one(prepared: Path, tmp_path: Path) -> None:
+    logged = {}
+    for every in (1, 6):
+        (tmp_path / str(every)).mkdir()
+        context = make_context("sft", prepared, tmp_path / str(every), f"sft.log_every_steps={every}")
+        sft.work(context)
+        logged[every] = {row["step"]: row["loss"] for row in context.metrics["history"] if "loss" in row}
+    assert list(logged[6]) == [6, 12, 16]
+    for step, since in ((6, 0), (12, 6), (16, 12)):
+        each = [logged[1][one] for one in range(since + 1, step + 1)]
+        assert logged[6][step] == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
 def test_weights_that_are_not_finite_are_never_saved_in_a_checkpoint(
@@ -257,68 +304,80 @@ def after_step_5(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch)
     """Apply `change` to the model in training after its fifth step."""
     from llamarefine_jobs.training import loop
 
-    original = loop.TrainingCallback.on_step_end
+    original = loop.Trainer.after_step
 
-    def changed(callback: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        if state.global_step == 5:
-            change(model)
-        original(callback, args, state, control, model=model, **more)
+    def changed(trainer: loop.Trainer) -> bool:
+        if trainer.state.step == 5:
+            change(trainer.model)
+        return original(trainer)
 
-    monkeypatch.setattr(loop.TrainingCallback, "on_step_end", changed)
+    monkeypatch.setattr(loop.Trainer, "after_step", changed)
 
 
 def set_one_weight_to_nan(model: Any) -> None:
     next(weight for weight in model.parameters() if weight.requires_grad).data[0] = float("nan")
 
 
-def build(context: Context, tokenizer: Any) -> tuple[Any, list[Any]]:
-    """Return the trainer as sft.work builds it, and its rows."""
-    from llamarefine_jobs.training import loop
+def batches_of(rows: list[Any], tokenizer: Any) -> list[tuple[Any, Any]]:
+    """Return the rows as a packed batch, packed with padding at the end, and padded, each with its token ids."""
+    from llamarefine_jobs.models.forward import PaddedBatch
+    from llamarefine_jobs.models.packing import Packed, Size, exact_size
 
-    backend = backends.choose_backend()
-    section = context.recipe.sft
-    questions = context.inputs["prepare"] / "questions"
-    rows = encode_questions(tokenizer, read_rows(questions, "train"))
-    model = backend.add_adapter(
-        loop.set_token_ids(backend.load(context.inputs["prepare"] / "base"), tokenizer),
-        section.lora,
-        seed=1,
-        gradient_checkpointing=False,
+    exact = exact_size(rows)
+    larger = Size(exact.tokens + 300, exact.rows + 3, exact.longest)
+    packed = [Packed(size, "cpu").fill(rows) for size in (exact, larger)]
+    padded = PaddedBatch(rows, tokenizer.pad_token_id, "cpu")
+    return [(batch, batch.ids) for batch in packed] + [(padded, padded.ids_BT.flatten())]
+
+
+def ids_before_and_targets(batch: Any, ids: Any, row: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a row after which another one is learned, and the learned ones."""
+    has_loss = (batch.row_of == row) & (batch.targets >= 0)
+    return ids[has_loss].tolist(), batch.targets[has_loss].tolist()
+
+
+def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """Return a list to which trainings add, for each pass, the tokens that each of its rows learns."""
+    return _record(
+        monkeypatch,
+        lambda batch: [
+            batch.targets[(batch.row_of == row) & (batch.targets >= 0)].tolist() for row in range(batch.rows)
+        ],
     )
-    callback = loop.TrainingCallback(
-        section, context, 10, lambda model: sft.validate(model, tokenizer.pad_token_id, rows, context)
-    )
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, callback), rows
 
 
-def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which trainers add the width in tokens of each micro-batch that they run."""
-    from transformers import Trainer
-
-    widths: list[int] = []
-    original = Trainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-        widths.append(inputs["input_ids"].shape[1])
-        return original(self, model, inputs, *rest, **more)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-    return widths
+def record_widths(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list to which trainings add, for each pass, its tokens per row, padding included."""
+    return _record(monkeypatch, lambda batch: batch.targets.numel() / batch.rows)
 
 
-def assert_longest_first(widths: list[int], micro_batches: int) -> None:
-    steps = [widths[start : start + micro_batches] for start in range(0, len(widths), micro_batches)]
-    assert all(step == sorted(step, reverse=True) for step in steps)
+def _record(monkeypatch: pytest.MonkeyPatch, describe: Callable[[Any], Any]) -> list[Any]:
+    from llamarefine_jobs.training.gradient import StepGradient
+
+    recorded: list[Any] = []
+    original = StepGradient._run
+
+    def run(self: Any, examples: Any, weight: int) -> Any:
+        recorded.append(describe(self.forward.batch([row for example in examples for row in example.rows])))
+        return original(self, examples, weight)
+
+    monkeypatch.setattr(StepGradient, "_run", run)
+    return recorded
+
+
+def assert_longest_first(steps: list[tuple[float, ...]]) -> None:
+    assert all(list(step) == sorted(step, reverse=True) for step in steps)
     assert sum(step[0] > step[-1] for step in steps) > len(steps) / 2
 
 
 def validation_loss(context: Context) -> float:
-    """Return the validation loss of the published adapter, computed with models/scoring.py."""
+    """Return the validation loss of the published adapter, computed with models/scoring.py on padded rows."""
+    from llamarefine_jobs.models.forward import PaddedForward
     from llamarefine_jobs.models.scoring import score
 
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
     model = adapters.attach_adapter(backends.choose_backend().load(base), context.output / "adapter")
     rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", "validation"))
-    scores = score(model, tokenizer.pad_token_id, rows, 4)
+    scores = score(PaddedForward(model, tokenizer.pad_token_id), rows)
     return -sum(found.logprob for found in scores) / sum(found.tokens for found in scores)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,11 +51,16 @@ def test_a_training_that_is_killed_at_random_steps_ends_with_the_same_adapter(
     resumed_at = 0
     for begin in (4, 9):
         kill_at = draw.randrange(begin, begin + 4)
-        process = processes.start(stage, uninterrupted / "recipe.yaml", str(store), "--set", every)
+        waiting = processes.wait_at_step(kill_at)
+        process = processes.start(stage, uninterrupted / "recipe.yaml", str(store), "--set", every, environment=waiting)
 
         def is_due(line: str, at: int = kill_at, before: int = resumed_at) -> bool:
-            """Return whether the training is past step `at` and has uploaded a checkpoint newer than step `before`."""
-            return (processes.step(line) or 0) >= at and newest_checkpoint(store, stage) > before
+            """Return whether the training is at step `at`, after it has uploaded a checkpoint newer than `before`."""
+            until_s = time.monotonic() + 60
+            while (is_there := processes.step(line) == at) and newest_checkpoint(store, stage) <= before:
+                assert time.monotonic() < until_s, "no checkpoint was uploaded"
+                time.sleep(0.01)
+            return is_there
 
         lines = processes.signal_when(process, signal.SIGKILL, is_due)
         assert process.returncode == -signal.SIGKILL
@@ -73,7 +79,7 @@ def test_a_training_saves_a_checkpoint_on_sigterm_and_continues_from_it(
     stage: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     store = copy_up_to(uninterrupted, tmp_path, stage)
-    process = processes.start(stage, uninterrupted / "recipe.yaml", str(store))
+    process = processes.start(stage, uninterrupted / "recipe.yaml", str(store), environment=processes.wait_at_step(5))
 
     def is_due(line: str) -> bool:
         if "SIGTERM received: uploading its checkpoint" in line:  # a second SIGTERM, while the checkpoint is saved
@@ -84,10 +90,17 @@ def test_a_training_saves_a_checkpoint_on_sigterm_and_continues_from_it(
     assert process.returncode == 30, "\n".join(lines)
     assert "its checkpoint at step" in lines[-1]
     stopped_at = newest_checkpoint(store, stage)
-    assert stopped_at >= 5
+    assert stopped_at == 5
     saved = {path.name for path in (store / "checkpoints").rglob("*") if path.is_file()}
-    assert "adapter_model.safetensors" in saved
-    assert "training_args.bin" not in saved, "a pickle that no training needs to continue"
+    assert saved == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "best.json",
+        "manifest.json",
+        "optimizer.safetensors",
+        "training_state.json",
+        *(["reference_logprobs.safetensors"] if stage == "dpo" else []),
+    }
     exit_code, lines = processes.run(stage, uninterrupted / "recipe.yaml", str(store))
     assert exit_code == 0, "\n".join(lines)
     assert_resumed(lines, stage, stopped_at)
@@ -98,19 +111,19 @@ def test_a_training_saves_a_checkpoint_on_sigterm_and_continues_from_it(
 INTERRUPTED = """
 import importlib, os, signal, sys, threading
 from llamarefine_jobs import entry, store
-from llamarefine_jobs.process import world
+from llamarefine_jobs.training import loop
 
-def validate_with_sigterm(self, work, sum_over_processes=world.World.sum_over_processes, calls=[]):
+def validate_with_sigterm(self, validate=loop.Trainer._validate, calls=[]):
     calls.append(1)
     if len(calls) == int(os.environ.get("SIGTERM_IN_VALIDATION", "0")):
         os.kill(os.getpid(), signal.SIGTERM)
-    return sum_over_processes(self, work)
+    return validate(self)
 
 def hang(*arguments):
     print("the upload hangs", flush=True)
     threading.Event().wait()
 
-world.World.sum_over_processes = validate_with_sigterm
+loop.Trainer._validate = validate_with_sigterm
 if "UPLOAD_HANGS" in os.environ:
     store.Store.publish_checkpoint = hang
 entry.main(sys.argv[1], importlib.import_module("llamarefine_jobs." + sys.argv[1]).work)
@@ -157,7 +170,8 @@ def history(store: Path, stage: str) -> list[dict[str, float]]:
 
 def test_a_training_publishes_when_sigterm_comes_after_its_last_step(uninterrupted: Path, tmp_path: Path) -> None:
     store = copy_up_to(uninterrupted, tmp_path, "sft")
-    process = processes.start("sft", uninterrupted / "recipe.yaml", str(store))
+    waiting = processes.wait_after("kept the adapter")
+    process = processes.start("sft", uninterrupted / "recipe.yaml", str(store), environment=waiting)
     lines = processes.signal_when(process, signal.SIGTERM, lambda line: "kept the adapter" in line)
     assert process.returncode == 0, "\n".join(lines)
     assert processes.sha256s(store, "sft") == processes.sha256s(uninterrupted / "store", "sft")
@@ -206,7 +220,7 @@ def test_a_damaged_checkpoint_with_correct_digests_ends_with_a_one_line_error(
     assert process.returncode == 30
 
     damages: dict[str, Callable[[Path], object]] = {  # the second is added to the first, and is detected before it
-        "a training cannot resume from it (": lambda it: (it / "trainer_state.json").write_text("[]"),
+        "a training cannot resume from it (": lambda it: (it / "training_state.json").write_text("[]"),
         "its best.json names nan as a loss": lambda it: (it / "best/best.json").write_text('{"loss": NaN, "step": 4}'),
     }
     for message, damage in damages.items():
@@ -236,14 +250,15 @@ def test_the_next_attempt_uses_the_smaller_micro_batches_of_a_preempted_one(
     store = copy_up_to(uninterrupted, tmp_path, "sft")
     halve = ("--set", "sft.on_out_of_memory=halve_micro_batch")
     fewer, ran_out = ("--set", "sft.micro_batch_rows=2"), {"LLAMAREFINE_RAN_OUT_AT_ROWS": "[4]"}
-    process = processes.start("sft", uninterrupted / "recipe.yaml", str(store), *halve, *fewer, environment=ran_out)
+    environment = ran_out | processes.wait_at_step(5)
+    process = processes.start("sft", uninterrupted / "recipe.yaml", str(store), *halve, *fewer, environment=environment)
     lines = processes.signal_when(process, signal.SIGTERM, lambda line: processes.step(line) == 5)
     assert process.returncode == 30, "\n".join(lines)
     stopped_at = newest_checkpoint(store, "sft")
     exit_code, lines = processes.run("sft", uninterrupted / "recipe.yaml", str(store), *halve)
     assert exit_code == 0, "\n".join(lines)
     assert_resumed(lines, "sft", stopped_at)
-    assert "sft: micro-batches of 2 rows, because memory ran out with 4 before; a step still has 8 rows" in lines
+    assert "sft: micro-batches of up to 2 rows, because memory ran out with 4 before; a step still has 8 rows" in lines
     (manifest,) = (store / "artifacts" / "sft").rglob("manifest.json")
     metrics = json.loads(manifest.read_text())["metrics"]
     assert (metrics["micro_batch_rows"], metrics["ran_out_of_memory_at_micro_batch_rows"]) == (2, [4])
@@ -257,6 +272,24 @@ def test_the_loss_right_after_a_checkpoint_is_logged_for_any_log_interval(uninte
     exit_code, lines = processes.run("sft", uninterrupted / "recipe.yaml", str(store), *options)
     assert exit_code == 0, "\n".join(lines)
     assert [step for line in lines if (step := processes.step(line)) is not None] == [0, 7, 13, 16]
+
+
+def test_a_training_with_dropout_that_is_stopped_draws_the_same_random_numbers_when_it_continues(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    made = []
+    for environment in ({}, processes.wait_at_step(5)):
+        (tmp_path / str(len(made))).mkdir()
+        store = copy_up_to(uninterrupted, tmp_path / str(len(made)), "sft")
+        command = ("sft", uninterrupted / "recipe.yaml", str(store), "--set", "sft.lora.dropout=0.2")
+        if environment:
+            process = processes.start(*command, environment=environment)
+            processes.signal_when(process, signal.SIGTERM, lambda line: processes.step(line) == 5)
+            assert process.returncode == 30
+        exit_code, lines = processes.run(*command)
+        assert exit_code == 0, "\n".join(lines)
+        made.append(processes.sha256s(store, "sft"))
+    assert made[0] == made[1] != processes.sha256s(uninterrupted / "store", "sft")
 
 
 def test_the_same_recipe_in_another_folder_gives_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
@@ -291,9 +324,11 @@ def test_a_full_disk_ends_the_training_with_a_one_line_error_and_publishes_nothi
 
 
 def assert_resumed(lines: list[str], stage: str, step: int) -> None:
-    """Assert that the training continued after `step`, and made no step twice."""
+    """Assert that the training continued after `step`, made no step twice, and scored DPO's reference only once."""
     resumed = [line for line in lines if "resumes from the checkpoint" in line]
     assert resumed == ([f"{stage}: resumes from the checkpoint at step {step}"] if step else [])
+    scored = [line for line in lines if "the reference scores" in line]
+    assert scored == (["dpo: the reference scores 120 answers once"] if stage == "dpo" and not step else [])
     steps = [found for line in lines if (found := processes.step(line)) is not None]
     assert steps == list(range(step, max(steps) + 1))
 

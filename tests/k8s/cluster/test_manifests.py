@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from llamarefine_jobs.contract.errors import Disposition, RecipeError, all_errors
+from llamarefine_jobs.contract.errors import Disposition, OutOfMemoryError, RecipeError, all_errors
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.recipe_file import parse_recipe
+from llamarefine_k8s.cluster.executor import with_halved_micro_batch
 from llamarefine_k8s.cluster.manifests import (
     driver_job,
     owner_reference,
@@ -255,6 +256,23 @@ def test_the_run_config_map_holds_recipe_and_settings_unchanged(recipe: Recipe) 
     text = run_config_map(RUN, recipe, given)["data"]["llamarefine.yaml"]
     assert parse(yaml.safe_load(text), "the map") == given.model_copy(update={"context": None})
     assert parse_recipe(run_config_map(RUN, recipe, given)["data"]["recipe.yaml"], "the map") == recipe
+
+
+@pytest.mark.parametrize(("settings", "rows"), [("{}", (16, 8, 4, 2)), ("{micro_batch_rows: 4, gpus: 2}", (4, 2))])
+def test_a_killed_training_restarts_with_half_the_rows_in_a_pass_until_one_is_left(
+    settings: str, rows: tuple[int, ...]
+) -> None:
+    halves = parse_recipe(RECIPE, "golden", [f"sft={settings}", "sft.on_out_of_memory=halve_micro_batch"])
+    task, killed, lines = Task(RUN, "sft", "5f" * 32, halves, STORE), OutOfMemoryError("sft was killed"), []
+    for _ in rows:
+        task = with_halved_micro_batch(task, killed, lines.append)
+    assert task.oom_micro_batch_rows == rows
+    assert lines[0] == (
+        f"sft: sft was killed; restarts with micro-batches of {rows[1]} rows instead of up to {rows[0]}, from the "
+        "newest checkpoint; the 16 rows of a step stay"
+    )
+    with pytest.raises(OutOfMemoryError):
+        with_halved_micro_batch(task, killed, lines.append)
 
 
 def test_a_pod_gets_the_micro_batches_that_were_too_large(recipe: Recipe) -> None:

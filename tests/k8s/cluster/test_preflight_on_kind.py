@@ -208,11 +208,11 @@ def test_a_training_that_needs_far_more_than_the_gpu_has_is_not_submitted(
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", **TINYLLAMA}))
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(tmp_path / "base")))
-    team.made.kubectl("label", "node", f"{kind.CLUSTER}-control-plane", "nvidia.com/gpu.memory=8192", "--overwrite")
-    assert team.preflight(str(recipe_file))["GPU memory for sft"].startswith("FAIL 15.5 GiB of the 8.0 GiB")
+    team.made.kubectl("label", "node", f"{kind.CLUSTER}-control-plane", "nvidia.com/gpu.memory=3072", "--overwrite")
+    assert team.preflight(str(recipe_file))["GPU memory for sft"].startswith("FAIL at least 5.2 GiB of the 3.0 GiB")
     code, out = team.run("submit", str(recipe_file), "--detach")
     assert code == 14
-    assert out.startswith("error: GPU memory for sft: 15.5 GiB of the 8.0 GiB")
+    assert out.startswith("error: GPU memory for sft: at least 5.2 GiB of the 3.0 GiB")
     assert team.kubectl("get", "jobs,pods", "-o", "name") == ""
     assert team.run("submit", str(recipe_file), "--detach", "--no-memory-check")[0] == 0
     team.run("cancel", "small")
