@@ -14,12 +14,11 @@ from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
-from llamarefine_jobs.models.forward import PackedForward, forward_for
+from llamarefine_jobs.models.forward import PackedForward
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
 from llamarefine_jobs.models.scoring import score
 from llamarefine_jobs.models.token_loss import NO_TARGET
 from llamarefine_jobs.training import step_zero
-from llamarefine_jobs.training.objectives import Example
 from tests.gpu import trainers
 from tests.gpu.shapes import BACKEND, INTERPRETED
 from tests.jobs import processes, tiny
@@ -89,7 +88,7 @@ def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
     assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
     trainer.prepare()
     trainer.train(None)
-    slower = [line for line in capsys.readouterr().out.splitlines() if "trains without" in line]
+    slower = [line for line in capsys.readouterr().out.splitlines() if "which is slower" in line]
     after = sft.validate(trainer.forward, held_out, sft_context)["eval_loss"]
     figure(f"validation loss {before:.4f} before and {after:.4f} after {trainer.state.steps} steps; {slower}")
     assert after < before
@@ -210,11 +209,12 @@ def test_gradient_checkpointing_gives_the_same_losses(
 def build(context: Context, backend: backends.Backend) -> tuple[Any, Any]:
     """Return the trainer as the stage builds it on the bare base, and the tokenizer."""
     model, tokenizer = trainers.load(backend, context, context.inputs["prepare"] / "base")
-    examples: list[Example] = trainers.make_examples(context, backend, model, tokenizer)
-    return trainers.make_trainer(context, backend, model, tokenizer, examples), tokenizer
+    forward = trainers.make_forward(context, backend, model, tokenizer)
+    examples = trainers.make_examples(context, forward, tokenizer)
+    return trainers.make_trainer(context, forward, tokenizer, examples), tokenizer
 
 
 def per_token(model: Any, tokenizer: Any, backend: backends.Backend, answers: list[Any]) -> list[float]:
     """Return the log-probability of each answer, in nats per token."""
-    scores = score(forward_for(model, tokenizer.pad_token_id, backend.name), answers)
+    scores = score(trainers.plain_forward(backend, model, tokenizer), answers)
     return [found.logprob / found.tokens for found in scores]

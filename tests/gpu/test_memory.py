@@ -82,9 +82,8 @@ def test_a_step_needs_the_estimated_memory(
     before = torch.cuda.memory_allocated()
     context = trainers.make_context(stage, recipe, prepared, tmp_path / "work")
     model, tokenizer = trainers.load(backend, context, prepared / "base")
-    trainer = trainers.make_trainer(
-        context, backend, model, tokenizer, trainers.make_examples(context, backend, model, tokenizer)
-    )
+    forward = trainers.make_forward(context, backend, model, tokenizer)
+    trainer = trainers.make_trainer(context, forward, tokenizer, trainers.make_examples(context, forward, tokenizer))
     trainer.model.train()
     length_tokens = max(len(row) for example in trainer.examples for row in example.rows)
     estimated = training_bytes(Sizes.from_config(model.config.to_dict()), section, length_tokens) - CUDA_CONTEXT_BYTES

@@ -60,21 +60,33 @@ def encoded(context: Context, tokenizer: Any, split: str = "train") -> list[tupl
     return [(row,) for row in encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", split))]
 
 
-def make_examples(context: Context, backend: Any, model: Any, tokenizer: Any) -> list[Any]:
+def plain_forward(backend: Any, model: Any, tokenizer: Any) -> Any:
+    """Return the forward of this backend, unchecked."""
+    from llamarefine_jobs.models.forward import PackedForward, PaddedForward
+
+    return PackedForward(model) if backend.name == "packed" else PaddedForward(model, tokenizer.pad_token_id)
+
+
+def make_forward(context: Context, backend: Any, model: Any, tokenizer: Any) -> Any:
+    """Return the checked forward of the stage: packed or padded."""
+    from llamarefine_jobs.training.checked_forward import checked_forward
+
+    rows = [row for rows in encoded(context, tokenizer) for row in rows]
+    return checked_forward(backend, model, tokenizer.pad_token_id, rows, context.note)
+
+
+def make_examples(context: Context, forward: Any, tokenizer: Any) -> list[Any]:
     """Return the training examples, for DPO with the log-probabilities that the model without its adapter gives."""
-    from llamarefine_jobs.models.forward import forward_for
     from llamarefine_jobs.training.objectives import Example
     from llamarefine_jobs.training.reference_logprobs import examples_with_reference
 
     rows: Any = encoded(context, tokenizer)
     if context.stage.name == "sft":
         return [Example(row) for row in rows]
-    return examples_with_reference(forward_for(model, tokenizer.pad_token_id, backend.name), rows, None, context)
+    return examples_with_reference(forward, rows, None, context)
 
 
-def make_trainer(
-    context: Context, backend: Any, model: Any, tokenizer: Any, examples: Sequence[Any], kind: Any = None
-) -> Any:
+def make_trainer(context: Context, forward: Any, tokenizer: Any, examples: Sequence[Any], kind: Any = None) -> Any:
     """Return our Trainer, or `kind` instead of it, which validates on the validation split."""
     from llamarefine_jobs import dpo, sft
     from llamarefine_jobs.training import loop
@@ -88,6 +100,4 @@ def make_trainer(
         validate: Any = lambda forward: sft.validate(forward, rows, context)  # noqa: E731
     else:
         objective, validate = DpoObjective(section.beta), dpo.PairValidation(held_out, context).validate
-    return (kind or loop.Trainer)(
-        context, section, backend, model, tokenizer.pad_token_id, examples, objective, validate
-    )
+    return (kind or loop.Trainer)(context, section, forward, examples, objective, validate)

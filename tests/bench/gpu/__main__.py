@@ -1,6 +1,6 @@
 """Measure the speed of SFT and DPO at TinyLlama's shape, with the most valuable measurements first.
 
-    python -m tests.bench.gpu --json OUT.json [--markdown OUT.md] [--shape tiny] [--steps 30] [--budget-s 480] [--arm ours]
+    python -m tests.bench.gpu --json OUT.json [--shape tiny] [--steps 30] [--budget-s 480] [--arm ours]
 
 Arms train on the same rows. Each has its own processes, so that patches and memory are not shared:
 

@@ -4,9 +4,9 @@ from typing import Any
 
 TARGETS = """\
 Targets, on an H100 or H200 at TinyLlama's shape: SFT with 16 rows a step at least 45,000 tokens/s and 15 times plain;
-with 64 or more rows at least 80,000 tokens/s (36 % MFU). Three epochs of the CSV from imports to adapter in at most 60 s,
-of it 25 s of training; DPO on 10,000 pairs for one epoch, its reference included, in at most 120 s. The first step at
-most 30 s after the start, 15 s with a warm compile cache."""
+with 64 or more rows at least 80,000 tokens/s (36 % MFU). Three epochs of the CSV from imports to adapter in at most
+60 s, of it 25 s of training; DPO on 10,000 pairs for one epoch, its reference included, in at most 120 s. The first
+step at most 30 s after the start, 15 s with a warm compile cache."""
 _NOT_MEASURED = "not measured"
 _COLUMNS = ("stage", "arm", "rows a step", "tokens/s", "× plain", "MFU", "ms a step (10 % to 90 %)", "kernels a step")
 _COLUMNS += ("GPU ms a step", "peak memory", "import", "load", "compile and capture", "first step")

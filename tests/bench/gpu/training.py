@@ -228,13 +228,14 @@ def train_with_ours(
             rows = self.schedule.rows_of(self.state.step)
             goes_on = clock.after_step(sum(len(self.examples[index]) for index in rows))
             if not goes_on:
-                clock.last_loss = float(self._losses[-1])
+                clock.last_loss = float(self._unread_losses[-1])
             return not goes_on
 
     began_s = time.monotonic()
-    examples = trainers.make_examples(context, backend, model, tokenizer)
+    forward = trainers.make_forward(context, backend, model, tokenizer)
+    examples = trainers.make_examples(context, forward, tokenizer)
     reference_s = time.monotonic() - began_s if context.stage.name == "dpo" else 0.0
-    trainer = trainers.make_trainer(context, backend, model, tokenizer, examples, TimedTrainer)
+    trainer = trainers.make_trainer(context, forward, tokenizer, examples, TimedTrainer)
     trainer.gradient._note = clock.slower_ways.append
     trainer.prepare()
     clock.begin()

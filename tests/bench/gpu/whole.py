@@ -110,7 +110,7 @@ def run_stage(stage: str, recipe: Path, store: Path, limit_s: float) -> dict[str
         "start_to_first_logged_step_s": at_s.get("first_logged"),
         "training_s": at_s["last_step"] - at_s["prepared"] if "prepared" in at_s and not error else None,
         "steps": steps,
-        "slower_ways": [line for line in lines if "trains without" in line],
+        "slower_ways": [line for line in lines if "which is slower" in line],
         "notes": [line for line in lines if line.startswith(f"{stage}: ")],
         "error": error,
     }
