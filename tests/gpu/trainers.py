@@ -51,13 +51,14 @@ def load(backend: Any, context: Context, base: Path) -> tuple[Any, Any]:
     ), tokenizer
 
 
-def encoded(context: Context, tokenizer: Any, split: str = "train") -> list[tuple[Any, ...]]:
-    """Return the rows of a split: one encoded answer to each question for SFT, two for DPO."""
+def encoded(context: Context, tokenizer: Any, split: str = "train", count: int | None = None) -> list[tuple[Any, ...]]:
+    """Return the first `count` rows of a split: one encoded answer to each question for SFT, two for DPO."""
     from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, read_rows
 
     if context.stage.name == "dpo":
-        return list(encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", split)))
-    return [(row,) for row in encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", split))]
+        return list(encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", split)[:count]))
+    questions = read_rows(context.inputs["prepare"] / "questions", split)[:count]
+    return [(row,) for row in encode_questions(tokenizer, questions)]
 
 
 def plain_forward(backend: Any, model: Any, tokenizer: Any) -> Any:
@@ -71,16 +72,16 @@ def make_forward(context: Context, backend: Any, model: Any, tokenizer: Any) -> 
     """Return the checked forward of the stage: packed or padded."""
     from llamarefine_jobs.training.checked_forward import checked_forward
 
-    rows = [row for rows in encoded(context, tokenizer) for row in rows]
+    rows = [row for rows in encoded(context, tokenizer, count=8) for row in rows]
     return checked_forward(backend, model, tokenizer.pad_token_id, rows, context.note)
 
 
-def make_examples(context: Context, forward: Any, tokenizer: Any) -> list[Any]:
+def make_examples(context: Context, forward: Any, tokenizer: Any, count: int | None = None) -> list[Any]:
     """Return the training examples, for DPO with the log-probabilities that the model without its adapter gives."""
     from llamarefine_jobs.training.objectives import Example
     from llamarefine_jobs.training.reference_logprobs import examples_with_reference
 
-    rows: Any = encoded(context, tokenizer)
+    rows: Any = encoded(context, tokenizer, count=count)
     if context.stage.name == "sft":
         return [Example(row) for row in rows]
     return examples_with_reference(forward, rows, None, context)

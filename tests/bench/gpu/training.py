@@ -215,6 +215,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p10": low, "p90": high}
 
 
+def rows_needed(context: Any, clock: Clock) -> int:
+    """Return how many rows the steps take. To encode all pairs, and to score them, would take the benchmark's time."""
+    section: Any = context.recipe.section(context.stage.name)
+    return int(section.batch_rows * clock.most_steps)
+
+
 def train_with_ours(
     arm: str, context: Any, backend: Any, model: Any, tokenizer: Any, clock: Clock
 ) -> tuple[float, int]:
@@ -231,9 +237,9 @@ def train_with_ours(
                 clock.last_loss = float(self._unread_losses[-1])
             return not goes_on
 
-    began_s = time.monotonic()
     forward = trainers.make_forward(context, backend, model, tokenizer)
-    examples = trainers.make_examples(context, forward, tokenizer)
+    began_s = time.monotonic()
+    examples = trainers.make_examples(context, forward, tokenizer, rows_needed(context, clock))
     reference_s = time.monotonic() - began_s if context.stage.name == "dpo" else 0.0
     trainer = trainers.make_trainer(context, forward, tokenizer, examples, TimedTrainer)
     trainer.gradient._note = clock.slower_ways.append
@@ -271,6 +277,7 @@ def train_with_trl(arm: str, context: Any, backend: Any, model: Any, tokenizer: 
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
+        "rows_needed": rows_needed(context, clock),
     }
     build = _trl_sft if context.stage.name == "sft" else _trl_dpo
     trainer = build(arm, context, model, tokenizer, arguments, section)
@@ -301,7 +308,10 @@ def _trl_sft(arm: str, context: Any, model: Any, tokenizer: Any, arguments: dict
     from tests.gpu import trainers
     from trl import SFTConfig, SFTTrainer
 
-    rows = [(row.prompt_ids, row.answer_ids) for (row,) in trainers.encoded(context, tokenizer)]
+    rows = [
+        (row.prompt_ids, row.answer_ids)
+        for (row,) in trainers.encoded(context, tokenizer, count=arguments.pop("rows_needed"))
+    ]
     if arm == "earlier":  # it had labels for the prompt too
         whole = [(prompt + answer)[:EARLIER_TOKENS] for prompt, answer in rows]
         columns = {"input_ids": whole, "labels": whole}
@@ -325,7 +335,7 @@ def _trl_dpo(arm: str, context: Any, model: Any, tokenizer: Any, arguments: dict
     from tests.gpu import trainers
     from trl import DPOConfig, DPOTrainer
 
-    pairs: Any = trainers.encoded(context, tokenizer)
+    pairs: Any = trainers.encoded(context, tokenizer, count=arguments.pop("rows_needed"))
     trainer = DPOTrainer(
         model=model,
         ref_model=None,
