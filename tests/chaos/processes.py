@@ -22,9 +22,8 @@ _PROCESS_LOCK = threading.Lock()
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     [
-        "trl.trainer.sft_trainer",
-        "trl.trainer.dpo_trainer",
         "peft",
+        "transformers.models.llama.modeling_llama",
         "scipy.stats",
         *(f"llamarefine_jobs.{stage}" for stage in ("training.loop", "prepare", "sft", "dpo", "merge", "evaluate")),
         __name__,

@@ -98,7 +98,7 @@ def encode(tokenizer: Any, prompt: Sequence[Message], text: str) -> Encoded:
 
 
 def encode_all(tokenizer: Any, rows: Sequence[tuple[Sequence[Message], str]]) -> list[Encoded]:
-    """Return the tokens of many prompts with their answers. Faster than one by one: the tokenizer uses all CPU cores."""
+    """Return the tokens of many prompts with answers. Faster than one by one: the tokenizer uses all CPU cores."""
     prompts = [_render_prompt(tokenizer, prompt) for prompt, _ in rows]
     wholes = [tokenizer.apply_chat_template([*prompt, *answer(text)], tokenize=False) for prompt, text in rows]
     encoded = []

@@ -1,4 +1,4 @@
-"""The training loop of SFT and DPO: checkpoints, best adapter, row order, and DPO's proof before its first step.
+"""The training loop of SFT and DPO: steps, checkpoints, best adapter, row order, and DPO's proof before its first step.
 
-A stage module builds its trainer; this package runs it. Only the stages that train import this package.
+A stage module gives it the model, the rows and the loss. Only the stages that train import this package.
 """

@@ -85,10 +85,9 @@ class StepGradient:
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
-        sizes = self._choose_sizes(steps, longest_row)
         ways = {
             "compiled layers": (self.compile_layers, self.uncompile_layers),
-            "CUDA graphs": (lambda: self._capture(sizes, steps[0]), self._release_captured),
+            "CUDA graphs": (lambda: self._capture_passes(steps, longest_row), self._release_captured),
         }
         self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
 
@@ -101,7 +100,8 @@ class StepGradient:
                 begin()
                 found = self._gradient_of(examples, weight)
                 distance = float((found - plain).norm() / plain.norm().clamp_min(1e-30))
-                reason = "" if has_dropout or distance <= _SAME_GRADIENT else f"their gradient is {distance:.1%} off"
+                is_same = bool(found.isfinite().all()) if has_dropout else distance <= _SAME_GRADIENT
+                reason = "" if is_same else f"their gradient is {distance:.1%} off"
             except Exception as error:
                 if isinstance(error, LlamaRefineError):
                     raise
@@ -128,11 +128,8 @@ class StepGradient:
         """Add the gradient of one pass; return its part of the loss."""
         rows = [row for example in examples for row in example.rows]
         reference = [nats for example in examples for nats in example.reference]
-        if self._sizes:
-            size = self._size_for(sum(map(len, rows)))
-            if size not in self._captured:
-                self._capture([size], examples)
-            return self._captured[size].replay(rows, reference, weight)
+        if captured := self._captured_for(rows):
+            return captured.replay(rows, reference, weight)
         batch = self.forward.batch(rows)
         reference_R = torch.zeros(batch.rows, dtype=torch.float64, device=batch.targets.device)
         reference_R[: len(reference)] = torch.tensor(reference, dtype=torch.float64)
@@ -144,6 +141,21 @@ class StepGradient:
             loss = self.objective.loss(self.forward.nats(batch), batch, reference_R, weight)
             loss.backward()
         return loss.detach()
+
+    def _captured_for(self, rows: Sequence[Encoded]) -> "_CapturedPass | None":
+        """Return the captured pass that holds `rows`, captured now if it is new; None if passes are not captured."""
+        if not self._sizes:
+            return None
+        size = self._size_for(sum(map(len, rows)))
+        if size not in self._captured:
+            try:
+                self._capture([size], rows[:1])
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._note(f"goes on without CUDA graphs, which is slower: {type(error).__name__}: {first_line(error)}")
+                return self._release_captured()
+        return self._captured[size]
 
     def _choose_sizes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> list[Size]:
         """Return the sizes for which graphs are captured. All hold as many rows as the largest step has."""
@@ -194,7 +206,19 @@ class StepGradient:
             layer._compiled_call_impl = None
         self._compiled.clear()
 
-    def _capture(self, sizes: Sequence[Size], examples: Sequence[Example]) -> None:
+    def _capture_passes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> None:
+        """Choose sizes for `steps` and capture them; halve the tokens of a pass as long as memory runs out."""
+        while True:
+            try:
+                return self._capture(self._choose_sizes(steps, longest_row), steps[0][0].rows)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._halve(steps[0]):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+            self._release_captured()
+            free_memory()
+
+    def _capture(self, sizes: Sequence[Size], rows: Sequence[Encoded]) -> None:
         """Capture a pass of each size, and run passes only in captured sizes from now on.
 
         The largest is captured first, because the others then fit into its memory: all graphs use the same, as they
@@ -203,7 +227,7 @@ class StepGradient:
         self._sizes = sorted({*self._sizes, *sizes}, key=lambda size: size.tokens)
         pool = next((one.pool for one in self._captured.values()), None)
         for size in sorted(sizes, key=lambda size: -size.tokens):
-            self._captured[size] = _CapturedPass(self, size, examples[0].rows, pool)
+            self._captured[size] = _CapturedPass(self, size, rows, pool)
             pool = self._captured[size].pool
 
     def _release_captured(self) -> None:
@@ -221,17 +245,19 @@ class _CapturedPass:
         self._numbers = torch.zeros(size.rows + 1, dtype=torch.float64, device=device)
         self._fill(rows, (), 1)
         before = step.weights.gradient.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # allocates, compiles and chooses kernels, none of which can be captured
-                self._compute(step)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._loss = self._compute(step)
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # allocates, compiles and chooses kernels, none of which can be captured
+                    self._compute(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._loss = self._compute(step)
+        finally:
+            step.weights.gradient.copy_(before)
         self.pool = self._graph.pool()
-        step.weights.gradient.copy_(before)
 
     def replay(self, rows: Sequence[Encoded], reference: Sequence[float], weight: int) -> Any:
         """Add the gradient of `rows`; return their part of the loss."""

@@ -20,8 +20,7 @@ from llamarefine_jobs.process import out_of_memory
 from llamarefine_jobs.store import Store
 from tests.jobs import processes, tiny
 
-# Wide, so that the activations of a row need most of the memory: several MB for each token.
-WIDE = {"intermediate_size": 20_000, "num_hidden_layers": 4}
+VOCABULARY = 60_000  # large, so that the logits need most of the memory
 SPARE_BYTES = 128 << 20  # limit above what micro-batches of 8 rows need; 16 rows need several times as much more
 HALVE = "sft.on_out_of_memory=halve_micro_batch"
 
@@ -147,9 +146,9 @@ def test_a_training_out_of_memory_resumes_from_its_checkpoint_with_half_the_micr
 
 
 def prepare(folder: Path) -> Path:
-    """Write a recipe file, and two stores `roomy` and `tight` with a base model with wide layers."""
+    """Write a recipe file, and two stores `roomy` and `tight` with a base model with a large vocabulary."""
     prepared = tiny.write_prepared(folder / "prepared")
-    tiny.make_model(2000, **WIDE).save_pretrained(prepared / "base")
+    tiny.make_model(VOCABULARY).save_pretrained(prepared / "base")
     changes = ("sft.batch_rows=16", "sft.max_steps=6")
     for store in ("roomy", "tight"):
         tiny.publish_prepared(Store(str(folder / store)), prepared, tiny.recipe(*changes))

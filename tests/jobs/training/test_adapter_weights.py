@@ -80,7 +80,7 @@ def test_the_optimizer_state_survives_a_file(tmp_path: Path) -> None:
     save_file(weights.optimizer_state(), tmp_path / "optimizer.safetensors")
     again = make_weights(resumed)
     again.values.copy_(weights.values)
-    again.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"))
+    again.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"), updates=5)
     for step in range(5, 10):
         for one, flat in ((model, weights), (resumed, again)):
             set_gradients(one, step)
@@ -103,6 +103,8 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda state: state | {"exp_avg_sq.b": torch.full((7, 5), float("nan"))}, "NaN or infinity"),
         (lambda state: state | {"exp_avg.c": torch.tensor([float("inf")])}, "NaN or infinity"),
         (lambda state: state | {"step": torch.tensor(float("nan"))}, "NaN or infinity"),
+        (lambda state: state | {"step": torch.tensor(2.0)}, "of step 2, expected 1"),
+        (lambda state: state | {"exp_avg_sq.c": torch.tensor([-1.0])}, "negative squares"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any, reason: str) -> None:
@@ -112,6 +114,6 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any, reason: str
     weights.update(0.01)
     before = weights.optimizer_state()
     with pytest.raises(ValueError, match=reason):
-        weights.load_optimizer_state(damage(dict(before)))
+        weights.load_optimizer_state(damage(dict(before)), updates=1)
     after = weights.optimizer_state()
     assert all(torch.equal(after[name], before[name]) for name in before)

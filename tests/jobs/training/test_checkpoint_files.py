@@ -78,11 +78,11 @@ def drop_first_tensor(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
-        ("optimizer.safetensors", truncate, ""),
+        ("optimizer.safetensors", truncate, "incomplete|Error"),
         ("optimizer.safetensors", Path.unlink, "optimizer.safetensors"),
         ("optimizer.safetensors", drop_first_tensor, "another adapter"),
         ("optimizer.safetensors", set_first_tensor(float("nan")), "NaN or infinity"),
-        ("adapter_model.safetensors", truncate, ""),
+        ("adapter_model.safetensors", truncate, "incomplete|Error"),
         ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors"),
         ("adapter_model.safetensors", drop_first_tensor, "other weights"),
         ("adapter_model.safetensors", set_first_tensor(float("inf")), "NaN or infinity"),
@@ -92,7 +92,7 @@ def drop_first_tensor(file: Path) -> None:
         ("training_state.json", edit_state(step=True), "of step True of 10"),
         ("training_state.json", edit_state(steps=12), "of step 3 of 12"),
         ("training_state.json", edit_state(history="none"), "history"),
-        ("training_state.json", edit_state(history=[{"step": 3, "loss": float("nan")}]), ""),
+        ("training_state.json", edit_state(history=[{"step": 3, "loss": float("nan")}]), "NaN|history"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(name: str, damage: Any, reason: str, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from llamarefine_jobs.training.objectives import DpoObjective, Example, SftObjec
 from tests.jobs import packed, tiny
 
 BETA = 0.1
-# Relative: of a loss, and of a gradient to the largest number of its tensor. In fp32, TRL's gradients and ours are up to
-# 3e-6 away from those in fp64, where rounding hides nothing.
+# Relative: of a loss, and of a gradient to the largest number of its tensor. In fp32, TRL's gradients and ours
+# are up to 3e-6 away from those in fp64, where rounding hides nothing.
 LOSS_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 MODELS = {
