@@ -79,7 +79,8 @@ def test_a_stopped_or_killed_training_resumes_and_ends_with_the_same_adapter(
 _WATCHED = {
     "compile": "StepGradient.compile_layers = saying(StepGradient.compile_layers)",
     "capture": "gradient._CapturedPass.__init__ = saying(gradient._CapturedPass.__init__)",
-    "prepare": "StepGradient.prepare = saying(StepGradient.prepare)",  # without CUDA it has nothing to do
+    # Without CUDA it has nothing to do, so here it takes a minute in which the signal comes.
+    "prepare": "StepGradient.prepare = saying(lambda *arguments, **named: time.sleep(60))",
 }
 
 
@@ -92,6 +93,7 @@ def test_sigterm_before_the_first_step_ends_the_process_at_once(
         pytest.skip("layers are compiled and captured on CUDA only, in the packed step")
     store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
     code = (
+        "import time\n"
         "from llamarefine_jobs import entry, sft\n"
         "from llamarefine_jobs.training import gradient\n"
         "from llamarefine_jobs.training.gradient import StepGradient\n"
