@@ -54,13 +54,14 @@ demo: $(READY) ## run the whole pipeline on this machine, in minutes; CSV=rows.c
 test: $(READY) ## run every test that this machine can run; ARGS="-k sft -x" goes to pytest
 	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-gpu: $(READY) ## test the training contract on a CUDA device, with both backends if Unsloth is installed; skips without one
-	LLAMAREFINE_BACKEND=transformers $(RUN) pytest tests/gpu $(ARGS)
+test-gpu: $(READY) ## test the training contract on a CUDA device, with each backend that is installed; skips without a device
+	LLAMAREFINE_GPU_BACKEND=packed $(RUN) pytest tests/gpu $(ARGS)
+	LLAMAREFINE_GPU_BACKEND=transformers $(RUN) pytest tests/gpu $(ARGS)
 	@if $(RUN) python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("unsloth") is None)'; \
-	then LLAMAREFINE_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
+	then LLAMAREFINE_GPU_BACKEND=unsloth $(RUN) pytest tests/gpu $(ARGS); \
 	else echo "make: unsloth is not installed (uv sync --locked --extra gpu), so its backend was not tested"; fi
 
-gpu: $(READY) ## on a GPU: install its extra, test both backends, run the benchmark; results in gpu-results/
+gpu: $(READY) ## on a GPU, in 8 minutes: install its extra, test, benchmark, the most valuable first; results in gpu-results/
 	@tests/gpu/run card
 	$(UV) sync --locked --inexact --extra train --extra gpu
 	@tests/gpu/run

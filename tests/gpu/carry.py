@@ -1,10 +1,12 @@
 """Download wheels for a GPU machine without a package index, in parcels small enough to be sent one by one.
 
-    python tests/gpu/carry.py --into wheels --has there.txt [--parcel-mib 60] [--python 3.12]
+    python tests/gpu/carry.py --into wheels --has there.txt [--parcel-mib 60] [--without-unsloth]
 
-`there.txt` is the output of `pip list --format=freeze` on that machine. Packages in it are not downloaded, so delete
-the lines of packages that are too old. All other packages that the gpu extra locks are downloaded for x86-64 Linux,
-without the files that a CUDA 13 machine does not load. On that machine, install each parcel with
+`there.txt` is the output of `pip list --format=freeze` on that machine. A package that it has in the locked version, or
+newer, is not downloaded; torch, triton and nvidia's packages always stay the machine's own. All other packages that the
+gpu extra locks, and pytest, are downloaded for x86-64 Linux, without the files that a CUDA 13 machine does not load.
+Our own loop needs no Unsloth; trl is for the benchmark's arms `plain` and `earlier`. On that
+machine, install each parcel with
 `pip install --no-index --no-deps --target SITE wheels/1/*.whl`, and put SITE on PYTHONPATH. Needs uv and pip here.
 """
 
@@ -18,9 +20,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 _NEVER = re.compile(r"^(nvidia-|cuda-|torch$|torchvision$|triton$|xformers$|llamarefine$)")
+# What the tests need beside the gpu extra, with their dependencies.
+_TESTS = ("pytest", "iniconfig", "pluggy", "pygments", "packaging", "trl")
+_UNSLOTH = re.compile(r"^(unsloth|unsloth-zoo|bitsandbytes|torchao|diffusers|hf-transfer|cut-cross-entropy|tyro)$")
+# botocore loads a service's description when a client for it is made; our store makes clients of these two only.
+_AWS_SERVICES = ("s3", "sts")
+
+
+def _unused_in_botocore(name: str) -> bool:
+    """Whether a file describes a service that we do not call. Files directly in data/ are for all services."""
+    found = re.match(r"botocore/data/([^/]+)/", name)
+    return found is not None and found[1] not in _AWS_SERVICES
+
+
 # Files of a wheel that a CUDA 13 machine never opens: kernels of other CUDA versions, a browser application.
 _UNUSED: dict[str, Callable[[str], bool]] = {
     "bitsandbytes": lambda name: name.endswith(".so") and "cuda13" not in name and "cpu" not in name,
+    "botocore": _unused_in_botocore,
     "unsloth": lambda name: name.startswith(("studio/", "unsloth_cli/")),
 }
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)]
@@ -29,12 +45,21 @@ _PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 def main() -> None:
     options = _options()
-    installed = _names(options.has.read_text().splitlines())
-    wanted = {name: pin for name, pin in locked().items() if name not in installed and not _NEVER.match(name)}
+    installed = _versions(options.has.read_text().splitlines())
+    wanted = {
+        name: pin
+        for name, pin in locked().items()
+        if not _NEVER.match(name)
+        and not (options.without_unsloth and _UNSLOTH.match(name))
+        and _number(installed.get(name, "")) < _number(pin.partition("==")[2])
+    }
     options.into.mkdir(parents=True)
     download(sorted(wanted.values()), options.into, options.python)
-    for wheel in options.into.glob("*.whl"):
+    for wheel in sorted(options.into.glob("*.whl"), key=lambda path: -path.stat().st_size):
+        before = wheel.stat().st_size
         remove_unused_files(wheel)
+        after = wheel.stat().st_size
+        print(f"{after / 2**20:7.2f} MiB {wheel.name}" + (f", of {before / 2**20:.2f}" if after < before else ""))
     for number, parcel in enumerate(parcels(list(options.into.glob("*.whl")), options.parcel_mib * 2**20), 1):
         folder = options.into / str(number)
         folder.mkdir()
@@ -44,15 +69,19 @@ def main() -> None:
 
 
 def locked() -> dict[str, str]:
-    """Return the lock file's pins of the gpu extra, by package."""
+    """Return the lock file's pins of the gpu extra and of what the tests need, by package."""
+    found = _exported("--no-dev", "--extra", "gpu")
+    everything = _exported("--all-groups", "--extra", "gpu")
+    return found | {name: everything[name] for name in _TESTS}
+
+
+def _exported(*options: str) -> dict[str, str]:
     command = [
         "uv",
         "export",
         "--quiet",
         "--locked",
-        "--no-dev",
-        "--extra",
-        "gpu",
+        *options,
         "--no-hashes",
         "--no-header",
         "--no-annotate",
@@ -105,8 +134,14 @@ def parcels(wheels: list[Path], limit_bytes: int) -> list[list[Path]]:
     return [parcel for _, parcel in filled]
 
 
-def _names(lines: list[str]) -> set[str]:
-    return {_name(line) for line in lines if line.strip() and not line.startswith("#")}
+def _versions(lines: list[str]) -> dict[str, str]:
+    """Return the version of each package in the output of `pip list --format=freeze`; none in "name @ url"."""
+    return {_name(line): line.strip().partition("==")[2] for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, to compare; of no version, the smallest."""
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[+a-z]", version)[0])))
 
 
 def _name(pin: str) -> str:
@@ -119,6 +154,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--has", type=Path, required=True, help="output of `pip list --format=freeze` on that machine")
     parser.add_argument("--parcel-mib", type=int, default=60)
     parser.add_argument("--python", default="3.12")
+    parser.add_argument("--without-unsloth", action="store_true", help="leave out Unsloth and bitsandbytes")
     return parser.parse_args()
 
 

@@ -3,6 +3,8 @@
 import csv
 import itertools
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from tests.jobs import tiny
 HOW = "LLAMAREFINE_GPU_TESTS"  # cpu or interpreter: run the tests without a card
 INTERPRETED = os.environ.get(HOW) == "interpreter"
 _VALIDATE_ONCE = ("sft.evaluate_every_steps=50", "dpo.evaluate_every_steps=50")
+BACKEND = os.environ.get("LLAMAREFINE_GPU_BACKEND", "packed")  # the recipe's sft.backend and dpo.backend in all tests
+FOLDER = "LLAMAREFINE_GPU_FOLDER"  # where tests/gpu/run keeps the prepared artifacts that all its parts share
 CSV = "LLAMAREFINE_GPU_CSV"  # path of a CSV with the columns question and answer; default: Python's docstrings
 
 
@@ -68,8 +72,28 @@ def read_rows(count: int) -> list[tuple[str, str]]:
     return list(itertools.islice(question_rows(), count))
 
 
-def write_prepared(folder: Path, shape: Shape, rows: list[tuple[str, str]]) -> Path:
-    """Write base/, questions/ and preferences/; one row in eight is for validation and one for the test split."""
+def prepared_folder(shape: Shape, folder: Path) -> Path:
+    """Return a folder with a prepare artifact of this shape: a shared one that exists already, or else a new one.
+
+    The shared ones are in the folder that the environment variable FOLDER names.
+    """
+    name = f"{shape.name}-{shape.rows}"
+    shared = Path(os.environ[FOLDER]) if FOLDER in os.environ else folder
+    if (shared / name).exists():
+        return shared / name
+    shared.mkdir(parents=True, exist_ok=True)
+    written = write_prepared(Path(tempfile.mkdtemp(dir=shared)), shape, read_rows(shape.rows))
+    try:
+        written.rename(shared / name)
+    except OSError:  # another process was faster
+        shutil.rmtree(written)
+    return shared / name
+
+
+def write_prepared(
+    folder: Path, shape: Shape, rows: list[tuple[str, str]], *, validation: float = 1 / 8, test: float = 1 / 8
+) -> Path:
+    """Write base/, questions/ and preferences/, with these fractions of the rows for validation and for the test."""
     import torch
 
     texts = [f"<|user|>\n{question}\n<|assistant|>\n{answer}" for question, answer in rows]  # as in the chat template
@@ -79,7 +103,8 @@ def write_prepared(folder: Path, shape: Shape, rows: list[tuple[str, str]]) -> P
     dtype = torch.bfloat16 if shape.needs_cuda else torch.float32
     model.to(dtype).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    held_out = max(2, len(rows) // 8)
-    splits = {"validation": rows[:held_out], "test": rows[held_out : 2 * held_out], "train": rows[2 * held_out :]}
+    validated, tested = (max(2, round(len(rows) * fraction)) for fraction in (validation, test))
+    held_out = validated + tested
+    splits = {"validation": rows[:validated], "test": rows[validated:held_out], "train": rows[held_out:]}
     tiny.write_splits(folder, splits)
     return folder

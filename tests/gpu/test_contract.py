@@ -1,7 +1,7 @@
 """What every training backend guarantees, at a tiny shape and at TinyLlama's, in 16 bits and in 4."""
 
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamarefine_jobs import dpo, sft
+from llamarefine_jobs import dpo, merge, sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
-from llamarefine_jobs.models.encoding import encode_pairs, encode_questions, load_tokenizer, read_rows
+from llamarefine_jobs.models.encoding import encode_pairs, load_tokenizer, read_rows
+from llamarefine_jobs.models.forward import PackedForward
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
-from llamarefine_jobs.models.scoring import generate, score
+from llamarefine_jobs.models.scoring import score
+from llamarefine_jobs.models.token_loss import NO_TARGET
 from llamarefine_jobs.training import step_zero
-from tests.gpu.shapes import INTERPRETED
+from tests.gpu import trainers
+from tests.gpu.shapes import BACKEND, INTERPRETED
 from tests.jobs import processes, tiny
-from tests.jobs.stages.test_dpo import make_dpo, prove_with
-from tests.jobs.stages.test_sft import make_context
 
 Settings = tuple[str, ...]
 
@@ -33,83 +34,82 @@ def _free_memory(cuda: bool) -> Any:
 
 @pytest.fixture
 def sft_context(prepared: Path, settings: Settings, tmp_path: Path) -> Context:
-    return make_context("sft", prepared, tmp_path, *settings)
+    return trainers.make_context("sft", tiny.recipe(*settings), prepared, tmp_path)
 
 
 @pytest.fixture
 def dpo_context(prepared: Path, trained: Path, settings: Settings, tmp_path: Path) -> Context:
-    return make_dpo(prepared, trained, tmp_path, *settings)
-
-
-@pytest.fixture
-def backend() -> backends.Backend:
-    return backends.choose_backend()
+    return trainers.make_context("dpo", tiny.recipe(*settings), prepared, tmp_path, trained)
 
 
 def test_on_cuda_the_requested_backend_is_chosen(cuda: bool, backend: backends.Backend) -> None:
-    requested = os.environ.get("LLAMAREFINE_BACKEND")
+    assert backend.name == BACKEND
     assert (backend.accelerator != "cpu") is cuda
-    assert not requested or backend.name.startswith(requested)
     assert backend.bf16 is (cuda and torch.cuda.is_bf16_supported())
+    assert not (cuda and torch.backends.cuda.cudnn_sdp_enabled()), "it plans anew for every length of a batch"
 
 
-def test_labels_are_every_answer_with_eos_and_no_prompt(
-    sft_context: Context, prepared: Path, backend: backends.Backend
-) -> None:
-    """Flattened or padded by the library, the batches have labels for the same tokens."""
-    trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
-    sft.check_labels(trainer, rows)
+def test_targets_are_every_answer_with_eos_and_no_prompt(sft_context: Context, backend: backends.Backend) -> None:
+    trainer, tokenizer = build(sft_context, backend)
+    assert isinstance(trainer.forward, PackedForward) is (backend.name == "packed")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    labelled: list[int] = []
-    for batch in trainer.get_train_dataloader():
-        labels = batch["labels"].flatten()
-        labelled += labels[labels != sft.NO_LOSS].tolist()
-        assert backend.flattens is (batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch)
-    assert sorted(labelled) == sorted(token for row in rows for token in row.answer_ids)
-    assert labelled.count(tokenizer.eos_token_id) == len(rows)
-    assert trainer.padding_free is backend.flattens
+    rows = [example.rows[0] for example in trainer.examples]
+    targets: list[int] = []
+    for step in range(1, 1 + -(-len(rows) // sft_context.recipe.sft.batch_rows)):
+        batch = trainer.forward.batch([example.rows[0] for example in trainer.own_examples(step)])
+        targets += batch.targets[batch.targets != NO_TARGET].tolist()
+    # The epoch's first rows fill up its last step.
+    repeated = -len(rows) % sft_context.recipe.sft.batch_rows
+    first = [trainer.examples[index].rows[0] for index in trainer.schedule.rows_of(1)[:repeated]]
+    assert sorted(targets) == sorted(token for row in [*rows, *first] for token in row.answer_ids)
 
 
-def test_the_loss_of_a_batch_is_the_mean_loss_of_its_rows_scored_alone(
-    sft_context: Context, prepared: Path, backend: backends.Backend
+def test_the_loss_of_a_step_is_the_mean_loss_of_its_rows_scored_alone(
+    sft_context: Context, backend: backends.Backend, figure: Callable[[str], None]
 ) -> None:
-    """Flattened or padded, no row attends to another, and evaluation returns a loss without keeping logits."""
-    trainer, rows, tokenizer = build_sft(sft_context, prepared, backend)
-    some = rows[:4]
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[place] for place in range(4)]))
-    loss, logits, _ = trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=True, ignore_keys=None)
-    alone = score(trainer.model, tokenizer.pad_token_id, some, 1)
+    """Packed or padded, no row attends to another."""
+    trainer, _ = build(sft_context, backend)
+    examples = trainer.examples[:4]
+    loss = float(trainer.gradient(examples, trainer.objective.weight(examples)))
+    alone = [score(trainer.forward, [example.rows[0]])[0] for example in examples]
     expected = -sum(found.logprob for found in alone) / sum(found.tokens for found in alone)
-    assert logits is None
-    assert float(loss) == pytest.approx(expected, rel=2e-2 if backend.bf16 else 1e-4)
+    figure(f"loss of a step {loss:.6f}, of its rows alone {expected:.6f}")
+    assert loss == pytest.approx(expected, rel=2e-2 if backend.bf16 else 1e-4)
 
 
 def test_training_lowers_the_loss_and_changes_no_weight_of_the_base(
-    sft_context: Context, prepared: Path, backend: backends.Backend, quantization: str
+    sft_context: Context, backend: backends.Backend, cuda: bool, figure: Callable[[str], None], capsys: Any
 ) -> None:
-    trainer, _, tokenizer = build_sft(sft_context, prepared, backend)
-    held_out = rows_of(sft_context, tokenizer, "validation")
-    before = sft.validate(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"]
+    trainer, tokenizer = build(sft_context, backend)
+    held_out = [row for (row,) in trainers.encoded(sft_context, tokenizer, "validation")]
+    before = sft.validate(trainer.forward, held_out, sft_context)["eval_loss"]
     frozen = {name: part.detach().clone() for name, part in trainer.model.named_parameters() if "lora_" not in name}
     assert frozen
     assert {part.dtype for name, part in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
-    trainer.train()
-    assert sft.validate(trainer.model, tokenizer.pad_token_id, held_out, sft_context)["eval_loss"] < before
+    trainer.prepare()
+    trainer.train(None)
+    slower = [line for line in capsys.readouterr().out.splitlines() if "which is slower" in line]
+    after = sft.validate(trainer.forward, held_out, sft_context)["eval_loss"]
+    figure(f"validation loss {before:.4f} before and {after:.4f} after {trainer.state.steps} steps; {slower}")
+    assert after < before
     changed = [
         name
         for name, part in trainer.model.named_parameters()
         if name in frozen and not torch.equal(part, frozen[name])
     ]
     assert changed == []
+    assert sft_context.recipe.sft.quantization != "none" or slower == []
 
 
 def test_dpo_starts_with_a_proven_reference_and_trains_a_finite_adapter(
-    dpo_context: Context, backend: backends.Backend
+    dpo_context: Context, backend: backends.Backend, figure: Callable[[str], None]
 ) -> None:
     dpo.work(dpo_context)
     proof = dpo_context.metrics["step_zero"]
+    figure(f"step 0 of DPO: {proof}")
     assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert proof["margin"] == pytest.approx(0, abs=1e-6)
+    assert proof["step_loss"] == pytest.approx(math.log(2), abs=2e-2 if backend.bf16 else 1e-4), "of the real step"
     tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
     if dpo_context.recipe.dpo.quantization == "none":
         assert proof["reference_error"] < tolerance
@@ -124,12 +124,17 @@ def test_dpo_starts_with_a_proven_reference_and_trains_a_finite_adapter(
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
 
 
-def test_dpo_refuses_the_base_as_its_reference(
-    dpo_context: Context, backend: backends.Backend, quantization: str
-) -> None:
-    base = dpo_context.inputs["prepare"] / "base"
+def test_dpo_refuses_the_base_as_its_reference(dpo_context: Context, backend: backends.Backend) -> None:
+    """The policy that `build` makes is the bare base, without the SFT adapter."""
+    context, base = dpo_context, dpo_context.inputs["prepare"] / "base"
+    tokenizer = load_tokenizer(base)
+    pairs: Any = trainers.encoded(context, tokenizer)
+    expected = step_zero.score_reference_separately(
+        backend, base, context.inputs["sft"] / "adapter", pairs, tokenizer.pad_token_id
+    )
+    trainer, _ = build(context, backend)
     with pytest.raises(ProofError, match="the reference is not the SFT policy"):
-        prove_with(dpo_context, backend.load(base, quantization=quantization))
+        step_zero.prove(trainer, expected)
 
 
 def test_the_merged_model_is_the_base_with_both_adapters(
@@ -137,40 +142,50 @@ def test_the_merged_model_is_the_base_with_both_adapters(
 ) -> None:
     """The merge proves this itself, in fp32 on the CPU; this test compares the models on the backend.
 
-    The merge runs in a process of its own, as the stage does: Unsloth patches Llama for the whole process of the test,
-    and a model on the CPU, such as the merge's proof needs, then fails. This version has not run on a card.
+    The merge runs in this process, after a training on the GPU. With Unsloth it runs in a process of its own, as the
+    stage does: Unsloth patches Llama for the whole process, and a model on the CPU then fails.
     """
     context = dpo_context
     dpo.work(context)
     backends.free_memory()
-    tiny.publish(context.store, context.output, "dpo", context.recipe, dict(context.parents))
-    recipe = context.work / "recipe.yaml"
-    recipe.write_text(tiny.RECIPE)
-    overrides = [word for setting in settings for word in ("--set", setting)]
-    exit_code, lines = processes.run("merge", recipe, str(context.work / "store"), *overrides)
-    assert exit_code == 0, "\n".join(lines)
-    (model,) = (context.work / "store" / "artifacts" / "merge").rglob("model")
+    manifest = tiny.publish(context.store, context.output, "dpo", context.recipe, dict(context.parents))
+    if backend.name == "unsloth":
+        recipe = context.work / "recipe.yaml"
+        recipe.write_text(tiny.RECIPE)
+        overrides = [word for setting in settings for word in ("--set", setting)]
+        exit_code, lines = processes.run("merge", recipe, str(context.work / "store"), *overrides)
+        assert exit_code == 0, "\n".join(lines)
+        (model,) = (context.work / "store" / "artifacts" / "merge").rglob("model")
+    else:
+        merging = trainers.make_context("merge", context.recipe, context.inputs["prepare"], context.work / "merge")
+        merging.parents |= context.parents | {"dpo": manifest}
+        merging.inputs |= context.inputs | {"dpo": context.output}
+        merge.work(merging)
+        model = merging.output / "model"
     base = context.inputs["prepare"] / "base"
     tokenizer = load_tokenizer(base)
-    answers = [answer for pair in pairs_of(context, tokenizer)[:4] for answer in pair]
-    found = per_token(backend.load(model, dtype=context.recipe.merge.dtype), tokenizer, answers)
+    pairs = encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", "test"))[:4]
+    answers = [answer for pair in pairs for answer in pair]
+    found = per_token(backend.load(model, dtype=context.recipe.merge.dtype), tokenizer, backend, answers)
     policy = adapters.merge_in_memory(
         base, context.inputs["sft"] / "adapter", context.work / "policy", bf16=backend.bf16
     )
     with_adapter = adapters.attach_adapter(backend.load(policy), context.output / "adapter")
-    expected = per_token(with_adapter, tokenizer, answers)
+    expected = per_token(with_adapter, tokenizer, backend, answers)
     tolerance = step_zero._TOLERANCE["bf16" if backend.bf16 else "fp32"]
     assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 3 * tolerance
 
 
 def test_answers_generated_in_a_batch_equal_those_of_each_prompt_alone(
-    prepared: Path, trained: Path, backend: backends.Backend, settings: Settings, tmp_path: Path
+    sft_context: Context, trained: Path, backend: backends.Backend
 ) -> None:
     """Left padding must not shift positions. In bf16 a near tie may change any token, so only 4 tokens are compared."""
-    tokenizer = load_tokenizer(prepared / "base")
-    model = adapters.attach_adapter(backend.load(prepared / "base"), trained / "adapter")
-    context = make_context("sft", prepared, tmp_path, *settings)
-    prompts = [row.prompt_ids for row in rows_of(context, tokenizer, "test")[:6]]
+    from llamarefine_jobs.models.generation import generate
+
+    base = sft_context.inputs["prepare"] / "base"
+    tokenizer = load_tokenizer(base)
+    model = adapters.attach_adapter(backend.load(base), trained / "adapter")
+    prompts = [row.prompt_ids for (row,) in trainers.encoded(sft_context, tokenizer, "test")[:6]]
     options: dict[str, Any] = {"max_new_tokens": 4, "batch_rows": 6}
     together = generate(model, tokenizer, prompts, **options)
     alone = [generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
@@ -182,9 +197,8 @@ def test_gradient_checkpointing_gives_the_same_losses(
 ) -> None:
     losses = []
     for recompute in ("false", "true"):
-        (tmp_path / recompute).mkdir()
-        short = (*settings, "sft.max_steps=3", f"sft.gradient_checkpointing={recompute}")
-        context = make_context("sft", prepared, tmp_path / recompute, *short)
+        recipe = tiny.recipe(*settings, "sft.max_steps=3", f"sft.gradient_checkpointing={recompute}")
+        context = trainers.make_context("sft", recipe, prepared, tmp_path / recompute)
         sft.work(context)
         losses.append([row["loss"] for row in context.metrics["history"] if "loss" in row])
         backends.free_memory()
@@ -192,37 +206,15 @@ def test_gradient_checkpointing_gives_the_same_losses(
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if backend.bf16 else 1e-4)
 
 
-def build_sft(context: Context, prepared: Path, backend: backends.Backend) -> tuple[Any, list[Any], Any]:
-    """Return the trainer as sft.work builds it, its training rows, and the tokenizer."""
-    from llamarefine_jobs.training import loop
-
-    section = context.recipe.sft
-    tokenizer = load_tokenizer(prepared / "base")
-    rows = rows_of(context, tokenizer, "train")
-    model = backend.load(
-        prepared / "base", quantization=section.quantization, max_length_tokens=context.recipe.max_length_tokens
-    )
-    model = backend.add_adapter(
-        loop.set_token_ids(model, tokenizer), section.lora, seed=1, gradient_checkpointing=False
-    )
-    held_out = rows_of(context, tokenizer, "validation")
-    callback = loop.TrainingCallback(
-        section, context, 10, lambda model: sft.validate(model, tokenizer.pad_token_id, held_out, context)
-    )
-    return sft.build_trainer(context, section, backend, model, tokenizer, rows, callback), rows, tokenizer
+def build(context: Context, backend: backends.Backend) -> tuple[Any, Any]:
+    """Return the trainer as the stage builds it on the bare base, and the tokenizer."""
+    model, tokenizer = trainers.load(backend, context, context.inputs["prepare"] / "base")
+    forward = trainers.make_forward(context, backend, model, tokenizer)
+    examples = trainers.make_examples(context, forward, tokenizer)
+    return trainers.make_trainer(context, forward, tokenizer, examples), tokenizer
 
 
-def rows_of(context: Context, tokenizer: Any, split: str) -> list[Any]:
-    """Return the encoded rows of a split; all are short enough, as after prepare."""
-    rows = encode_questions(tokenizer, read_rows(context.inputs["prepare"] / "questions", split))
-    assert all(len(row) <= context.recipe.max_length_tokens for row in rows)
-    return rows
-
-
-def pairs_of(context: Context, tokenizer: Any) -> list[Any]:
-    return encode_pairs(tokenizer, read_rows(context.inputs["prepare"] / "preferences", "test"))
-
-
-def per_token(model: Any, tokenizer: Any, answers: list[Any]) -> list[float]:
+def per_token(model: Any, tokenizer: Any, backend: backends.Backend, answers: list[Any]) -> list[float]:
     """Return the log-probability of each answer, in nats per token."""
-    return [found.logprob / found.tokens for found in score(model, tokenizer.pad_token_id, answers, 4)]
+    scores = score(trainers.plain_forward(backend, model, tokenizer), answers)
+    return [found.logprob / found.tokens for found in scores]

@@ -6,6 +6,7 @@ counted. That covers what a trainer keeps for its backward pass, but not what cu
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from llamarefine_jobs.contract.memory import CUDA_CONTEXT_BYTES, training_bytes
 from llamarefine_jobs.contract.memory import Shape as Sizes
 from llamarefine_jobs.models import backends
-from tests.bench.gpu import training as bench
+from tests.gpu import trainers
 from tests.gpu.shapes import INTERPRETED, Shape, write_prepared
 from tests.jobs import tiny
 
@@ -55,32 +56,52 @@ class LiveTensorBytes(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_step_needs_the_estimated_memory(
-    stage: str, recompute: str, shape: Shape, quantization: str, cuda: bool, tmp_path: Path
+    stage: str,
+    recompute: str,
+    shape: Shape,
+    quantization: str,
+    cuda: bool,
+    backend: Any,
+    tmp_path: Path,
+    figure: Callable[[str], None],
 ) -> None:
+    """A step whose layers are not compiled; how much less compiled layers need is printed only."""
     if not cuda:
         pytest.skip("the estimate is for a training in 16 bits, on CUDA")
-    backend = backends.choose_backend()
     with_unsloth = backend.name == "unsloth"
     if INTERPRETED and with_unsloth and recompute == "true":
         pytest.skip("tensors that Unsloth moves to host memory would be counted too")
     row = ("what is it", "it is " + " ".join(map(str, range(_WORDS))))
     shape = replace(shape, config=shape.config | (_WIDER if INTERPRETED else {}))
     prepared = write_prepared(tmp_path / "prepared", shape, [row] * 32)
-    values = {"quantization": quantization, "gradient_checkpointing": recompute, "max_steps": 2, "epochs": 1}
-    values |= {"batch_rows": _ROWS, "micro_batch_rows": _ROWS, "checkpoint_every_s": "null"}
+    values = {"quantization": quantization, "gradient_checkpointing": recompute, "backend": backend.name}
+    values |= {"max_steps": 2, "epochs": 1, "batch_rows": _ROWS, "micro_batch_rows": _ROWS}
     recipe = tiny.recipe(*shape.settings, *(f"{stage}.{name}={value}" for name, value in values.items()))
     section: Any = recipe.section(stage)
     backends.free_memory()
     before = torch.cuda.memory_allocated()
-    model, tokenizer = bench.load(backend, recipe, section, prepared)
-    trainer, tokens_per_row, _ = bench.build("ours", stage, recipe, backend, model, tokenizer, prepared)
-    length_tokens = round(tokens_per_row if stage == "sft" else tokens_per_row / 2)
-    sizes = Sizes.from_config(trainer.model.config.to_dict())
-    estimated = training_bytes(sizes, section, length_tokens, with_unsloth=with_unsloth) - CUDA_CONTEXT_BYTES
+    context = trainers.make_context(stage, recipe, prepared, tmp_path / "work")
+    model, tokenizer = trainers.load(backend, context, prepared / "base")
+    forward = trainers.make_forward(context, backend, model, tokenizer)
+    trainer = trainers.make_trainer(context, forward, tokenizer, trainers.make_examples(context, forward, tokenizer))
+    trainer.model.train()
+    length_tokens = max(len(row) for example in trainer.examples for row in example.rows)
+    estimated = training_bytes(Sizes.from_config(model.config.to_dict()), section, length_tokens) - CUDA_CONTEXT_BYTES
     live = LiveTensorBytes(trainer.model) if INTERPRETED else None
-    torch.cuda.reset_peak_memory_stats()
-    with live or contextlib.nullcontext():
-        trainer.train()
-    peak = live.peak_bytes if live else torch.cuda.max_memory_allocated() - before
-    print(f"{stage}: peak {peak / 2**20:.1f} MiB, estimate {estimated / 2**20:.1f} MiB, {length_tokens} tokens per row")
+
+    def peak_of_a_step() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        with live or contextlib.nullcontext():
+            trainer.step_loss(1)
+            trainer.weights.update(0.0)
+        return live.peak_bytes if live else torch.cuda.max_memory_allocated() - before
+
+    peak = peak_of_a_step()
+    figure(
+        f"{stage}: peak {peak / 2**20:.1f} MiB, estimate {estimated / 2**20:.1f} MiB, {length_tokens} tokens per row"
+    )
+    if backend.name == "packed":
+        trainer.prepare()
+        figure(f"{stage}: with compiled layers and CUDA graphs: peak {peak_of_a_step() / 2**20:.1f} MiB")
+        trainer.gradient.uncompile_layers()
     assert peak == pytest.approx(estimated, rel=0.15)

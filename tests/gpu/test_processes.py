@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llamarefine_jobs.store import Store
-from tests.gpu.shapes import INTERPRETED, TINY, Shape, read_rows, write_prepared
+from tests.gpu.shapes import BACKEND, INTERPRETED, TINY, Shape, prepared_folder
 from tests.jobs import processes, tiny
 from tests.jobs.training.test_resume import copy_up_to, newest_checkpoint
 
@@ -35,12 +34,11 @@ def undisturbed(shape: Shape, cuda: bool, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(f"undisturbed-{shape.name}")
     # More epochs for the tiny model: a card would finish before a checkpoint is in the store.
     epochs = ("sft.epochs=20", "dpo.epochs=20") if cuda and not INTERPRETED and shape == TINY else ()
-    recipe = parse_recipe(tiny.RECIPE, "tiny", (*shape.settings, *epochs))
+    chosen = [f"{stage}.{key}" for stage in ("sft", "dpo") for key in (f"backend={BACKEND}", "micro_batch_rows=null")]
+    recipe = parse_recipe(tiny.RECIPE, "tiny", (*shape.settings, *epochs, *chosen))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    write_prepared(folder / "prepared", shape, read_rows(shape.rows))
     pinned = pin(load_recipe(folder / "recipe.yaml", ()))
-    tiny.publish_prepared(Store(str(folder / "store")), folder / "prepared", pinned)
-    shutil.rmtree(folder / "prepared")
+    tiny.publish_prepared(Store(str(folder / "store")), prepared_folder(shape, folder / "prepared"), pinned)
     for stage in ("sft", "dpo"):
         exit_code, lines = processes.run(stage, folder / "recipe.yaml", str(folder / "store"))
         assert exit_code == 0, "\n".join(lines)
@@ -77,6 +75,44 @@ def test_a_stopped_or_killed_training_resumes_and_ends_with_the_same_adapter(
     assert difference < trained / 20
 
 
+# Prints a line when a training begins to compile its layers, or to capture its first CUDA graph.
+_WATCHED = {
+    "compile": "StepGradient.compile_layers = saying(StepGradient.compile_layers)",
+    "capture": "gradient._CapturedPass.__init__ = saying(gradient._CapturedPass.__init__)",
+    # Without CUDA it has nothing to do, so here it takes a minute in which the signal comes.
+    "prepare": "StepGradient.prepare = saying(lambda *arguments, **named: time.sleep(60))",
+}
+
+
+@pytest.mark.parametrize("what", ["compile", "capture", "prepare"])
+def test_sigterm_before_the_first_step_ends_the_process_at_once(
+    what: str, undisturbed: Path, tmp_path: Path, cuda: bool
+) -> None:
+    """Nothing is lost by then, so no checkpoint is written."""
+    if (what == "prepare") is (cuda and not INTERPRETED and BACKEND == "packed"):
+        pytest.skip("layers are compiled and captured on CUDA only, in the packed step")
+    store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
+    code = (
+        "import time\n"
+        "from llamarefine_jobs import entry, sft\n"
+        "from llamarefine_jobs.training import gradient\n"
+        "from llamarefine_jobs.training.gradient import StepGradient\n"
+        "def saying(function):\n"
+        "    def begin(*arguments, **named):\n"
+        "        print('begins', flush=True)\n"
+        "        return function(*arguments, **named)\n"
+        "    return begin\n"
+        f"{_WATCHED[what]}\n"
+        "entry.main('sft', sft.work)"
+    )
+    command = [sys.executable, "-c", code, "--recipe", undisturbed / "recipe.yaml", "--store", store]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = processes.signal_when(process, signal.SIGTERM, lambda line: line.startswith("begins"))
+    assert process.returncode == 30, "\n".join(lines)
+    assert newest_checkpoint(store, "sft") == 0
+    assert not any(processes.step(line) for line in lines), "it made a step"
+
+
 def test_running_out_of_gpu_memory_exits_with_the_setting_to_lower(
     undisturbed: Path, tmp_path: Path, shape: Shape, cuda: bool
 ) -> None:
@@ -88,7 +124,7 @@ def test_running_out_of_gpu_memory_exits_with_the_setting_to_lower(
     assert ended.returncode == 14, ended.stdout + ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("sft: error: the GPU's memory is too small")
-    assert "lower sft.micro_batch_rows" in last
+    assert "sft.on_out_of_memory to halve_micro_batch" in last
     assert not list((store / "artifacts").glob("sft/*"))
 
 
@@ -100,7 +136,7 @@ def test_after_running_out_of_gpu_memory_a_process_with_half_the_rows_has_all_me
     store = copy_up_to(undisturbed, tmp_path, "sft", os.link)
     ended = train_with_little_memory(undisturbed, store, shape, "sft.on_out_of_memory=halve_micro_batch")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "memory ran out with micro-batches of 48 rows: restarts with 24" in ended.stdout
+    assert "memory ran out with micro-batches of up to 48 rows: restarts with 24" in ended.stdout
     assert list((store / "artifacts").glob("sft/*/manifest.json"))
 
 
@@ -123,13 +159,13 @@ def train_with_little_memory(
 def test_both_backends_give_the_same_log_probabilities_and_gradients(
     shape: Shape, prepared: Path, trained: Path, tmp_path: Path, cuda: bool
 ) -> None:
-    """Equal within bf16 rounding. The CPU has only one backend; comparing it with itself shows that the test works."""
+    """Equal within bf16 rounding; on the CPU, where Unsloth does not run, the packed backend replaces it."""
     if cuda and importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed: there is one backend only")
-    names = ["transformers", "unsloth"] if cuda else ["transformers", "transformers"]
+    names = ["transformers", "unsloth"] if cuda else ["transformers", "packed"]
     files = [tmp_path / f"{place}.safetensors" for place in range(2)]
     answers = [run_backend(name, prepared, trained / "adapter", file) for name, file in zip(names, files, strict=True)]
-    assert [answer["backend"].split()[0] for answer in answers] == names
+    assert [answer["backend"] for answer in answers] == names
     for model in ("base", "sft"):
         one, other = (answer["nats_per_token"][model] for answer in answers)
         distance = sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
@@ -151,9 +187,8 @@ def test_both_backends_give_the_same_log_probabilities_and_gradients(
 
 def run_backend(backend: str, prepared: Path, adapter: Path, gradient: Path) -> dict[str, Any]:
     """Run tests.gpu.logprobs with this backend; return what it prints."""
-    command = [sys.executable, "-m", "tests.gpu.logprobs", *map(str, (prepared, adapter, gradient))]
-    environment = os.environ | {"LLAMAREFINE_BACKEND": backend}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)
+    command = [sys.executable, "-m", "tests.gpu.logprobs", backend, *map(str, (prepared, adapter, gradient))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found

@@ -26,3 +26,14 @@ def test_an_unknown_argument_is_refused() -> None:
     ended = subprocess.run([ROOT / "tests/gpu/run", "benchmarks"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr == "tests/gpu/run: expected tests, benchmark, card or nothing, found benchmarks\n"
+
+
+def test_parts_without_time_left_are_named_as_not_run(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "LLAMAREFINE_GPU_TESTS": "cpu"}
+    environment |= {"LLAMAREFINE_GPU_BUDGET_S": "1"}
+    ended = subprocess.run([ROOT / "tests/gpu/run"], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert "benchmark tiny: not run: no time left" in summary
+    assert len(summary) > 5
+    assert all(": not run: " in line for line in summary)
