@@ -24,6 +24,10 @@ class Encoded:
     prompt_ids: list[int]
     answer_ids: list[int]
 
+    def __post_init__(self) -> None:
+        # The first token of an answer is predicted by the last one of its prompt.
+        assert self.prompt_ids and self.answer_ids, "a row needs a prompt and an answer"
+
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
 
