@@ -26,7 +26,8 @@ class Encoded:
 
     def __post_init__(self) -> None:
         # The first token of an answer is predicted by the last one of its prompt.
-        assert self.prompt_ids and self.answer_ids, "a row needs a prompt and an answer"
+        assert self.prompt_ids, "a row without a prompt"
+        assert self.answer_ids, "a row without an answer"
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
