@@ -30,6 +30,7 @@ from llamarefine_jobs.contract.errors import (
     first_line,
     from_os_error,
 )
+from llamarefine_jobs.contract.output import outlive_readers
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.retry import stage_retry_policy
@@ -72,6 +73,7 @@ def main(stage_name: str, work: Work) -> None:
         help="override a key of the recipe; can be repeated",
     )
     options = parser.parse_args()
+    outlive_readers()
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries; tqdm reads this when it is imported
     with sigterm.ignoring_sigterm_at_exit(), exit_code(stage_name):
         recipe = pinning.pin(load_recipe(options.recipe, options.set), check=stage_name == "prepare")

@@ -23,6 +23,7 @@ from llamarefine_jobs import entry
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.environment import WORK_FOLDER
 from llamarefine_jobs.contract.errors import DataError, RecipeError, from_os_error
+from llamarefine_jobs.contract.output import has_reader, outlive_readers
 from llamarefine_jobs.contract.prompt import question
 from llamarefine_jobs.contract.recipe import Recipe, Rows
 from llamarefine_jobs.contract.stages import STAGES
@@ -43,6 +44,7 @@ _STAGE = STAGES["infer"]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer the questions of the command line. After an error, end the process with the error's exit code."""
     options = _parser().parse_args(arguments)
+    outlive_readers()
     os.environ.setdefault("TQDM_DISABLE", "1")  # turns off the libraries' progress bars; read when tqdm is imported
     with entry.exit_code("infer"):
         # Recipe and questions.
@@ -192,7 +194,7 @@ def converse(respondent: Respondent) -> None:
         import readline  # noqa: F401  (adds line editing and history to `input`)
     try:
         _log("enter one question a line; each is answered separately; Ctrl-D ends")
-        while True:
+        while has_reader(sys.stdout):
             line = input("> " if on_terminal else "").strip()
             if line:
                 _answer_line(respondent, line)

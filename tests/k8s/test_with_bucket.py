@@ -103,7 +103,8 @@ def test_the_port_forward_ends_with_the_command_whose_exit_code_is_kept(
         ("NO_FORWARD", "with-bucket: MinIO in llamarefine cannot be reached: error: no pod is running\n"),
         (
             "NO_SECRET",
-            'with-bucket: the key AWS_ACCESS_KEY_ID of MinIO in llamarefine cannot be read: secrets "keys" is forbidden\n',
+            "with-bucket: the key AWS_ACCESS_KEY_ID of MinIO in llamarefine cannot be read: "
+            'secrets "keys" is forbidden\n',
         ),
     ],
 )

@@ -68,7 +68,8 @@ class Stop:
         """End the process, using only functions that are safe in a signal handler."""
         error = PreemptedError(f"{self.stage} was stopped by SIGTERM; run the same command again to resume")
         if not is_worker(os.environ):  # its agent prints the error, once for all workers
-            os.write(2, f"{self.stage}: error: {error}\n".encode())  # print may be the call that was interrupted
+            with contextlib.suppress(OSError):  # nobody may be reading
+                os.write(2, f"{self.stage}: error: {error}\n".encode())  # print may be the call that was interrupted
         write_termination_message(self.stage, error)
         if self.cleanup_folder:
             shutil.rmtree(self.cleanup_folder, ignore_errors=True)

@@ -236,14 +236,14 @@ def _drive_in_foreground(cluster: "Cluster", pinned: "Recipe", given: "Settings"
 
 
 def _follow(cluster: "Cluster", job: dict[str, Any], given: "Settings", run: str) -> None:
-    """Print the log of a driver Job until it ends; after Ctrl-C, print how to follow or cancel the run."""
+    """Print the log of a driver Job until it ends; after Ctrl-C or `| head`, print how to follow or cancel the run."""
     from llamarefine_jobs.contract.errors import GateError
     from llamarefine_k8s.cluster import submission
     from llamarefine_k8s.commands import output
 
     try:
         submission.follow(cluster, job, given, print_text)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         open_console(stderr=True).print(
             f"the run continues; to follow it: {command()} logs -f {run}; to stop it: {command()} cancel {run}"
         )

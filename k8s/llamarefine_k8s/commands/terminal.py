@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamarefine_jobs.contract.errors import LlamaRefineError, from_os_error
+from llamarefine_jobs.contract.output import has_reader, outlive_readers
 from llamarefine_jobs.untrusted.control_characters import strip_control_characters, strip_for_stream
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def run_command(command: click.Command) -> None:
-    """Run the command and exit. An error prints one line, never a traceback, and sets the exit code."""
+    """Run the command and exit. An error prints one line, never a traceback, and sets the exit code.
+
+    A closed pipe or terminal ends what the command prints, not its work, and does not change the exit code.
+    """
+    outlive_readers()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without ✓ or → prints ? instead of failing
@@ -59,8 +64,13 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print untrusted text: unchanged into a file or a pipe, without control characters on a terminal."""
+    """Print untrusted text: unchanged into a file or a pipe, without control characters on a terminal.
+
+    Raises BrokenPipeError, which ends a command successfully, if nobody can read it: its caller only prints.
+    """
     click.echo(strip_for_stream(text, sys.stdout))
+    if not has_reader(sys.stdout):
+        raise BrokenPipeError
 
 
 def _exit_code(command: click.Command) -> int:
@@ -76,8 +86,7 @@ def _exit_code(command: click.Command) -> int:
     except LlamaRefineError as error:
         click.echo(strip_control_characters(f"{'' if error.reason == 'interrupted' else 'error: '}{error}"), err=True)
         return error.exit_code
-    except BrokenPipeError:  # `llamarefine report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+    except BrokenPipeError:  # from print_text: `llamarefine logs -f | head`
         return 0
     except OSError as error:
         known = from_os_error(error)

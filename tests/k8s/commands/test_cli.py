@@ -2,19 +2,24 @@
 
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from llamarefine_jobs.contract.artifact import artifact_key
+from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import SEQUENCE
-from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_jobs.recipe_file import load_recipe, to_yaml
 from llamarefine_jobs.store import Store
 from llamarefine_k8s.cli import cli
+from llamarefine_k8s.runs import records
 from tests.k8s.conftest import Launcher
 
 COMMANDS = {
@@ -313,11 +318,78 @@ def test_init_names_the_recipe_after_its_file(launcher: Launcher, tmp_path: Path
     assert load_recipe(tmp_path / "My Support_Bot.yaml").name == "my-support-bot"
 
 
-def test_a_closed_pipe_is_not_an_error(launcher: Launcher, recipe_file: Path, store: Store) -> None:
+@pytest.fixture(params=[os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def run_unread(request: pytest.FixtureRequest) -> Callable[..., int]:
+    """Run the launcher, close the pipe or terminal that it writes to after one byte, and return its exit code."""
+
+    def run(*arguments: str, **environment: str) -> int:
+        reading, writing = request.param()
+        command = [sys.executable, _acting_launcher(), *arguments]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, env=os.environ | environment
+        )
+        os.close(writing)
+        assert os.read(reading, 1)
+        os.close(reading)
+        return process.wait(120)
+
+    return run
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_run_goes_on_when_nobody_reads_its_output(
+    launcher: Launcher, recipe_file: Path, store: Store, run_unread: Callable[..., int], buffered: str
+) -> None:
+    """`llamarefine run recipe.yaml | head`, or a terminal that was closed."""
+    flags = (str(recipe_file), "--store", store.uri)
+    act = '{"sft": "many steps", "dpo": "say much"}'
+    assert run_unread("run", *flags, ACTING=act, PYTHONUNBUFFERED=buffered) == 0
+    record = records.find(store, None)
+    assert (record.state, record.error) == ("done", None)
+
+
+def test_what_nobody_reads_does_not_change_the_exit_code(
+    launcher: Launcher, recipe_file: Path, store: Store, run_unread: Callable[..., int]
+) -> None:
+    flags = ("--store", store.uri)
+    assert run_unread("run", str(recipe_file), *flags, ACTING='{"sft": "diverge"}') == 15
+    gate = "evaluate.gates=[{metric: loss, at_most: 1.0}]"
+    assert run_unread("run", str(recipe_file), *flags, "--set", gate) == 18
+    assert run_unread("run", str(recipe_file), *flags, "--set", "seed=7", "--json") == 0
+    assert run_unread("status", "none", *flags) == 10
+    for command in ("report", "logs", "status", "runs", "verify", "version"):
+        assert run_unread(command, *(() if command == "version" else flags)) == 0, command
+
+
+def test_a_command_that_only_prints_ends_when_nobody_reads_it(
+    launcher: Launcher, recipe_file: Path, store: Store
+) -> None:
     launcher.run("run", str(recipe_file), "--store", store.uri)
-    command = f"{sys.executable} {_acting_launcher()} report --store {store.uri} | true"
-    process = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
-    assert process.stderr == ""
+    script = (
+        "import os, sys; from llamarefine_k8s.cluster import run_status; from llamarefine_k8s.cli import main;"
+        "run_status.all_lines = lambda *_, **__: iter(lambda: 'a line', None); main()"
+    )
+    command = [sys.executable, "-c", script, "logs", "--follow", "--store", store.uri]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline() == b"a line\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
+
+
+def test_a_stage_finishes_its_work_when_nobody_reads_its_log(recipe: Callable[..., Recipe], store: Store) -> None:
+    Path("pinned.yaml").write_text(to_yaml(recipe()))
+    acting = str(Path(_acting_launcher()).with_name("acting.py"))
+    command = [sys.executable, acting, "prepare", "--recipe", "pinned.yaml", "--store", store.uri]
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"ACTING": '{"prepare": "many steps"}'}
+    done = subprocess.run(command, stdout=writing, stderr=writing, env=environment, timeout=120, check=False)
+    os.close(writing)
+    assert done.returncode == 0
+    assert store.manifest("prepare", artifact_key("prepare", recipe(), {}))
 
 
 def _acting_launcher() -> str:
