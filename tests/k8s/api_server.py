@@ -239,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST":
             if (plural, body["metadata"]["name"]) in api.objects:
                 return 409, {"message": f"{body['metadata']['name']} already exists"}
+            if query.get("dryRun"):
+                return 201, body
             return 201, api.put(plural, body)
         if name is None:
             items = [item for (kind, _), item in api.objects.items() if kind == plural and _selected(item, query)]
@@ -249,6 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "PATCH":
             existing = api.change(plural, name, body)
         if self.command == "DELETE":
+            uid = ((body or {}).get("preconditions") or {}).get("uid")
+            if uid not in (None, existing["metadata"]["uid"]):
+                return 409, {"message": f"the UID in the precondition ({uid}) does not match"}
             api.remove(plural, name)
         return 200, existing
 

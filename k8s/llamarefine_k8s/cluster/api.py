@@ -84,12 +84,17 @@ class Cluster:
         """Merge a patch into an object and return the object; None if it does not exist."""
         return self._requests.send("PATCH", kind, name, patch, missing_ok=True)
 
-    def delete(self, kind: str, name: str, grace_s: int | None = None) -> None:
-        """Delete an object if it exists; Kubernetes deletes what the object owns in the background."""
+    def delete(self, kind: str, name: str, grace_s: int | None = None, uid: str | None = None) -> None:
+        """Delete an object if it exists; Kubernetes deletes what the object owns in the background.
+
+        With `uid`, an object that was created in its place meanwhile is kept.
+        """
         options: KubeObject = {"propagationPolicy": "Background"}
         if grace_s is not None:
             options["gracePeriodSeconds"] = grace_s
-        self._requests.send("DELETE", kind, name, options, missing_ok=True)
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        self._requests.send("DELETE", kind, name, options, missing_ok=True, existing_ok=uid is not None)
 
     def abandon(self, pod: KubeObject) -> None:
         """Mark a pod of a lost node as failed and delete it, unless it changed since it was read.

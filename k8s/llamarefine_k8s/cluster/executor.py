@@ -113,7 +113,7 @@ class ClusterExecutor:
 
     def _delete_job(self, feed: JobFeed, grace_s: int | None = None) -> None:
         """Delete the Job and also its pods, which the garbage collector would delete only a little later."""
-        self._cluster.delete("Job", feed.job["metadata"]["name"])
+        self._cluster.delete("Job", feed.job["metadata"]["name"], uid=feed.job["metadata"]["uid"])
         for pod in feed.pods.values():
             self._cluster.delete("Pod", pod["metadata"]["name"], grace_s)
 

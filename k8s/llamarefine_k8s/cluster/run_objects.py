@@ -51,8 +51,7 @@ class StageObjects:
             return existing
         if existing:
             require_own(existing, task.run)
-            self._cluster.delete("Job", name)
-            wait_until(lambda: self._cluster.get("Job", name) is None, f"the Job {name} was not deleted")
+            replace_job(self._cluster, existing)
         created = self._cluster.create(manifest) or self._cluster.get("Job", name)
         if created is None or not self._may_be_followed(created, manifest):
             raise LlamaRefineError(f"another process created the Job {name} just now; is the run driven twice?")
@@ -64,7 +63,7 @@ class StageObjects:
         Unlike a Job, a ConfigMap has no time after which Kubernetes deletes it.
         """
         if self._owner and self._owner["kind"] == "ConfigMap":
-            self._cluster.delete("ConfigMap", self._owner["name"])
+            self._cluster.delete("ConfigMap", self._owner["name"], uid=self._owner["uid"])
 
     def _ensure_service(self, manifest: KubeObject, run: str) -> None:
         """Create a stage's Service. An existing one gets the current owner, because its own may be deleted soon."""
@@ -101,6 +100,18 @@ class StageObjects:
             )
             self._owner = driver or owner_reference("ConfigMap", task.run, config_map["metadata"]["uid"])
         return self._owner
+
+
+def replace_job(cluster: Cluster, job: KubeObject) -> None:
+    """Delete a Job and wait until it is gone; one that another process created in its place is kept."""
+    name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+    cluster.delete("Job", name, uid=uid)
+
+    def is_gone() -> bool:
+        existing = cluster.get("Job", name)
+        return existing is None or existing["metadata"]["uid"] != uid
+
+    wait_until(is_gone, f"the Job {name} was not deleted")
 
 
 def put_run_config_map(cluster: Cluster, manifest: KubeObject) -> KubeObject:

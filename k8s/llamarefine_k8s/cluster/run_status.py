@@ -123,15 +123,20 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
     return lines()
 
 
-def remove(cluster: Cluster, run: str) -> None:
-    """Delete all objects of a run. Its stage gets SIGTERM and 8 s to save a checkpoint.
+def remove(cluster: Cluster, run: str, only: Sequence[tuple[str, KubeObject]] | None = None) -> None:
+    """Delete all objects of a run, or `only` these. Its stage gets SIGTERM and 8 s to save a checkpoint.
 
     Returns when nothing is left; raises LlamaRefineError if an object still exists after 15 s. Pods that exist after
     10 s are killed.
     """
     began_s = time.monotonic()
     deleted: set[str] = set()  # uids, and "<uid> at once" for pods
-    while existing := objects_of_run(cluster, run):
+    uids = None if only is None else {item["metadata"]["uid"] for _, item in only}
+    while existing := [
+        (kind, item)
+        for kind, item in (objects_of_run(cluster, run) if uids != set() else ())
+        if uids is None or item["metadata"]["uid"] in uids
+    ]:
         waited_s = time.monotonic() - began_s
         if waited_s > _GONE_S:
             names = ", ".join(f"{kind} {item['metadata']['name']}" for kind, item in existing)
@@ -142,7 +147,7 @@ def remove(cluster: Cluster, run: str) -> None:
             if uid not in deleted or is_late:
                 deleted |= {uid, f"{uid} at once"} if is_late else {uid}
                 grace_s = (0 if is_late else _GRACE_S) if kind == "Pod" else None
-                cluster.delete(kind, item["metadata"]["name"], grace_s)
+                cluster.delete(kind, item["metadata"]["name"], grace_s, uid)
         time.sleep(_POLL_S)
 
 
@@ -159,7 +164,11 @@ def _with_owners(cluster: Cluster, existing: list[tuple[str, KubeObject]]) -> li
         for owner in item["metadata"].get("ownerReferences") or ()
         if owner["kind"] == "Job" and owner["uid"] not in known
     }
-    found = [("Job", job) for name in owners if (job := cluster.get("Job", name))]
+    found = [
+        ("Job", job)
+        for name, uid in owners.items()
+        if (job := cluster.get("Job", name)) and job["metadata"]["uid"] == uid  # not one created in its place
+    ]
     drivers = [pair for pair in existing if STAGE not in pair[1]["metadata"]["labels"]]
     return [*found, *drivers, *(pair for pair in existing if pair not in drivers)]
 

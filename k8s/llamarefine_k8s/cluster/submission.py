@@ -1,6 +1,7 @@
 """Submit a run to the cluster: upload its files, pin its recipe, create its driver Job and follow it."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from llamarefine_k8s.cluster.manifests import (
     stage_service,
 )
 from llamarefine_k8s.cluster.reasons import how_it_ended
-from llamarefine_k8s.cluster.run_objects import is_active, put_run_config_map, release_owner
+from llamarefine_k8s.cluster.run_objects import is_active, put_run_config_map, release_owner, require_own
 from llamarefine_k8s.cluster.watchdog import StartWatchdog, abandon_lost_pods
 from llamarefine_k8s.runs.garbage import INPUT_GRACE
 from llamarefine_k8s.runs.pipeline import Pipeline, RunObserver, Task
@@ -37,6 +38,7 @@ from llamarefine_k8s.settings import DRIVER, Settings
 
 Report = Callable[[str], None]
 _POLL_S = 0.2
+_CONFIG_MAP_S = 5.0  # a `submit` that created a driver Job creates its ConfigMap within this time
 INSTALL = "install the chart (`helm install llamarefine charts/llamarefine`), or name its namespace by --namespace"
 
 
@@ -132,26 +134,50 @@ def start(
 ) -> KubeObject:
     """Return the driver Job of a run: the active one, or a new one in place of what an earlier one left.
 
-    `command` is how the user types `llamarefine`, for the advice in reported lines.
+    Of several submits, the one that creates the Job decides the settings; the others attach to it. What is removed was
+    listed before there was an active Job, and a driver's objects are all created after its Job: so no submit removes
+    what another one made. `command` is how the user types `llamarefine`, for the advice in reported lines.
     """
     check_gpus(recipe, given)
     run = run_id(recipe)
-    existing, config_map = cluster.get("Job", run), run_config_map(run, recipe, given)
-    if existing and is_active(existing):
-        report("runs already; this attaches to it")
-        submitted = cluster.get("ConfigMap", run)
-        if submitted and submitted["data"] != config_map["data"]:
-            report(f"it keeps the settings it was submitted with; to change them, `{command} cancel {run}` first")
-        return existing
-    if run_status.objects_of_run(cluster, run):
-        run_status.remove(cluster, run)
-    put_run_config_map(cluster, config_map)
-    created = cluster.create(driver_job(run, given, release_owner(cluster))) or cluster.get("Job", run)
-    if created is None:
-        raise LlamaRefineError(f"the Job {run} was deleted while it started; submit again")
-    owner = owner_reference("Job", run, created["metadata"]["uid"])
-    cluster.patch("ConfigMap", run, {"metadata": {"ownerReferences": [owner]}})
-    return created
+    left = run_status.objects_of_run(cluster, run)
+    job = cluster.get("Job", run)
+    if job is None or not is_active(job):
+        run_status.remove(cluster, run, left)
+        created = cluster.create(driver_job(run, given, release_owner(cluster)))
+        if created:
+            _create_config_map(cluster, created, recipe, given)
+            return created
+        job = cluster.get("Job", run)
+        if job is None or not is_active(job):
+            raise LlamaRefineError(f"the Job {run} ended or was deleted while this submit started; submit again")
+    require_own(job, run)
+    report("runs already; this attaches to it")
+    if _submitted_data(cluster, job, recipe, given) != run_config_map(run, recipe, given)["data"]:
+        report(f"it keeps the settings it was submitted with; to change them, `{command} cancel {run}` first")
+    return job
+
+
+def _create_config_map(cluster: Cluster, job: KubeObject, recipe: Recipe, given: Settings) -> KubeObject:
+    """Create the ConfigMap that a new driver Job mounts, and return it. If it is refused, the Job is deleted again."""
+    name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+    try:
+        return put_run_config_map(cluster, run_config_map(name, recipe, given, owner_reference("Job", name, uid)))
+    except LlamaRefineError:
+        cluster.delete("Job", name, uid=uid)
+        raise
+
+
+def _submitted_data(cluster: Cluster, job: KubeObject, recipe: Recipe, given: Settings) -> dict[str, str]:
+    """Return the recipe and the settings with which an active driver was submitted.
+
+    Creates its ConfigMap if the `submit` that created the Job did not live long enough to do so.
+    """
+    until_s = time.monotonic() + _CONFIG_MAP_S
+    while (config_map := cluster.get("ConfigMap", job["metadata"]["name"])) is None and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
+    data: dict[str, str] = (config_map or _create_config_map(cluster, job, recipe, given))["data"]
+    return data
 
 
 def follow(cluster: Cluster, job: KubeObject, given: Settings, report: Report) -> None:
