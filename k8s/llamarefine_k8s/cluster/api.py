@@ -17,9 +17,10 @@ from llamarefine_jobs.contract.errors import AccessError
 from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_jobs.untrusted.log_redaction import redact_logs
 from llamarefine_k8s.cluster import KubeObject, api_watch
-from llamarefine_k8s.cluster.api_errors import RefusedError, error_from_response, one_line
+from llamarefine_k8s.cluster.api_errors import RefusedError, one_line
 from llamarefine_k8s.cluster.api_requests import ApiRequests, Query, response_lines
 
+_DRY_RUN = [("dryRun", "All")]
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -67,16 +68,16 @@ class Cluster:
     def dry_run_create(self, manifest: KubeObject) -> list[str]:
         """Let the server validate an object without creating it, and return the server's warnings.
 
-        Raises the LlamaRefineError that creating the object would raise.
+        The server looks for an object of the same name only after it has accepted the new one, so an existing one is
+        no failure. Raises the LlamaRefineError that creating the object would raise otherwise.
         """
-        path = self._requests.path(manifest["kind"])
-        try:
-            with self._requests.translated_errors():
-                response = self._requests.call("POST", path, manifest, [("dryRun", "All")])
-        except RefusedError as refused:
-            if refused.status == 409:
-                return []
-            raise error_from_response(refused, self.namespace) from None
+        with self._requests.translated_errors():
+            try:
+                response = self._requests.call("POST", self._requests.path(manifest["kind"]), manifest, _DRY_RUN)
+            except RefusedError as refused:
+                if refused.status == 409 and "already exists" in str(refused):
+                    return []
+                raise
         warnings = ", ".join(response.headers.getlist("Warning"))
         return [text.replace('\\"', '"') for text in re.findall(r'299 \S+ "((?:[^"\\]|\\.)*)"', warnings)]
 

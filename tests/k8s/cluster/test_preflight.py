@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from llamarefine_jobs.contract.errors import LlamaRefineError
 from llamarefine_jobs.contract.recipe import Preferences, Questions, Recipe
 from llamarefine_jobs.store.bucket import S3Objects
 from llamarefine_jobs.store.folder import FolderObjects
 from llamarefine_jobs.store.uri import open_objects
+from llamarefine_k8s.cluster.api import Cluster
+from llamarefine_k8s.cluster.placement import check_placement
 from llamarefine_k8s.cluster.preflight import check_sources
+from llamarefine_k8s.cluster.submission import start
 from llamarefine_k8s.runs import bucket_probe
 from llamarefine_k8s.runs.bucket_probe import check_store
+from llamarefine_k8s.settings import Settings
+from tests.k8s.api_server import ApiServer, Fault, use_kubeconfig
 from tests.k8s.conftest import Launcher
 from tests.s3_server import S3Server
 
@@ -206,3 +213,31 @@ def test_the_estimate_is_compared_with_this_machines_gpu(launcher: Launcher, rec
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINYLLAMA}))
     recipe_file.write_text(recipe_file.read_text().replace("tiny-llama", str(tmp_path)))
     assert "of this machine's GPU" in preflight(launcher, str(recipe_file), "--local")[1]["GPU memory for sft"]
+
+
+def test_the_objects_of_a_submitted_run_would_still_be_accepted(
+    server: ApiServer, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kubeconfig(server.kubeconfig(tmp_path), monkeypatch)
+    given = Settings(store="s3://bucket/x", gpu_resource=None, secret_name=None)
+    start(Cluster(), recipe(), given, lambda text: None)
+    before = dict(server.objects)
+    checks = {check.name: check for check in check_placement(Cluster(), given, recipe(), {})}
+    assert checks["admission"].state == "ok"
+    assert server.objects == before
+    server.faults.append(Fault("POST .*jobs.*dryRun", status=409))
+    failed = [check for check in check_placement(Cluster(), given, recipe(), {}) if check.state == "FAIL"]
+    assert [(check.name, "refused (409)" in str(check)) for check in failed] == [("admission: driver", True)]
+
+
+def test_a_dry_run_raises_what_creating_would_raise(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kubeconfig(server.kubeconfig(tmp_path), monkeypatch)
+    manifest = {"kind": "ConfigMap", "metadata": {"name": "x"}}
+    assert Cluster().dry_run_create(manifest) == []
+    assert server.objects == {}
+    for status, message in ((403, "the cluster forbids it"), (422, "refused"), (503, "answered 503")):
+        server.faults.append(Fault("POST .*dryRun", status=status))
+        with pytest.raises(LlamaRefineError, match=message):
+            Cluster().dry_run_create(manifest)

@@ -96,6 +96,8 @@ def test_a_complete_setup_passes_and_nothing_is_created(
     assert problems() == {}
     assert team.run("preflight", str(recipe_file))[0] == 0
     assert team.kubectl("get", "jobs,configmaps,pods,events", "-o", "name") == before
+    assert team.run("submit", str(recipe_file), "--detach")[0] == 0
+    assert "FAIL" not in "".join(problems().values()), "the run's own objects exist now"
 
 
 def test_missing_permissions_are_named_with_the_command_that_grants_them(team: Namespace, recipe_file: Path) -> None:
