@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import Manifest, artifact_key, short
-from llamarefine_jobs.contract.environment import WORK_FOLDER
+from llamarefine_jobs.contract.environment import EXPECTED_KEY, WORK_FOLDER
 from llamarefine_jobs.contract.errors import (
     DataError,
     DiskFullError,
@@ -27,6 +27,7 @@ from llamarefine_jobs.contract.errors import (
     LlamaRefineError,
     PeerLostError,
     PreemptedError,
+    RecipeError,
     first_line,
     from_os_error,
 )
@@ -35,6 +36,7 @@ from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.retry import stage_retry_policy
 from llamarefine_jobs.contract.stages import STAGES, Stage
+from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.process.agent import find_agent
 from llamarefine_jobs.process.out_of_memory import (
@@ -91,8 +93,7 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
     stop = sigterm.install_handler()
     stop.stage = stage_name
     sigterm.stop_when_launcher_dies()
-    parents = find_parents(stage_name, recipe, store)
-    key = artifact_key(stage_name, recipe, parents)
+    parents, key = find_parents_and_key(stage_name, recipe, store)
     existing = store.manifest(stage_name, key)
     if existing is not None:
         print(f"{stage_name}: {short(key)} is in the store already; nothing to do", flush=True)
@@ -133,6 +134,30 @@ def run(stage_name: str, work: Work, recipe: Recipe, store: Store) -> Manifest:
         seconds = (manifest.finished_at - manifest.started_at).total_seconds()
         context.note(f"published {short(key)}, {len(manifest.files)} files, after {seconds:.0f} s")
         return manifest
+
+
+def find_parents_and_key(stage_name: str, recipe: Recipe, store: Store) -> tuple[dict[str, Manifest], str]:
+    """Return the manifests of a stage's parents, and the key of its artifact.
+
+    Raises RecipeError if the driver expects another key: then stage and driver do not have the same recipe, or not the
+    same version of llamarefine, and the driver would not find what the stage makes.
+    """
+    expected = os.environ.get(EXPECTED_KEY)
+    try:
+        parents = find_parents(stage_name, recipe, store)
+        key = artifact_key(stage_name, recipe, parents)
+        if not expected or expected == key:
+            return parents, key
+        found = f"its own key is {short(key)}"
+    except DataError as error:
+        if not expected:
+            raise
+        found = str(error)
+    raise RecipeError(
+        f"{stage_name} does not have the recipe of its driver, which expects the key {short(expected)}: {found}; was "
+        f"the run's ConfigMap replaced, or is the launcher of another version than {__version__}? Cancel the run and "
+        "submit it again"
+    )
 
 
 def find_parents(

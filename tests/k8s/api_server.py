@@ -248,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         existing = api.objects.get((plural, name))
         if existing is None:
             return 404, {"message": f"{plural} {name!r} not found"}
+        if self.command == "PATCH" and existing.get("immutable") and "data" in body:
+            return 422, {"message": f"{plural} {name!r} is invalid: data: field is immutable when `immutable` is set"}
         if self.command == "PATCH":
             existing = api.change(plural, name, body)
         if self.command == "DELETE":

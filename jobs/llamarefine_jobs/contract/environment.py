@@ -8,5 +8,6 @@ OOM_VARIABLE = "LLAMAREFINE_RAN_OUT_AT_ROWS"  # JSON list of micro-batches, in r
 SHARED_FOLDER = "LLAMAREFINE_GROUP"  # the folder that an agent shares with its workers; only workers have it
 GIT_COMMIT = "LLAMAREFINE_GIT_COMMIT"  # set by the images, recorded in the manifest
 IMAGE_DIGEST = "LLAMAREFINE_IMAGE_DIGEST"  # recorded in the manifest
+EXPECTED_KEY = "LLAMAREFINE_EXPECTED_KEY"  # key of the artifact that the driver wants; the stage makes no other
 
 RENDEZVOUS_PORT = 29500  # where the processes of a training meet unless MASTER_PORT is set; torchrun's default, too

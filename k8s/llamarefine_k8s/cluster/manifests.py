@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from llamarefine_jobs.contract import environment
 from llamarefine_jobs.contract.artifact import short
 from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE, OOM_VARIABLE, RENDEZVOUS_PORT, WORK_FOLDER
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
@@ -28,7 +29,7 @@ from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.recipe_file import to_yaml
 from llamarefine_k8s.cluster import KubeObject
 from llamarefine_k8s.runs.pipeline import InterruptedRunError, Task
-from llamarefine_k8s.runs.records import DRIVER_JOB, DRIVER_UID
+from llamarefine_k8s.runs.records import DRIVER_JOB, DRIVER_RUN, DRIVER_UID
 from llamarefine_k8s.runs.signing import SIGNING_KEY
 from llamarefine_k8s.settings import ALL, DRIVER, Settings
 
@@ -131,6 +132,7 @@ def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) ->
             # The driver is the Job, not the pod: a replacement pod continues the run and owns its objects.
             _from_label(DRIVER_JOB, JOB_NAME),
             _from_label(DRIVER_UID, "batch.kubernetes.io/controller-uid"),
+            _from_label(DRIVER_RUN, RUN),
             *_signing_key(settings),
         ],
         "resources": _resources(settings, DRIVER),
@@ -163,10 +165,14 @@ def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) ->
 
 
 def run_config_map(run: str, recipe: Recipe, settings: Settings, owner: KubeObject | None = None) -> KubeObject:
-    """Return the ConfigMap of a run: its pinned recipe, and the settings with which it was submitted."""
+    """Return the ConfigMap of a run: its pinned recipe, and the settings with which it was submitted.
+
+    It is immutable, because stages that start later read the recipe again.
+    """
     submitted = settings.model_dump(mode="json", exclude_defaults=True, exclude={"context", "namespace"})
     files = {"recipe.yaml": to_yaml(recipe), "llamarefine.yaml": yaml.safe_dump(submitted, sort_keys=False)}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(run, _labels(run), owner), "data": files}
+    metadata = _metadata(run, _labels(run), owner)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "immutable": True, "data": files}
 
 
 def _service_name(task: Task) -> str:
@@ -258,6 +264,7 @@ def _stage_pod(task: Task, settings: Settings) -> KubeObject:
         "args": ["--recipe", RECIPE_FILE, "--store", task.store_uri],
         "env": [
             *_environment(settings),
+            {"name": environment.EXPECTED_KEY, "value": task.key},
             *([{"name": "OMP_NUM_THREADS", "value": str(threads)}] if threads else []),
             *([] if is_one_pod else [{"name": "MASTER_ADDR", "value": f"{name}-0.{service}"}]),
             *(

@@ -51,7 +51,7 @@ class StageObjects:
             return existing
         if existing:
             require_own(existing, task.run)
-            replace_job(self._cluster, existing)
+            delete_and_wait(self._cluster, "Job", existing)
         created = self._cluster.create(manifest) or self._cluster.get("Job", name)
         if created is None or not self._may_be_followed(created, manifest):
             raise LlamaRefineError(f"another process created the Job {name} just now; is the run driven twice?")
@@ -102,31 +102,36 @@ class StageObjects:
         return self._owner
 
 
-def replace_job(cluster: Cluster, job: KubeObject) -> None:
-    """Delete a Job and wait until it is gone; one that another process created in its place is kept."""
-    name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-    cluster.delete("Job", name, uid=uid)
+def delete_and_wait(cluster: Cluster, kind: str, item: KubeObject) -> None:
+    """Delete an object and wait until it is gone; one that another process created in its place is kept."""
+    name, uid = item["metadata"]["name"], item["metadata"]["uid"]
+    cluster.delete(kind, name, uid=uid)
 
     def is_gone() -> bool:
-        existing = cluster.get("Job", name)
+        existing = cluster.get(kind, name)
         return existing is None or existing["metadata"]["uid"] != uid
 
-    wait_until(is_gone, f"the Job {name} was not deleted")
+    wait_until(is_gone, f"the {kind} {name} was not deleted")
 
 
 def put_run_config_map(cluster: Cluster, manifest: KubeObject) -> KubeObject:
-    """Create a run's ConfigMap, or update the existing one, and return it."""
+    """Return a run's ConfigMap: the existing one with a new owner, or a new one if there is none or it differs.
+
+    One that differs is replaced, because it is immutable, or because somebody replaced it with one that is not.
+    """
     name = manifest["metadata"]["name"]
     existing = cluster.get("ConfigMap", name)
-    if existing is None:
-        existing = cluster.create(manifest) or cluster.get("ConfigMap", name)
-        if existing is None:
-            raise LlamaRefineError(f"the ConfigMap {name} was deleted while the run started; submit again")
-        return existing
-    require_own(existing | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
-    # Without a new owner, deleting the owner from an earlier drive would delete this drive's stages too.
-    owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
-    return cluster.patch("ConfigMap", name, {"metadata": owners, "data": manifest["data"]}) or existing
+    if existing:
+        require_own(existing | {"kind": "ConfigMap"}, manifest["metadata"]["labels"][RUN])
+        if all(existing.get(part) == manifest[part] for part in ("data", "immutable")):
+            # Without a new owner, deleting the owner from an earlier drive would delete this drive's stages too.
+            owners = {"ownerReferences": manifest["metadata"].get("ownerReferences")}
+            return cluster.patch("ConfigMap", name, {"metadata": owners}) or existing
+        delete_and_wait(cluster, "ConfigMap", existing)
+    found = cluster.create(manifest) or cluster.get("ConfigMap", name)
+    if found is None:
+        raise LlamaRefineError(f"the ConfigMap {name} was deleted while the run started; submit again")
+    return found
 
 
 def release_owner(cluster: Cluster) -> KubeObject | None:

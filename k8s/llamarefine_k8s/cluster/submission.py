@@ -33,7 +33,7 @@ from llamarefine_k8s.cluster.run_objects import is_active, put_run_config_map, r
 from llamarefine_k8s.cluster.watchdog import StartWatchdog, abandon_lost_pods
 from llamarefine_k8s.runs.garbage import INPUT_GRACE
 from llamarefine_k8s.runs.pipeline import Pipeline, RunObserver, Task
-from llamarefine_k8s.runs.records import RunRecord, run_id
+from llamarefine_k8s.runs.records import DRIVER_RUN, RunRecord, run_id
 from llamarefine_k8s.settings import DRIVER, Settings
 
 Report = Callable[[str], None]
@@ -223,6 +223,17 @@ def check_gpus(recipe: Recipe, given: Settings) -> None:
     """Raise RecipeError if recipe and settings name different numbers of GPUs, before anything is created."""
     for stage in SEQUENCE:
         gpus_of(recipe, stage, given)
+
+
+def require_driver_of(run: str) -> None:
+    """Raise RecipeError in a driver's pod whose recipe is not that of the run for which the driver was created."""
+    expected = os.environ.get(DRIVER_RUN, run)
+    if run != expected:
+        raise RecipeError(
+            f"this driver was created for the run {expected}, but its recipe is that of {run}: was the ConfigMap "
+            f"{expected} replaced, or does the launcher's image have another version than the launcher that submitted "
+            "it? Cancel the run and submit it again"
+        )
 
 
 def require_account(cluster: Cluster, name: str) -> None:

@@ -208,6 +208,7 @@ def submit(
         placement.require_memory(cluster, given, loaded, lambda text: progress.print(text, soft_wrap=True))
     pinned = submission.pin_for_cluster(loaded, given, progress.print, upload=not dry_run)
     run = records.run_id(pinned)
+    submission.require_driver_of(run)
     if dry_run:
         click.echo(output.yaml_of(submission.objects_of(pinned, given, foreground=foreground)))
         return

@@ -36,8 +36,9 @@ HEARTBEAT_S = 15.0  # the longest time without a write while the driver is alive
 STALE_S = 90.0  # a running record that is older has no living driver
 _NAME = re.compile(r"[a-z0-9-]+")
 _READERS = 8
-# Name and uid of the driver Job, set in its pods.
+# Name and uid of the driver Job, and the run that it was created for, set in its pods.
 DRIVER_JOB, DRIVER_UID = "LLAMAREFINE_DRIVER_JOB", "LLAMAREFINE_DRIVER_UID"
+DRIVER_RUN = "LLAMAREFINE_DRIVER_RUN"
 
 
 class StageRecord(BaseModel):

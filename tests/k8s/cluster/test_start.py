@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from llamarefine_jobs.contract.errors import LlamaRefineError
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_k8s.cluster import run_status
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.api_requests import ApiRequests
 from llamarefine_k8s.cluster.manifests import driver_job, owner_reference, run_config_map, stage_job
-from llamarefine_k8s.cluster.run_objects import StageObjects
-from llamarefine_k8s.cluster.submission import start
+from llamarefine_k8s.cluster.run_objects import StageObjects, put_run_config_map
+from llamarefine_k8s.cluster.submission import require_driver_of, start
 from llamarefine_k8s.runs.pipeline import Task
 from llamarefine_k8s.runs.records import run_id
 from llamarefine_k8s.settings import Settings
@@ -143,3 +143,42 @@ def test_a_stage_job_that_another_driver_created_in_place_of_an_outdated_one_is_
     assert "DELETED" not in [
         change for _, change, each in server.history if each["metadata"]["uid"] == followed["metadata"]["uid"]
     ]
+
+
+def test_a_config_map_that_did_not_change_gets_a_new_owner_only(
+    server: ApiServer, recipe: Callable[..., Recipe]
+) -> None:
+    first, second = (
+        run_config_map(run_id(recipe()), recipe(), settings(), owner_reference("Job", "x", uid)) for uid in "12"
+    )
+    made = put_run_config_map(Cluster(), first)
+    kept = put_run_config_map(Cluster(), second)
+    assert kept["metadata"]["uid"] == made["metadata"]["uid"]
+    assert kept["metadata"]["ownerReferences"][0]["uid"] == "2"
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": {"recipe.yaml": "edited", "llamarefine.yaml": ""}}, {"immutable": None}], ids=str
+)
+def test_a_config_map_that_somebody_replaced_is_replaced_again(
+    server: ApiServer, recipe: Callable[..., Recipe], change: dict[str, Any]
+) -> None:
+    manifest = run_config_map(run_id(recipe()), recipe(), settings())
+    edited = server.put("configmaps", manifest | change)
+    put = put_run_config_map(Cluster(), manifest)
+    assert put["metadata"]["uid"] != edited["metadata"]["uid"]
+    assert (put["data"], put["immutable"]) == (manifest["data"], True)
+
+
+def test_a_config_map_of_the_same_name_that_is_not_ours_stays(server: ApiServer, recipe: Callable[..., Recipe]) -> None:
+    server.put("configmaps", {"metadata": {"name": run_id(recipe())}, "data": {}})
+    with pytest.raises(AccessError, match="exists but was not created by llamarefine"):
+        put_run_config_map(Cluster(), run_config_map(run_id(recipe()), recipe(), settings()))
+
+
+def test_a_driver_refuses_the_recipe_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_driver_of("any")
+    monkeypatch.setenv("LLAMAREFINE_DRIVER_RUN", "small-1")
+    require_driver_of("small-1")
+    with pytest.raises(RecipeError, match="was created for the run small-1, but its recipe is that of small-2"):
+        require_driver_of("small-2")
