@@ -42,11 +42,13 @@ class _Section(BaseModel):
 
 
 class Resources(_Section):
-    """Resource requests, limits and GPUs of one stage's container."""
+    """Resource requests, limits and GPUs of one container, a stage's or the driver's, and the nodes for its pod."""
 
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
     gpus: int | None = Field(None, ge=0, description="null: 1 if the stage needs a GPU, else 0")
+    node_selector: dict[str, str] | None = Field(None, description="null: `node_selector` of all stages")
+    tolerations: tuple[dict[str, Any], ...] | None = Field(None, description="null: `tolerations` of all stages")
 
     @field_validator("requests", "limits", mode="before")
     @classmethod
@@ -94,13 +96,15 @@ class Settings(_Section):
     service_account: str = Field("llamarefine-driver", description="of the driver; it needs permission to create Jobs")
     stage_service_account: str | None = Field(None, description="of stages; it needs no permissions. null: `default`")
     gpu_resource: str | None = Field("nvidia.com/gpu", description="resource name of a GPU; null: stages run on CPUs")
-    resources: dict[str, Resources] = Field({}, description="requests, limits and GPUs, by stage or `driver`")
+    resources: dict[str, Resources] = Field(
+        {}, description="requests, limits, GPUs, node_selector and tolerations, by stage or `driver`"
+    )
     shared_memory: Quantity | None = Field(
         "2Gi", description="size of /dev/shm in GPU stages; counts towards the memory limit"
     )
     scratch: Quantity | None = Field(None, description="limit of a pod's working space; null: the node's disk")
-    node_selector: dict[str, str] = Field({}, description="of stages")
-    tolerations: tuple[dict[str, Any], ...] = Field((), description="of stages, as in a pod's spec")
+    node_selector: dict[str, str] = Field({}, description="of stages; `resources` names another for one of them")
+    tolerations: tuple[dict[str, Any], ...] = Field((), description="of stages, as in a pod's spec; as node_selector")
     priority_class: str | None = None
     queue: str | None = Field(None, description="a Kueue LocalQueue; stages wait suspended until it admits them")
     retries: int = Field(
@@ -153,6 +157,19 @@ class Settings(_Section):
             resource: quantity for resource, quantity in _RESOURCES[name].items() if resource not in given.limits
         }
         return given.model_copy(update={"requests": defaults | given.requests})
+
+    def placement_of(self, name: str) -> dict[str, Any]:
+        """Return the part of a pod's spec that says on which nodes a stage or the driver may run.
+
+        The driver needs no GPU, so it has only what `resources.driver` says.
+        """
+        given = self.resources.get(name, Resources())
+        selector, tolerations = given.node_selector, given.tolerations
+        if name != DRIVER:
+            selector = self.node_selector if selector is None else selector
+            tolerations = self.tolerations if tolerations is None else tolerations
+        placement: dict[str, Any] = {"nodeSelector": dict(selector)} if selector else {}
+        return placement | ({"tolerations": [dict(each) for each in tolerations]} if tolerations else {})
 
     def gpus_of(self, stage: str) -> int:
         """Return how many GPUs a stage gets; 0 if `gpu_resource` is null."""

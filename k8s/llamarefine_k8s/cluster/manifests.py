@@ -145,6 +145,7 @@ def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) ->
     }
     pod = {
         "serviceAccountName": settings.service_account,
+        **settings.placement_of(DRIVER),
         **_pod(settings, container),
         "volumes": [{"name": "config", "configMap": {"name": run}}, {"name": "scratch", "emptyDir": {}}],
         "terminationGracePeriodSeconds": 30,
@@ -279,17 +280,12 @@ def _stage_pod(task: Task, settings: Settings) -> KubeObject:
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
-    placement: KubeObject = {}
-    if settings.stage_service_account:
-        placement["serviceAccountName"] = settings.stage_service_account
-    if settings.node_selector:
-        placement["nodeSelector"] = dict(settings.node_selector)
-    if settings.tolerations:
-        placement["tolerations"] = [dict(toleration) for toleration in settings.tolerations]
+    account = settings.stage_service_account
     return {
         "automountServiceAccountToken": False,
         **({} if is_one_pod else {"subdomain": service}),
-        **placement,
+        **({"serviceAccountName": account} if account else {}),
+        **settings.placement_of(task.stage),
         **_pod(settings, container),
         "volumes": volumes,
         "terminationGracePeriodSeconds": settings.grace_s,

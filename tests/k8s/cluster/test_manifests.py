@@ -183,6 +183,23 @@ def test_a_limit_in_the_settings_replaces_the_default_request(recipe: Recipe) ->
     assert resources["limits"]["memory"] == "1Gi"
 
 
+def test_resources_name_other_nodes_for_one_stage_and_for_the_driver(recipe: Recipe) -> None:
+    on_gpus = {"node_selector": {"gpu": "a100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+    anywhere = {"node_selector": {}, "tolerations": []}
+    small = {"node_selector": {"size": "small"}, "tolerations": [{"key": "small", "operator": "Exists"}]}
+
+    def placement(made: dict[str, Any]) -> tuple[Any, Any]:
+        return pod(made).get("nodeSelector"), pod(made).get("tolerations")
+
+    resources = {"prepare": anywhere, "merge": {"node_selector": {}}, "driver": small}
+    assert placement(job(recipe, "sft", **on_gpus)) == tuple(on_gpus.values())
+    assert placement(driver_job(RUN, settings(**on_gpus))) == (None, None)
+    assert placement(driver_job(RUN, settings(**on_gpus, resources=resources))) == tuple(small.values())
+    assert placement(job(recipe, "prepare", **on_gpus, resources=resources)) == (None, None)
+    assert placement(job(recipe, "sft", **on_gpus, resources=resources)) == tuple(on_gpus.values())
+    assert placement(job(recipe, "merge", **on_gpus, resources=resources)) == (None, on_gpus["tolerations"])
+
+
 def test_placement_settings_are_in_the_pod(recipe: Recipe) -> None:
     toleration = {"key": "nvidia.com/gpu", "operator": "Exists"}
     made = job(
