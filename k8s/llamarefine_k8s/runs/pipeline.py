@@ -152,7 +152,9 @@ class Pipeline:
                 stage, state="reused", key=key, started_at=existing.started_at, finished_at=existing.finished_at
             )
             return existing
-        self.record_writer.stage(stage, state="running", key=key, started_at=datetime.now(UTC))
+        self.record_writer.stage(
+            stage, state="running", key=key, started_at=datetime.now(UTC), finished_at=None, progress=None, error=None
+        )
         self._execute(stage, key)
         manifest = self.store.manifest(stage, key)
         if manifest is None:

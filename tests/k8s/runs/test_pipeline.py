@@ -50,6 +50,28 @@ def manifests(store: Store, stage: str) -> list[Path]:
     return sorted(Path(store.objects.root).glob(f"artifacts/{stage}/*/manifest.json"))
 
 
+def test_a_resumed_stage_does_not_show_the_progress_of_the_earlier_drive(
+    recipe: Callable[..., Recipe], store: Store
+) -> None:
+    """It may have got further than the checkpoint from which the stage resumes."""
+
+    def interrupted(on_line: Callable[[str], None]) -> None:
+        on_line("progress stage=sft step=350 steps=400")
+        raise PreemptedError("sft saved a checkpoint at step 200")
+
+    with pytest.raises(PreemptedError):
+        drive(recipe(), store, FakeExecutor(sft=interrupted))
+    left = find(store, None).stages["sft"]
+    assert left.progress
+    assert left.error
+    observer = RecordingObserver()
+    drive(recipe(), store, FakeExecutor(sft=lambda on_line: on_line("progress stage=sft step=201 steps=400")), observer)
+    running = [record.stages["sft"] for record in observer.records if record.stages["sft"].state == "running"]
+    assert running[0].progress is None
+    assert {stage.progress.step for stage in running if stage.progress} == {201}
+    assert {(stage.finished_at, stage.error) for stage in running} == {(None, None)}
+
+
 def test_every_stage_runs_once_in_sequence(recipe: Callable[..., Recipe], store: Store) -> None:
     assert drive(recipe(), store) == list(SEQUENCE)
     assert drive(recipe(), store) == []
