@@ -71,14 +71,18 @@ class Cluster:
         The server looks for an object of the same name only after it has accepted the new one, so an existing one is
         no failure. Raises the LlamaRefineError that creating the object would raise otherwise.
         """
-        with self._requests.translated_errors():
-            try:
-                response = self._requests.call("POST", self._requests.path(manifest["kind"]), manifest, _DRY_RUN)
-            except RefusedError as refused:
-                if refused.status == 409 and "already exists" in str(refused):
-                    return []
-                raise
-        warnings = ", ".join(response.headers.getlist("Warning"))
+
+        def send_once() -> str:
+            with self._requests.translated_errors():
+                try:
+                    response = self._requests.call("POST", self._requests.path(manifest["kind"]), manifest, _DRY_RUN)
+                except RefusedError as refused:
+                    if refused.status == 409 and "already exists" in str(refused):
+                        return ""
+                    raise
+                return ", ".join(response.headers.getlist("Warning"))
+
+        warnings = self._requests.retried(send_once, f"dry run of {manifest['kind']}")
         return [text.replace('\\"', '"') for text in re.findall(r'299 \S+ "((?:[^"\\]|\\.)*)"', warnings)]
 
     def patch(self, kind: str, name: str, patch: KubeObject) -> KubeObject | None:

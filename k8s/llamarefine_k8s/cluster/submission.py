@@ -152,6 +152,7 @@ def start(
         if job is None or not is_active(job):
             raise LlamaRefineError(f"the Job {run} ended or was deleted while this submit started; submit again")
     require_own(job, run)
+    cluster.dry_run_create(run_config_map(run, recipe, given))  # refused in a namespace that is being deleted
     report("runs already; this attaches to it")
     if _submitted_data(cluster, job, recipe, given) != run_config_map(run, recipe, given)["data"]:
         report(f"it keeps the settings it was submitted with; to change them, `{command} cancel {run}` first")

@@ -182,3 +182,13 @@ def test_a_driver_refuses_the_recipe_of_another_run(monkeypatch: pytest.MonkeyPa
     require_driver_of("small-1")
     with pytest.raises(RecipeError, match="was created for the run small-1, but its recipe is that of small-2"):
         require_driver_of("small-2")
+
+
+def test_a_namespace_that_is_being_deleted_is_an_error_although_the_run_is_still_there(
+    server: ApiServer, recipe: Callable[..., Recipe]
+) -> None:
+    """Kubernetes then refuses every new object, before it looks whether there is one of the same name."""
+    submit(recipe())
+    server.faults.append(Fault("POST ", status=403))
+    with pytest.raises(AccessError, match="the cluster forbids it"):
+        submit(recipe())
