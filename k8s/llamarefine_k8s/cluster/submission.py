@@ -130,13 +130,13 @@ def objects_of(recipe: Recipe, given: Settings, *, foreground: bool = False) -> 
 
 
 def start(
-    cluster: Cluster, recipe: Recipe, given: Settings, report: Report, *, command: str = "llamarefine"
+    cluster: Cluster, recipe: Recipe, given: Settings, report: Report, *, cancel: str = "llamarefine cancel"
 ) -> KubeObject:
     """Return the driver Job of a run: the active one, or a new one in place of what an earlier one left.
 
     Of several submits, the one that creates the Job decides the settings; the others attach to it. What is removed was
     listed before there was an active Job, and a driver's objects are all created after its Job: so no submit removes
-    what another one made. `command` is how the user types `llamarefine`, for the advice in reported lines.
+    what another one made. `cancel` is the command that cancels the run, for the advice in reported lines.
     """
     check_gpus(recipe, given)
     run = run_id(recipe)
@@ -155,7 +155,7 @@ def start(
     cluster.dry_run_create(run_config_map(run, recipe, given))  # refused in a namespace that is being deleted
     report("runs already; this attaches to it")
     if _submitted_data(cluster, job, recipe, given) != run_config_map(run, recipe, given)["data"]:
-        report(f"it keeps the settings it was submitted with; to change them, `{command} cancel {run}` first")
+        report(f"it keeps the settings it was submitted with; to change them, `{cancel}` first")
     return job
 
 

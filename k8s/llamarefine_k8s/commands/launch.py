@@ -17,8 +17,9 @@ from llamarefine_k8s.commands.options import (
     set_option,
     settings_option,
     store_option,
+    typed_cluster_flags,
 )
-from llamarefine_k8s.commands.terminal import command, open_console, print_json, print_text
+from llamarefine_k8s.commands.terminal import open_console, print_json, print_text
 
 if TYPE_CHECKING:
     from llamarefine_jobs.contract.recipe import Recipe
@@ -218,11 +219,16 @@ def submit(
     if foreground:
         _drive_in_foreground(cluster, pinned, given, opened)
         return
-    job = submission.start(cluster, pinned, given, progress.print, command=command())
+    flags = typed_cluster_flags()
+    follow, cancel = (
+        output.suggested(["logs", "-f", run], given.store, flags),
+        output.suggested(["cancel", run], None, flags),
+    )
+    job = submission.start(cluster, pinned, given, lambda text: progress.print(text, soft_wrap=True), cancel=cancel)
     if detach:
-        progress.print(f"to follow its log: {command()} logs -f {run}")
+        progress.print(f"to follow its log: {follow}", soft_wrap=True)
     else:
-        _follow(cluster, job, given, run)
+        _follow(cluster, job, given, run, f"the run continues; to follow it: {follow}; to stop it: {cancel}")
 
 
 def _drive_in_foreground(cluster: "Cluster", pinned: "Recipe", given: "Settings", opened: "Store") -> None:
@@ -236,8 +242,8 @@ def _drive_in_foreground(cluster: "Cluster", pinned: "Recipe", given: "Settings"
     _print_result(opened, record, given.store, None)
 
 
-def _follow(cluster: "Cluster", job: dict[str, Any], given: "Settings", run: str) -> None:
-    """Print the log of a driver Job until it ends; after Ctrl-C or `| head`, print how to follow or cancel the run."""
+def _follow(cluster: "Cluster", job: dict[str, Any], given: "Settings", run: str, advice: str) -> None:
+    """Print the log of a driver Job until it ends; after Ctrl-C or `| head`, print `advice`."""
     from llamarefine_jobs.contract.errors import GateError
     from llamarefine_k8s.cluster import submission
     from llamarefine_k8s.commands import output
@@ -245,9 +251,7 @@ def _follow(cluster: "Cluster", job: dict[str, Any], given: "Settings", run: str
     try:
         submission.follow(cluster, job, given, print_text)
     except (KeyboardInterrupt, BrokenPipeError):
-        open_console(stderr=True).print(
-            f"the run continues; to follow it: {command()} logs -f {run}; to stop it: {command()} cancel {run}"
-        )
+        open_console(stderr=True).print(advice, soft_wrap=True)
         return
     except GateError:  # the run made a model, so say how to use it
         output.print_next(open_console(), run, given.store)

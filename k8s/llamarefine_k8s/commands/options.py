@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from llamarefine_jobs.store import Store
@@ -68,6 +69,20 @@ def open_store(given: str | None) -> "Store":
     from llamarefine_k8s import settings
 
     return Store(settings.load(store=given).store)
+
+
+def typed_cluster_flags() -> list[str]:
+    """Return --context and --namespace as the user typed them, for the commands that a message suggests.
+
+    What the environment says is left out: it also applies to the next command.
+    """
+    context = click.get_current_context()
+    return [
+        word
+        for name in ("context", "namespace")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        for word in (f"--{name}", str(context.params[name]))
+    ]
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:

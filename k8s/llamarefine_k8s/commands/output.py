@@ -78,12 +78,17 @@ def print_places(console: Console, store: Store, record: RunRecord, into: Path |
 
 
 def print_next(console: Console, run: str, store: str | None, *, is_here: bool = False) -> None:
-    """Print the commands to type after a run, with --store unless the settings here name that store already."""
-    flags = ["--store", store] if store and store != settings.load().store else []
+    """Print the commands to type after a run."""
     console.print("\nnext")
     for name, arguments in (("infer", ["Your question"]), ("pull", ["--into", "./model"]), ("report", ["--open"])):
         if name != "pull" or not is_here:
-            console.print(f"  {command()} {shlex.join([name, run, *arguments, *flags])}", soft_wrap=True)
+            console.print(f"  {suggested([name, run, *arguments], store)}", soft_wrap=True)
+
+
+def suggested(words: Sequence[str], store: str | None = None, flags: Sequence[str] = ()) -> str:
+    """Return a command for the user to type, with --store unless the settings here name that store already."""
+    store_flags = ["--store", store] if store and store != settings.load().store else []
+    return f"{command()} {shlex.join([*words, *store_flags, *flags])}"
 
 
 def print_status(console: Console, store: Store, record: RunRecord) -> None:

@@ -1,6 +1,7 @@
 """Starting a run: which of several submits creates the driver Job, what they remove, and what they report."""
 
 import random
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, RecipeError
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.recipe_file import load_recipe
+from llamarefine_k8s.cli import cli
 from llamarefine_k8s.cluster import run_status
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.api_requests import ApiRequests
 from llamarefine_k8s.cluster.manifests import driver_job, owner_reference, run_config_map, stage_job
 from llamarefine_k8s.cluster.run_objects import StageObjects, put_run_config_map
-from llamarefine_k8s.cluster.submission import require_driver_of, start
+from llamarefine_k8s.cluster.submission import pin_for_cluster, require_driver_of, start
 from llamarefine_k8s.runs.pipeline import Task
 from llamarefine_k8s.runs.records import run_id
-from llamarefine_k8s.settings import Settings
+from llamarefine_k8s.settings import Settings, load, parse
 from tests.k8s.api_server import ApiServer, Fault, use_kubeconfig
 
 SUBMITS = 4
@@ -192,3 +196,33 @@ def test_a_namespace_that_is_being_deleted_is_an_error_although_the_run_is_still
     server.faults.append(Fault("POST ", status=403))
     with pytest.raises(AccessError, match="the cluster forbids it"):
         submit(recipe())
+
+
+def test_a_driver_writes_the_config_map_that_it_read(
+    server: ApiServer, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Otherwise each driver would replace the ConfigMap of its run."""
+    nodes = {"node_selector": {}, "tolerations": [{"key": "x", "operator": "Exists"}]}
+    given = parse({"store": "s3://bucket/x", "resources": {"prepare": nodes, "sft": {"requests": {"cpu": 2}}}}, "x")
+    pinned = pin_for_cluster(recipe(), given, lambda text: None, upload=False)
+    data = run_config_map(run_id(pinned), pinned, given)["data"]
+    for name, text in data.items():
+        (tmp_path / name).write_text(text)
+    read_settings = load(tmp_path / "llamarefine.yaml")
+    read = pin_for_cluster(load_recipe(tmp_path / "recipe.yaml"), read_settings, lambda text: None, upload=False)
+    assert run_config_map(run_id(read), read, read_settings)["data"] == data
+
+
+def test_submit_suggests_commands_with_the_typed_flags_and_the_store(
+    server: ApiServer, recipe_file: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMAREFINE_COMMAND", "llamarefine")
+    server.put("serviceaccounts", {"metadata": {"name": "llamarefine-driver"}})
+    command = ["submit", str(recipe_file), "--store", s3_uri, "--detach", "--no-memory-check"]
+    typed = CliRunner().invoke(cli, [*command, "-n", "default", "--context", "fake"], catch_exceptions=False)
+    flags = "--context fake --namespace default"
+    assert re.search(rf"logs -f small-\w+ --store {s3_uri} {flags}$", typed.output, re.MULTILINE), typed.output
+    Path("llamarefine.yaml").write_text(f"store: {s3_uri}\ngrace_s: 7\n")
+    from_environment = CliRunner().invoke(cli, command, env={"LLAMAREFINE_NAMESPACE": "default"})
+    assert re.search(r"logs -f small-\w+$", from_environment.output, re.MULTILINE), from_environment.output
+    assert re.search(r"to change them, `llamarefine cancel small-\w+` first$", from_environment.output, re.MULTILINE)
