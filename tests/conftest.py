@@ -68,6 +68,22 @@ def s3_uri(s3: s3_server.S3Server, the_bucket: str) -> str:
     return f"s3://{the_bucket}/{secrets.token_hex(8)}/llama"
 
 
+@pytest.fixture
+def rotating_minio(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.RotatingMinio]:
+    """A server of this test alone, whose keys can be replaced, with the bucket `rotated`; it is in the environment."""
+    import boto3
+
+    minio = s3_server.find_minio()
+    if not minio:
+        pytest.skip("needs the program minio: moto's server accepts any key")
+    with s3_server.RotatingMinio(minio) as server:
+        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        boto3.session.Session().client("s3", region_name="us-east-1").create_bucket(Bucket="rotated")
+        yield server
+
+
 @pytest.fixture(scope="session")
 def kind_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["KindCluster"]:
     """The kind cluster that all tests of `make e2e` share."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 KEY, SECRET = "llamarefine-tests", "not-a-secret-anywhere"
 
@@ -78,21 +79,64 @@ def _moto() -> Iterator[S3Server]:
 
 @contextmanager
 def _minio(program: str) -> Iterator[S3Server]:
-    with tempfile.TemporaryDirectory(prefix="llamarefine-minio-") as folder:
-        port = _free_port()
-        process = subprocess.Popen(
-            [program, "server", "--quiet", "--address", f"127.0.0.1:{port}", folder],
-            env={**os.environ, "MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"},
+    with RotatingMinio(program) as server:
+        yield S3Server(server.endpoint, "minio")
+
+
+class RotatingMinio:
+    """A MinIO server whose keys can be replaced: `rotate` starts it again, with its data, with other keys."""
+
+    def __init__(self, program: str) -> None:
+        self._program, self._port = program, _free_port()
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self.key, self.secret = KEY, SECRET
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="llamarefine-minio-")
+        try:
+            self._start()
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point boto3 at this server, with the keys that it began with."""
+        return S3Server(self.endpoint, "minio").environment
+
+    def write_keys(self, folder: Path) -> None:
+        """Write the current keys to a folder, as Kubernetes mounts a Secret."""
+        folder.mkdir(exist_ok=True)
+        (folder / "AWS_ACCESS_KEY_ID").write_text(f"{self.key}\n")
+        (folder / "AWS_SECRET_ACCESS_KEY").write_text(f"{self.secret}\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def rotate(self) -> None:
+        """Replace the keys. When this returns, the server refuses the former ones."""
+        self._stop()
+        self.key, self.secret = f"{self.key}-new", f"{self.secret}-new"
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [self._program, "server", "--quiet", "--address", f"127.0.0.1:{self._port}", self._folder.name],
+            env={**os.environ, "MINIO_ROOT_USER": self.key, "MINIO_ROOT_PASSWORD": self.secret, "MINIO_BROWSER": "off"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         try:
-            endpoint = f"http://127.0.0.1:{port}"
-            _wait_until_ready(f"{endpoint}/minio/health/ready", process)
-            yield S3Server(endpoint, "minio")
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+            _wait_until_ready(f"{self.endpoint}/minio/health/ready", self._process)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:

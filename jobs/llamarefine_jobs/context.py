@@ -87,6 +87,7 @@ class Context:
         missing = [name for name in self.stage.writes if not (self.output / name).exists()]
         if missing:
             raise AssertionError(f"{self.stage.name} did not write {', '.join(missing)}")
+        self.store.retry_policy.restart_outage()  # after failed checkpoints, too: what was trained exists only here
         manifest = self.store.publish(self.output, self.draft())
         if self.stage.has_checkpoints:
             self.store.remove_checkpoints(self.stage.name, self.key)

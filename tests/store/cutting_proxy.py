@@ -13,6 +13,9 @@ _SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
 )
+_ACCESS_DENIED = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>'
+)
 _CHUNK_BYTES = 1 << 14
 
 
@@ -41,6 +44,7 @@ class CuttingProxy:
         self.cut_after_bytes = 0  # per connection, in both directions together
         self.slow_downs_left = 0  # answer 503 SlowDown to this number of requests
         self.retry_after_s = 0  # send Retry-After with these answers
+        self.denials_left = 0  # answer 403 AccessDenied to this number of requests
         self.wrong_servers_left = 0  # answer this number of new connections as another server would
         self.wrong_server_status = b"404 Not Found"  # the other server's answer to every request
         self.wrong_certificates: list[ssl.SSLContext | None] = []  # for the next connections, one each; None: no TLS
@@ -91,6 +95,9 @@ class CuttingProxy:
                 retry_after = b"\r\nRetry-After: %d" % self.retry_after_s if self.retry_after_s else b""
                 head = b"503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close" + retry_after
                 _answer(client, head, _SLOW_DOWN)
+            elif self._take("denials_left"):
+                head = b"403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close"
+                _answer(client, head, _ACCESS_DENIED)
             elif self._take("wrong_servers_left"):
                 while _answer(client, self.wrong_server_status + b"\r\nContent-Type: text/plain", b"nothing here\n"):
                     pass

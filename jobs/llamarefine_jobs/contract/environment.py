@@ -3,6 +3,7 @@
 WORK_FOLDER = "LLAMAREFINE_WORK"  # where temporary folders are created; the system's place if not set
 TERMINATION_MESSAGE = "LLAMAREFINE_TERMINATION_MESSAGE"  # file for the last message; Kubernetes' file if not set
 STOP_AT_EOF = "LLAMAREFINE_STOP_AT_EOF"  # "1": the end of standard input, which the launcher holds open, is a SIGTERM
+BUCKET_KEYS = "LLAMAREFINE_BUCKET_KEYS"  # folder with the bucket's keys, one file per variable: a mounted Secret
 GIVE_UP_VARIABLE = "LLAMAREFINE_GIVE_UP_AFTER_S"  # how long one outage is retried; contract/retry.py reads it
 OOM_VARIABLE = "LLAMAREFINE_RAN_OUT_AT_ROWS"  # JSON list of micro-batches, in rows, that were too large for the memory
 SHARED_FOLDER = "LLAMAREFINE_GROUP"  # the folder that an agent shares with its workers; only workers have it

@@ -88,6 +88,12 @@ class RetryPolicy:
         if began_s is not None and was_announced:
             self.report(f"continues after an outage of {time.monotonic() - began_s:.0f} s")
 
+    def restart_outage(self) -> None:
+        """Retry requests that begin now for the whole give-up time, even if the outage has already lasted that long."""
+        with self._lock:
+            if self._outage_began_s is not None:
+                self._outage_began_s = time.monotonic()
+
     def announce(self, error: StoreError) -> None:
         """Report once per outage that the request is being retried, and for how long."""
         with self._lock:

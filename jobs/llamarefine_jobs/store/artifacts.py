@@ -50,7 +50,8 @@ class Store:
     """Artifacts, checkpoints and runs below one URI. Failed requests to a bucket are retried under `retry_policy`."""
 
     def __init__(self, uri: str, retry_policy: RetryPolicy | None = None) -> None:
-        self.objects = open_objects(uri, retry_policy)
+        self.retry_policy = retry_policy or RetryPolicy()
+        self.objects = open_objects(uri, self.retry_policy)
         self.uri = self.objects.uri
 
     # Artifacts and checkpoints

@@ -3,6 +3,10 @@
 boto3 finds the credentials, applies timeouts and retries a single request a few times. If an outage lasts longer, the
 whole operation is retried under a `RetryPolicy` (contract/retry.py).
 
+Keys are rotated while a training runs. If the bucket refuses a client that it has served before, the failure may pass:
+the client is made anew, so that the keys are read again (environment, files, STS), and the operation is retried. A
+refusal of the first request, or of a permission that the keys never had, is an AccessError at once.
+
 For a store that is not Amazon's, the endpoint comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
 """
 
@@ -11,10 +15,10 @@ import errno
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
@@ -28,6 +32,7 @@ from llamarefine_jobs.contract.errors import (
     from_os_error,
 )
 from llamarefine_jobs.contract.retry import RetryPolicy
+from llamarefine_jobs.store.mounted_keys import read_mounted_keys
 from llamarefine_jobs.store.objects import CHUNK_BYTES, READ_LIMIT_BYTES, Entry, refuse_too_large
 from llamarefine_jobs.untrusted.log_redaction import redact_logs
 
@@ -36,7 +41,18 @@ if TYPE_CHECKING:
 
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5, 60
 _REQUEST_ATTEMPTS = 4  # boto3's, within about a second; they save repeating a large file for one failed part
-_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
+# Of the bucket, and of STS, from which boto3 gets the keys of a role or of a web identity.
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_REFUSED = (
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidIdentityToken",
+    "InvalidToken",
+    "InvalidTokenId",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+)
 _OTHER_REGION = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301")
 _FULL = ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
 _RETRYABLE = (
@@ -80,10 +96,22 @@ class S3Objects:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client: S3Client | None = None
+        self._creating = threading.Lock()
+        self._granted: set[str] = set()  # permissions that the bucket, or STS, has granted this object's clients
 
-    @cached_property
+    @property
     def client(self) -> "S3Client":
-        """The boto3 client, created on first use. Raises AccessError if boto3 cannot create it."""
+        """The boto3 client, created when it is needed.
+
+        Raises AccessError if boto3 cannot create it, or StoreError if it could before: a file is being replaced.
+        """
+        with self._creating:
+            if self._client is None:
+                self._client = self._create_client()
+            return self._client
+
+    def _create_client(self) -> "S3Client":
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -104,11 +132,20 @@ class S3Objects:
         try:
             session = botocore.session.get_session()
             session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
-            client: S3Client = boto3.session.Session(botocore_session=session).client("s3", config=settings)
+            session.register("after-call", self._record_granted)
+            keys = read_mounted_keys()
+            client: S3Client = boto3.session.Session(botocore_session=session, **keys).client("s3", config=settings)
             refuse_credentials(client.meta.endpoint_url)
             return client
-        except (BotoCoreError, ValueError) as error:
-            raise AccessError(f"store {self.uri}: the S3 client cannot start: {_sentence(error)}") from None
+        except (BotoCoreError, OSError, ValueError) as error:
+            text = f"store {self.uri}: the S3 client cannot start: {_sentence(error)}"
+            raise (StoreError(text) if self.retry_policy.has_succeeded else AccessError(text)) from None
+
+    def _record_granted(self, **answer: Any) -> None:
+        """Record the permission that an answer of the bucket proves, among them that an object is not there."""
+        status = answer["http_response"].status_code
+        if status < 300 or status in (404, 412):
+            self._granted.add(_permission(answer["model"].name))
 
     def local_path(self, path: str) -> None:
         return None
@@ -244,25 +281,25 @@ class S3Objects:
         )
 
         where = f"{self.uri}/{path}".rstrip("/")
+        client = self.client
         try:
             yield
         except LlamaRefineError:
             raise
         except (NoCredentialsError, PartialCredentialsError):
-            raise AccessError(
-                f"{where}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            ) from None
+            text = f"{where}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            raise self._refusal(client, text, may_pass=self.retry_policy.has_succeeded) from None
         except ParamValidationError as error:
             reason = _sentence(error).partition(": Bucket name must match")[0]
             raise RecipeError(f"{where}: {reason}; correct the store's URI") from None
         except SSLError as error:
             raise self._from_tls_error(where, str(error)) from None
         except ClientError as error:
-            raise self._from_client_error(where, error) from None
+            raise self._from_client_error(client, where, error) from None
         except (BotoCoreError, Boto3Error) as error:
             cause = error.__cause__ or error.__context__
             if isinstance(cause, ClientError):
-                raise self._from_client_error(where, cause) from None
+                raise self._from_client_error(client, where, cause) from None
             raise StoreError(f"{where}: {_sentence(error)}; is the endpoint right and reachable?") from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -285,16 +322,30 @@ class S3Objects:
         may_be_temporary = self.retry_policy.has_succeeded or "EOF" in error
         return StoreError(f"{where}: {message}") if may_be_temporary else AccessError(f"{where}: {message}")
 
-    def _from_client_error(self, where: str, error: Any) -> LlamaRefineError:
+    def _refusal(self, client: "S3Client", text: str, *, may_pass: bool) -> LlamaRefineError:
+        """Return the error for refused or missing keys. If it may pass, the next client reads the keys again."""
+        if not may_pass:
+            return AccessError(text)
+        with self._creating:
+            if self._client is client:  # otherwise another thread has replaced it already
+                self._client = None
+        return StoreError(f"{text}; they were accepted before and are read again for each attempt")
+
+    def _from_client_error(self, client: "S3Client", where: str, error: Any) -> LlamaRefineError:
         code = _code(error)
         message = error.response.get("Error", {}).get("Message")
         answer = f"{code}: {_sentence(message)}" if message else code
         if code == "NoSuchBucket":
             return AccessError(f"{where}: there is no bucket `{self.bucket}`; create it or correct the store's URI")
+        # Access may be denied to keys that are right, so it must have been granted before.
+        granted = code != "AccessDenied" or _permission(error.operation_name) in self._granted
+        may_pass = self.retry_policy.has_succeeded and granted
         if code in _REFUSED:
-            return AccessError(f"{where}: the bucket refuses these credentials ({code}); check key, secret and policy")
-        if code == "ExpiredToken":
-            return AccessError(f"{where}: the session's credentials have expired; renew them, then run again")
+            text = f"{where}: the bucket refuses these credentials ({code}); check key, secret and policy"
+            return self._refusal(client, text, may_pass=may_pass)
+        if code in _EXPIRED:
+            text = f"{where}: the session's credentials have expired; renew them"
+            return self._refusal(client, text, may_pass=may_pass)
         if code in _OTHER_REGION:
             return AccessError(f"{where}: the bucket lies in another region ({answer}); set AWS_REGION")
         if code == "InvalidBucketName":
@@ -357,6 +408,11 @@ def _parse_time(text: Any) -> datetime:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):  # the format of a header, or a number
         return parse_timestamp(text)
+
+
+def _permission(operation: str) -> str:
+    """Return the permission that an operation needs. A write in parts needs the same as a write in one request."""
+    return "PutObject" if "Upload" in operation else operation
 
 
 def _code(error: Any) -> str:

@@ -35,15 +35,24 @@ _FORMS = (
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
 )
 
+_read_secrets: tuple[str, ...] = ()
+
 
 def redact(text: str) -> str:
     """Return `text` with each credential replaced by `[hidden]`."""
-    for secret in _environment_secrets():
+    for secret in (*_environment_secrets(), *_read_secrets):
         text = text.replace(secret, HIDDEN)
     text = _NAMED.sub(rf"\g<name>\g<between>{HIDDEN}", text)
     for form in _FORMS:
         text = form.sub(HIDDEN, text)
     return text
+
+
+def redact_secret(secret: str) -> None:
+    """Redact this value too, in every spelling that a log may use: a secret that this process read from a file."""
+    global _read_secrets
+    spellings = {each for each in _spellings(secret) if len(each) >= _SHORTEST_SECRET}
+    _read_secrets = tuple(sorted({*_read_secrets, *spellings}, key=len, reverse=True))
 
 
 @functools.cache

@@ -21,7 +21,13 @@ import yaml
 
 from llamarefine_jobs.contract import environment
 from llamarefine_jobs.contract.artifact import short
-from llamarefine_jobs.contract.environment import GIVE_UP_VARIABLE, OOM_VARIABLE, RENDEZVOUS_PORT, WORK_FOLDER
+from llamarefine_jobs.contract.environment import (
+    BUCKET_KEYS,
+    GIVE_UP_VARIABLE,
+    OOM_VARIABLE,
+    RENDEZVOUS_PORT,
+    WORK_FOLDER,
+)
 from llamarefine_jobs.contract.errors import Disposition, LlamaRefineError, RecipeError, all_errors
 from llamarefine_jobs.contract.recipe import Recipe, Training
 from llamarefine_jobs.contract.retry import GIVE_UP_AFTER_S
@@ -40,7 +46,8 @@ JOB_NAME = "batch.kubernetes.io/job-name"
 RECIPE_FILE = "/etc/llamarefine/recipe.yaml"
 SETTINGS_MAP, SETTINGS_FILE = "llamarefine-settings", "/etc/llamarefine/llamarefine.yaml"
 CONTAINER = "stage"
-_CONFIG, _SCRATCH = "/etc/llamarefine", "/scratch"
+_CONFIG, _KEYS, _SCRATCH = "/etc/llamarefine", "/etc/llamarefine-keys", "/scratch"
+_KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _DRIVER_RETRIES = 3
 
 
@@ -141,13 +148,18 @@ def driver_job(run: str, settings: Settings, owner: KubeObject | None = None) ->
         "volumeMounts": [
             {"name": "config", "mountPath": _CONFIG, "readOnly": True},
             {"name": "scratch", "mountPath": _SCRATCH},
+            *_keys_mount(settings),
         ],
     }
     pod = {
         "serviceAccountName": settings.service_account,
         **settings.placement_of(DRIVER),
         **_pod(settings, container),
-        "volumes": [{"name": "config", "configMap": {"name": run}}, {"name": "scratch", "emptyDir": {}}],
+        "volumes": [
+            {"name": "config", "configMap": {"name": run}},
+            {"name": "scratch", "emptyDir": {}},
+            *_keys_volume(settings),
+        ],
         "terminationGracePeriodSeconds": 30,
     }
     job = {
@@ -245,6 +257,7 @@ def _stage_pod(task: Task, settings: Settings) -> KubeObject:
     mounts: list[KubeObject] = [
         {"name": "recipe", "mountPath": _CONFIG, "readOnly": True},
         {"name": "scratch", "mountPath": _SCRATCH},
+        *_keys_mount(settings),
     ]
     scratch = {"sizeLimit": settings.scratch} if settings.scratch else {}
     volumes: list[KubeObject] = [
@@ -253,6 +266,7 @@ def _stage_pod(task: Task, settings: Settings) -> KubeObject:
             "configMap": {"name": task.run, "items": [{"key": "recipe.yaml", "path": "recipe.yaml"}]},
         },
         {"name": "scratch", "emptyDir": scratch},
+        *_keys_volume(settings),
     ]
     if gpus and settings.shared_memory:  # data loaders pass tensors in /dev/shm, which is 64 MiB otherwise
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108 the kernel defines this path
@@ -328,13 +342,30 @@ def _environment(settings: Settings) -> list[KubeObject]:
         plain["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
     if settings.give_up_after_s != GIVE_UP_AFTER_S:
         plain[GIVE_UP_VARIABLE] = str(settings.give_up_after_s)
+    if settings.secret_name:
+        plain[BUCKET_KEYS] = _KEYS
     plain |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH, WORK_FOLDER: _SCRATCH, "PYTHONUNBUFFERED": "1"}
     secret = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": settings.secret_name, "key": name}}}
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        for name in _KEY_VARIABLES
         if settings.secret_name
     ]
     return [{"name": name, "value": value} for name, value in plain.items()] + secret
+
+
+def _keys_mount(settings: Settings) -> list[KubeObject]:
+    return [{"name": "bucket-keys", "mountPath": _KEYS, "readOnly": True}] if settings.secret_name else []
+
+
+def _keys_volume(settings: Settings) -> list[KubeObject]:
+    """Return the volume with the bucket's keys as files, which follow the Secret while the pod runs.
+
+    It is optional so that a missing Secret or key is still reported by the container, whose environment needs both.
+    """
+    if not settings.secret_name:
+        return []
+    items = [{"key": name, "path": name} for name in (*_KEY_VARIABLES, "AWS_SESSION_TOKEN")]
+    return [{"name": "bucket-keys", "secret": {"secretName": settings.secret_name, "items": items, "optional": True}}]
 
 
 def _signing_key(settings: Settings) -> list[KubeObject]:

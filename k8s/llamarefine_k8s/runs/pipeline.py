@@ -18,6 +18,7 @@ from typing import Protocol, Self
 from llamarefine_jobs.contract import progress
 from llamarefine_jobs.contract.artifact import Manifest, artifact_key, run_path, short
 from llamarefine_jobs.contract.errors import (
+    AccessError,
     Disposition,
     IntegrityError,
     LlamaRefineError,
@@ -233,7 +234,7 @@ class Pipeline:
     def _record_end(self, stage: str, state: str, error: LlamaRefineError) -> LlamaRefineError:
         """Record how the run ended; return the error with the stage's name in front."""
         shown = str(error) if isinstance(error, PreemptedError) else _with_stage(stage, str(error))
-        with contextlib.suppress(StoreError):  # an outage that ends the run also prevents this write
+        with contextlib.suppress(StoreError, AccessError):  # an outage that ends the run also prevents this write
             if stage not in self.made:
                 self.record_writer.stage(stage, retry=False, state=state, finished_at=datetime.now(UTC), error=shown)
             self.record_writer.run(retry=False, state=state, error=shown)
@@ -285,7 +286,7 @@ class StageLog:
             self._lines.write(self._marker())
             self._lines.close()
             # If the stage failed, its own error is reported, not that its log could not be uploaded.
-            with contextlib.suppress(*((StoreError,) if kind else ())):
+            with contextlib.suppress(*((StoreError, AccessError) if kind else ())):
                 self._store.objects.upload(self.path, self.file, lambda chunk: None)
                 self.sha256 = file_sha256(self.file)
         self._folder.cleanup()

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,72 @@ def test_a_failed_upload_is_logged_and_the_next_checkpoint_is_uploaded(
     uploader.upload_in_background(make_checkpoint(3))
     uploader.wait()
     assert newest_stored_step(store, tmp_path / "after the next") == 3
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_whose_upload_failed_is_kept_and_uploaded_when_that_works_again(
+    monkeypatch: pytest.MonkeyPatch,
+    uploader: CheckpointUploader,
+    gate: Gate,
+    store: Store,
+    notes: list[str],
+    make_checkpoint: Callable[[int], Checkpoint],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("llamarefine_jobs.training.checkpoints.RETRY_EVERY_S", 0.01)
+    gate.open.set()
+    gate.error = StoreError("the keys are refused")
+    uploader.upload_in_background(make_checkpoint(1))
+    wait_until(lambda: len(notes) == 1)
+    gate.reached.clear()
+    assert gate.reached.wait(30), "the upload was not repeated"
+    gate.error = None
+    wait_until(lambda: len(notes) == 2)
+    assert notes == [
+        "the checkpoint at step 1 is not in the store, training continues: the keys are refused",
+        "the checkpoint at step 1 is in the store; uploads work again",
+    ]
+    assert newest_stored_step(store, tmp_path / "resume") == uploader.newest_step == 1
+
+
+def test_a_newer_checkpoint_replaces_one_whose_upload_failed(
+    uploader: CheckpointUploader,
+    gate: Gate,
+    store: Store,
+    notes: list[str],
+    make_checkpoint: Callable[[int], Checkpoint],
+    tmp_path: Path,
+) -> None:
+    gate.open.set()
+    gate.error = StoreError("the keys are refused")
+    failed = make_checkpoint(1)
+    uploader.upload_in_background(failed)
+    wait_until(lambda: len(notes) == 1)
+    assert failed.folder.exists()
+    gate.error = None
+    uploader.upload_in_background(make_checkpoint(2))  # does not wait for the end of the pause
+    wait_until(lambda: len(notes) == 2)
+    assert not failed.folder.exists()
+    assert newest_stored_step(store, tmp_path / "resume") == 2
+
+
+def test_discard_waiting_removes_a_checkpoint_whose_upload_failed(
+    uploader: CheckpointUploader, gate: Gate, notes: list[str], make_checkpoint: Callable[[int], Checkpoint]
+) -> None:
+    gate.open.set()
+    gate.error = StoreError("the keys are refused")
+    failed = make_checkpoint(1)
+    uploader.upload_in_background(failed)
+    wait_until(lambda: len(notes) == 1)
+    uploader.discard_waiting()
+    assert not failed.folder.exists()
+    assert len(notes) == 1
 
 
 def test_the_last_checkpoint_is_in_the_store_when_upload_now_returns(

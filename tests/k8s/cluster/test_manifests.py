@@ -299,3 +299,12 @@ def test_a_pod_gets_the_micro_batches_that_were_too_large(recipe: Recipe) -> Non
 
     assert tried_rows(Task(RUN, "sft", "5f" * 32, recipe, STORE)) == []
     assert tried_rows(Task(RUN, "sft", "5f" * 32, recipe, STORE, oom_micro_batch_rows=(8, 4))) == ["[8, 4]"]
+
+
+@pytest.mark.parametrize("name", [*STAGES, "driver"])
+def test_without_a_secret_no_keys_are_mounted(name: str, recipe: Recipe) -> None:
+    """With workload identity, keys in a folder would take precedence over the role."""
+    given = parse({"store": STORE, "secret_name": None}, "test")
+    made = driver_job(RUN, given) if name == "driver" else stage_job(Task(RUN, name, "5f" * 32, recipe, STORE), given)
+    assert "bucket-keys" not in str(made)
+    assert "LLAMAREFINE_BUCKET_KEYS" not in str(made)

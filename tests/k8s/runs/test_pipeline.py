@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llamarefine_jobs.contract.environment import BUCKET_KEYS
 from llamarefine_jobs.contract.errors import (
     DivergedError,
     IntegrityError,
@@ -16,10 +17,12 @@ from llamarefine_jobs.contract.errors import (
     all_errors,
 )
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_jobs.contract.stages import SEQUENCE
 from llamarefine_jobs.store import Store
-from llamarefine_k8s.runs.pipeline import InterruptedRunError, Pipeline
+from llamarefine_k8s.runs.pipeline import InterruptedRunError, Pipeline, Task
 from llamarefine_k8s.runs.records import RunRecord, find
+from tests import s3_server
 from tests.k8s.acting import FakeExecutor, fail
 
 
@@ -252,6 +255,33 @@ def test_an_unexpected_exception_is_recorded_and_raised(recipe: Callable[..., Re
     with pytest.raises(ZeroDivisionError):
         drive(recipe(), store, FakeExecutor(sft=divide_by_zero))
     assert find(store, None).stages["sft"].error == "sft: ZeroDivisionError: a bug"
+
+
+def test_a_run_whose_keys_are_replaced_is_driven_to_its_end(
+    recipe: Callable[..., Recipe],
+    rotating_minio: s3_server.RotatingMinio,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The driver meets the refusal when sft has ended; the new keys come after it has reported that."""
+    monkeypatch.setenv(BUCKET_KEYS, str(tmp_path))
+    rotating_minio.write_keys(tmp_path)
+    notices: list[str] = []
+
+    def replace_keys(notice: str) -> None:
+        notices.append(notice)
+        rotating_minio.write_keys(tmp_path)
+
+    class RotatingExecutor(FakeExecutor):
+        def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
+            super().execute(task, on_line)
+            if task.stage == "sft":
+                rotating_minio.rotate()
+
+    store = Store("s3://rotated", RetryPolicy(120, replace_keys))
+    assert drive(recipe(), store, RotatingExecutor()) == list(SEQUENCE)
+    assert "refuses these credentials (InvalidAccessKeyId)" in notices[0]
+    assert find(Store("s3://rotated"), None).state == "done"
 
 
 def test_a_run_works_the_same_in_a_bucket(recipe: Callable[..., Recipe], s3_uri: str) -> None:
