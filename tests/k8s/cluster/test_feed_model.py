@@ -59,9 +59,16 @@ def expire(server: ApiServer) -> None:
     server.expired = server.version
 
 
-def forget(server: ApiServer) -> None:
-    """Let the last change reach no watch that has not shown it yet."""
-    del server.history[-1:]
+def unseen(change: Callable[[ApiServer], None]) -> Callable[[ApiServer], None]:
+    """Return a change that no watch reports."""
+
+    def apply(server: ApiServer) -> None:
+        reported = len(server.history)
+        change(server)
+        del server.history[reported:]
+
+    apply.__name__ = f"unseen {change.__name__}"
+    return apply
 
 
 def fall_silent(server: ApiServer) -> None:
@@ -98,8 +105,9 @@ POD_CHANGES = [
     on_pod(pod, change) for pod in PODS for change in ("run", "succeed", "fail", "begin to delete", "delete")
 ]
 JOB_CHANGES = [change_job, begin_to_delete_job, delete_job, orphan]
-FAULTS = [expire, forget, fall_silent, break_off, refuse]
-STEPS = st.one_of(st.sampled_from(POD_CHANGES), st.sampled_from(JOB_CHANGES), st.sampled_from(FAULTS))
+FAULTS = [expire, fall_silent, break_off, refuse]
+CHANGES = st.one_of(st.sampled_from(POD_CHANGES), st.sampled_from(POD_CHANGES), st.sampled_from(JOB_CHANGES))
+STEPS = st.one_of(CHANGES, CHANGES.map(unseen), st.sampled_from(FAULTS))
 
 
 @given(st.lists(STEPS, max_size=12), st.integers(0, 3), st.booleans())
