@@ -18,7 +18,7 @@ from llamarefine_jobs.contract.artifact import artifact_key
 from llamarefine_jobs.contract.environment import SHARED_FOLDER
 from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.entry import exit_code, find_parents, open_store, seeded_threads
+from llamarefine_jobs.entry import end_at_once, exit_code, find_parents, open_store, seeded_threads
 from llamarefine_jobs.process import sigterm
 from llamarefine_jobs.process.agent import OUTCOME
 from llamarefine_jobs.process.world import join
@@ -38,6 +38,7 @@ def main() -> None:
     with sigterm.ignoring_sigterm_at_exit(), exit_code(options.stage):
         recipe = pinning.pin(load_recipe(options.recipe), check=False)  # as in a training in one process
         work(options.stage, recipe, open_store(options.stage, options.store))
+    end_at_once()
 
 
 def work(stage_name: str, recipe: Recipe, store: Store) -> None:

@@ -71,7 +71,8 @@ def test_a_training_that_is_killed_at_random_steps_ends_with_the_same_adapter(
     assert exit_code == 0, "\n".join(lines)
     assert_resumed(lines, stage, resumed_at)
     assert processes.sha256s(store, stage) == processes.sha256s(uninterrupted / "store", stage)
-    assert not (store / "checkpoints").exists(), "checkpoints are left after their training"
+    left = [path for path in (store / "checkpoints").rglob("*") if path.is_file()]
+    assert not left, "checkpoints are left after their training"  # a killed process may leave an empty folder
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
