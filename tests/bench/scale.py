@@ -113,7 +113,7 @@ def measure_drivers(count: int) -> None:
 
         def wait_for(task: Task) -> None:
             executor = ClusterExecutor(Cluster(retry_policy=RetryPolicy(120)), Settings(gpu_resource=None))
-            with contextlib.suppress(LlamaRefineError):  # raised when its Job is deleted below
+            with contextlib.suppress(LlamaRefineError):  # raised when its Job and the Job's owner are deleted below
                 executor.execute(task, lambda line: None)
 
         threads = [threading.Thread(target=wait_for, args=(task,), daemon=True) for task in tasks]
@@ -129,6 +129,7 @@ def measure_drivers(count: int) -> None:
         wall, cpu = look_s(cluster, tasks[-1].run)
         print(f"  status of one run: median {wall:.2f} s (CPU {cpu:.2f} s)")
         for task in tasks:
+            cluster.delete("ConfigMap", task.run)  # the Job's owner: without it the Job is not created again
             cluster.delete("Job", f"{task.run}-sft")
         for thread in threads:
             thread.join(60)

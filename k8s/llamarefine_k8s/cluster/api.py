@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -125,15 +125,22 @@ class Cluster:
         yield from response_lines(self._requests.open_stream(path, query, api_watch.WATCH_S + api_watch.SILENCE_S))
 
     def watch(
-        self, kind: str, *, labels: str = "", fields: str = "", stopped: Callable[[], bool]
+        self,
+        kind: str,
+        *,
+        labels: str = "",
+        fields: str = "",
+        stopped: Callable[[], bool],
+        expected: Sequence[KubeObject] = (),
     ) -> Iterator[tuple[str, KubeObject]]:
         """Yield the existing objects as ADDED, then each change, until `stopped` returns true.
 
-        After a lost connection the objects are listed again: a change may be yielded twice, but the last state of
-        each object is always yielded, and objects that vanished meanwhile are yielded as DELETED. Raises errors that
-        retrying cannot fix (403), and StoreError for an outage that outlasts the retry policy.
+        At least every minute, and after a lost connection, the objects are listed again: a change may be yielded
+        twice, but the last state of each object is always yielded, and objects that vanished meanwhile are yielded as
+        DELETED. So are those of the `expected` objects that do not exist. Raises errors that retrying cannot fix
+        (403), and StoreError for an outage that outlasts the retry policy.
         """
-        return api_watch.watch(self._requests, kind, _selectors(labels, fields), stopped)
+        return api_watch.watch(self._requests, kind, _selectors(labels, fields), stopped, expected)
 
 
 def parse_quantity(text: str) -> Decimal:

@@ -105,15 +105,19 @@ class ApiRequests:
             return self.call("GET", path, query=query, read_timeout_s=silence_s)
 
     def retried(self, request: Callable[[], Result], request_kind: str) -> Result:
-        """Return the result of `request`, retried through an outage.
+        """Return the result of `request`, retried through an outage; a refusal is treated as by `granted`."""
+        return self.granted(lambda: self.retry_policy.call(request), request_kind)
 
-        A refusal is retried too, for a short time, if the server granted the same `request_kind` before: a starting
-        API server refuses users whom it accepted a moment ago.
+    def granted(self, request: Callable[[], Result], request_kind: str) -> Result:
+        """Return the result of `request`, which is not retried through an outage.
+
+        A refusal is retried, for a short time, if the server granted the same `request_kind` before: a starting API
+        server refuses users whom it accepted a moment ago.
         """
         refused_until_s: float | None = None
         while True:
             try:
-                result = self.retry_policy.call(request)
+                result = request()
             except AccessError as error:
                 now_s = time.monotonic()
                 refused_until_s = refused_until_s or now_s + min(_STARTING_S, self.retry_policy.limit_s)

@@ -4,6 +4,7 @@ The Job's controller retries the errors that errors.py marks as retryable; this 
 log and explains its end.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from llamarefine_k8s.runs.pipeline import Task
 from llamarefine_k8s.settings import Settings
 
 _POLL_S = 0.2
+_FINISH_S = 60.0  # the longest time for the rest of the log of a stage that has published its artifact
+_MAX_REMADE_JOBS = 3  # of one stage: whoever deletes more of them wants the stage to stop
 
 
 class ClusterExecutor:
@@ -35,15 +38,22 @@ class ClusterExecutor:
     def execute(self, task: Task, on_line: Callable[[str], None]) -> None:
         """Run a stage; see `pipeline.Executor`."""
         self._is_running = True
+        cancels, remade_jobs = self._cancels, 0
         try:
             while True:
                 try:
-                    job = self._objects.ensure_job(task)
+                    job = self._objects.ensure_job(task, lambda: self._cancels > cancels)
                     with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
                         self._follow(task, feed, on_line)
                     return
                 except _MemoryLimitError as error:
                     task = with_halved_micro_batch(task, error, on_line)
+                except _JobDeletedError as error:
+                    if remade_jobs == _MAX_REMADE_JOBS or not self._objects.owner_exists():
+                        on_line(f"{task.stage}: {error}")
+                        raise
+                    remade_jobs += 1
+                    on_line(f"{task.stage}: {error}; it is created again")
         finally:
             self._is_running = False
 
@@ -52,7 +62,8 @@ class ClusterExecutor:
         job = self._cluster.get("Job", stage_job_name(task.run, task.stage))
         if job and (job["metadata"].get("labels") or {}).get(RUN) == task.run:
             with JobFeed(self._cluster, job, CONTAINER, self.read_to) as feed:
-                while not feed.is_over:
+                until_s = time.monotonic() + _FINISH_S
+                while not feed.is_over and time.monotonic() < until_s:
                     self._read(feed, on_line)
 
     def cancel(self) -> bool:
@@ -88,7 +99,7 @@ class ClusterExecutor:
             return
         if feed.has_failed:
             raise how_it_ended(task.stage, feed.job, list(feed.pods.values()))
-        raise PreemptedError(f"{task.stage} was stopped: its Job {feed.job['metadata']['name']} was deleted")
+        raise _JobDeletedError(f"its Job {feed.job['metadata']['name']} was deleted")
 
     def _read(self, feed: JobFeed, on_line: Callable[[str], None]) -> None:
         for line in feed.lines(_POLL_S):
@@ -114,12 +125,16 @@ class ClusterExecutor:
     def _delete_job(self, feed: JobFeed, grace_s: int | None = None) -> None:
         """Delete the Job and also its pods, which the garbage collector would delete only a little later."""
         self._cluster.delete("Job", feed.job["metadata"]["name"], uid=feed.job["metadata"]["uid"])
-        for pod in feed.pods.values():
+        for pod in feed.existing_pods:
             self._cluster.delete("Pod", pod["metadata"]["name"], grace_s)
 
 
 class _MemoryLimitError(OutOfMemoryError):
     """The kernel killed a stage's container at its memory limit, so the stage could not react itself."""
+
+
+class _JobDeletedError(PreemptedError):
+    """Somebody else deleted a stage's Job before it ended."""
 
 
 def with_halved_micro_batch(task: Task, killed: OutOfMemoryError, on_line: Callable[[str], None]) -> Task:

@@ -50,12 +50,15 @@ class PodLog:
             except LlamaRefineError:  # the node is unreachable, the pod is deleted, or its container is about to start
                 failures += 1
             time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
-        yield from self._remaining_lines()
+        yield from self._remaining_lines(has_ended=follow)
 
-    def _remaining_lines(self) -> Iterator[str]:
-        """Yield the lines not yet yielded; reads the log until a complete read brings nothing new."""
-        empty_reads, until_s = 0, time.monotonic() + _UNREADABLE_S
-        while empty_reads < _MAX_EMPTY_READS:
+    def _remaining_lines(self, *, has_ended: bool) -> Iterator[str]:
+        """Yield the lines not yet yielded; reads the log until a complete read brings nothing new.
+
+        The log of a container that may still run is read a few times only: each read may bring new lines.
+        """
+        reads, empty_reads, until_s = 0, 0, time.monotonic() + _UNREADABLE_S
+        while empty_reads < _MAX_EMPTY_READS and (has_ended or reads < _MAX_EMPTY_READS):
             count, part = self._count, self._part
             try:
                 yield from self._new_lines(follow=False)
@@ -67,6 +70,7 @@ class PodLog:
                 continue
             except LlamaRefineError:  # the pod is deleted
                 return
+            reads += 1
             is_unchanged = self._is_whole and (self._count, self._part) == (count, part)
             if is_unchanged and (count or empty_reads):
                 break

@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Callable
 
-from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError
+from llamarefine_jobs.contract.errors import AccessError, LlamaRefineError, PreemptedError
 from llamarefine_k8s.cluster import KubeObject
 from llamarefine_k8s.cluster.api import Cluster
 from llamarefine_k8s.cluster.manifests import (
+    JOB_NAME,
     RUN,
     SETTINGS_MAP,
     TEMPLATE_DIGEST,
@@ -27,6 +28,7 @@ from llamarefine_k8s.settings import Settings
 
 _POLL_S = 0.2
 _GONE_S = 60.0
+_LATE_S = 15.0  # a pod that exists for so long after its grace period is killed
 
 
 class StageObjects:
@@ -38,8 +40,12 @@ class StageObjects:
         self._settings = settings
         self._owner: KubeObject | None = None
 
-    def ensure_job(self, task: Task) -> KubeObject:
-        """Return the Job of a task: the one that already works on it, or a new one in place of an outdated one."""
+    def ensure_job(self, task: Task, is_cancelled: Callable[[], bool] = lambda: False) -> KubeObject:
+        """Return the Job of a task: the one that already works on it, or a new one in place of an outdated one.
+
+        A new Job is created only after the pods of a deleted one have ended, so that no step is trained twice at the
+        same time. Raises PreemptedError if `is_cancelled` returns true meanwhile.
+        """
         owner = self._ensure_owner(task)
         service = stage_service(task, owner)
         if service:
@@ -52,6 +58,7 @@ class StageObjects:
         if existing:
             require_own(existing, task.run)
             delete_and_wait(self._cluster, "Job", existing)
+        self._end_leftover_pods(task, name, is_cancelled)
         created = self._cluster.create(manifest) or self._cluster.get("Job", name)
         if created is None or not self._may_be_followed(created, manifest):
             raise LlamaRefineError(f"another process created the Job {name} just now; is the run driven twice?")
@@ -64,6 +71,43 @@ class StageObjects:
         """
         if self._owner and self._owner["kind"] == "ConfigMap":
             self._cluster.delete("ConfigMap", self._owner["name"], uid=self._owner["uid"])
+
+    def owner_exists(self) -> bool:
+        """Whether the owner of the stages' Jobs exists; a Job that is created after its deletion is deleted, too."""
+        if self._owner is None:
+            return False
+        owner = self._cluster.get(self._owner["kind"], self._owner["name"])
+        return (
+            owner is not None
+            and owner["metadata"]["uid"] == self._owner["uid"]
+            and "deletionTimestamp" not in owner["metadata"]
+        )
+
+    def _end_leftover_pods(self, task: Task, job: str, is_cancelled: Callable[[], bool]) -> None:
+        """Wait until no pod of a deleted Job runs; the pod may be saving a checkpoint.
+
+        A pod without an owner (`kubectl delete --cascade=orphan`) is deleted first. A pod that runs for longer than its
+        grace period is killed. Returns at once if another driver creates the Job meanwhile.
+        """
+        began_s = time.monotonic()
+        deleted: set[str] = set()
+        while pods := self._running_pods(task.run, job):
+            if is_cancelled():
+                raise PreemptedError(f"{task.stage} was cancelled")
+            if self._cluster.get("Job", job):
+                return
+            for pod in pods:
+                name, limit_s = pod["metadata"]["name"], pod["spec"].get("terminationGracePeriodSeconds", 30) + _LATE_S
+                if time.monotonic() - began_s > limit_s:
+                    self._cluster.delete("Pod", name, grace_s=0)
+                elif name not in deleted and not pod["metadata"].get("ownerReferences"):
+                    deleted.add(name)
+                    self._cluster.delete("Pod", name)
+            time.sleep(_POLL_S)
+
+    def _running_pods(self, run: str, job: str) -> list[KubeObject]:
+        pods = self._cluster.objects("Pod", labels=f"{RUN}={run},{JOB_NAME}={job}")
+        return [pod for pod in pods if pod["status"].get("phase") not in ("Succeeded", "Failed")]
 
     def _ensure_service(self, manifest: KubeObject, run: str) -> None:
         """Create a stage's Service. An existing one gets the current owner, because its own may be deleted soon."""

@@ -85,6 +85,8 @@ def stage_statuses(cluster: Cluster, run: str) -> list[StageStatus]:
             found.append(StageStatus(name, "done", None))
         elif condition(job, "Failed", "FailureTarget"):
             found.append(StageStatus(name, "failed", str(how_it_ended(name, job, job_pods))))
+        elif "deletionTimestamp" in job["metadata"]:
+            found.append(StageStatus(name, "waits", "its Job is being deleted"))
         elif sum(pod["status"].get("phase") == "Running" for pod in job_pods) >= job["spec"].get("parallelism", 1):
             nodes = sorted({node for pod in job_pods if (node := silent_node(pod))})
             silent = f"the node {', '.join(nodes)} does not answer; {_WHEN_REPLACED}" if nodes else None

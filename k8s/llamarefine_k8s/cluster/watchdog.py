@@ -32,13 +32,13 @@ class StartWatchdog:
         Raises the reason's LlamaRefineError if the stage has not started within the timeout.
         """
         now_s = time.monotonic()
-        if feed.is_running:
+        if feed.is_running or feed.is_removed:
             self._waiting_since_s = now_s
         left_s = self._waiting_since_s + self._timeout_s - now_s
-        if feed.is_running or now_s - self._checked_s < min(self._check_every_s, left_s):
+        if feed.is_running or feed.is_removed or now_s - self._checked_s < min(self._check_every_s, left_s):
             return
         self._checked_s, self._check_every_s = now_s, min(self._check_every_s * 1.5, _LONGEST_CHECK_S)
-        pods = list(feed.pods.values())
+        pods = feed.existing_pods
         reason = why_waiting(self._stage, feed.job, pods, events_of(self._cluster, feed.job, pods))
         if reason and reason.name not in self._reported:
             self._reported.add(reason.name)

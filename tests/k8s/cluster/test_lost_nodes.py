@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,18 +10,10 @@ from llamarefine_jobs.contract.recipe import Recipe
 from llamarefine_jobs.contract.retry import RetryPolicy
 from llamarefine_k8s.cluster import job_feed, run_status, submission
 from llamarefine_k8s.cluster.api import Cluster
-from llamarefine_k8s.cluster.executor import ClusterExecutor
-from llamarefine_k8s.cluster.manifests import JOB_NAME
-from llamarefine_k8s.runs.pipeline import Task
 from llamarefine_k8s.settings import Settings
 from tests.k8s import control_plane
-from tests.k8s.api_server import ApiServer, Fault, eventually, use_kubeconfig
-
-Object = dict[str, Any]
-RUN, JOB = "small-00000000", "small-00000000-sft"
-DELETED = {"deletionTimestamp": "2026-11-25T00:00:00Z", "deletionGracePeriodSeconds": 0}
-RUNNING = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}
-SUCCEEDED = {"phase": "Succeeded", "containerStatuses": [{"state": {"terminated": {"exitCode": 0}}}]}
+from tests.k8s.api_server import ApiServer, Fault, Object, eventually, use_kubeconfig
+from tests.k8s.running_stage import DELETED, JOB, RUN, RUNNING, SUCCEEDED, RunningStage, finish, put_pod
 
 
 @pytest.fixture
@@ -32,48 +23,11 @@ def cluster(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return Cluster(retry_policy=RetryPolicy(20))
 
 
-class RunningStage:
-    """A stage that a background thread executes."""
-
-    def __init__(self, cluster: Cluster, recipe: Recipe) -> None:
-        self.lines: list[str] = []
-        self.error: BaseException | None = None
-        self._task = Task(RUN, "sft", "0" * 64, recipe, "s3://models/llama")
-        self._executor = ClusterExecutor(cluster, Settings(store="s3://models/llama", gpu_resource=None))
-        self.thread = threading.Thread(target=self._execute, daemon=True)
-        self.thread.start()
-
-    def _execute(self) -> None:
-        try:
-            self._executor.execute(self._task, self.lines.append)
-        except BaseException as error:
-            self.error = error
-
-
 @pytest.fixture
 def running(server: ApiServer, cluster: Cluster, recipe: Callable[..., Recipe]) -> RunningStage:
     stage = RunningStage(cluster, recipe())
     eventually(lambda: ("jobs", JOB) in server.objects)
     return stage
-
-
-def put_pod(server: ApiServer, name: str, status: Object, **metadata: Any) -> None:
-    uid = server.objects["jobs", JOB]["metadata"]["uid"]
-    metadata |= {
-        "name": name,
-        "labels": {JOB_NAME: JOB},
-        "ownerReferences": [{"kind": "Job", "name": JOB, "uid": uid}],
-    }
-    server.put("pods", {"metadata": metadata, "spec": {"nodeName": "gone"}, "status": status})
-
-
-def finish(server: ApiServer, running: RunningStage) -> None:
-    """Let a second pod succeed and the Job complete, as the Job's controller and another node do."""
-    put_pod(server, "two", SUCCEEDED, creationTimestamp="2099-01-01T00:00:00Z")
-    server.ended |= {"one", "two"}
-    server.change("jobs", JOB, {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})
-    running.thread.join(60)
-    assert not running.thread.is_alive()
 
 
 def test_a_pod_that_outlives_its_grace_period_is_declared_failed_and_then_removed(
@@ -135,7 +89,6 @@ def test_following_a_driver_on_a_lost_node_abandons_its_pod(server: ApiServer, c
 def test_status_names_a_node_that_does_not_answer(server: ApiServer, cluster: Cluster, running: RunningStage) -> None:
     unready = RUNNING | {"conditions": [{"type": "Ready", "status": "False"}]}
     put_pod(server, "one", unready)
-    server.change("pods", "one", {"metadata": {"labels": {"llamarefine/run": RUN}}})
     (found,) = run_status.stage_statuses(cluster, RUN)
     assert found.state == "waits"
     assert "the node gone does not answer" in str(found.reason)

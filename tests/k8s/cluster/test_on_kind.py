@@ -180,6 +180,32 @@ def test_a_killed_stage_is_retried(on: OnCluster, recipe_file: Path) -> None:
     assert code == 0, output
 
 
+@pytest.mark.parametrize("cascade", ["foreground", "orphan", "background"])
+def test_a_stage_whose_job_is_deleted_is_made_again_from_its_checkpoint(
+    on: OnCluster, recipe_file: Path, cascade: str
+) -> None:
+    on.act('{"sft": "train"}')
+    run = on.submit(recipe_file)
+    eventually(has_step(on, run, 5), 90)
+    job, driver = f"{run}-sft", on.drivers(run)
+    on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "job", job, f"--cascade={cascade}", "--wait=false")
+    code, output = on.run("submit", str(recipe_file))
+    assert code == 0, output
+    assert f"sft: its Job {job} was deleted; it is created again" in on.run("logs", run, "driver")[1]
+    assert "resumes from the checkpoint" in on.run("logs", run, "sft")[1]
+    assert on.drivers(run) == driver, "the driver goes on"
+
+
+def test_submit_ends_when_its_run_is_deleted_in_the_foreground(on: OnCluster, recipe_file: Path) -> None:
+    on.act('{"sft": "train"}')
+    laptop = on.start("submit", str(recipe_file))
+    run = eventually(lambda: next(iter(on.runs()), None), 60)
+    eventually(has_step(on, run, 5), 90)
+    on.kind_cluster.kubectl("-n", NAMESPACE, "delete", "job", run, "--cascade=foreground", "--wait=false")
+    assert laptop.wait(180) != 0
+    eventually(lambda: on.kind_cluster.objects(NAMESPACE, "jobs,pods", f"llamarefine/run={run}") == [], 180)
+
+
 def test_cancel_removes_every_object_within_15_s(on: OnCluster, recipe_file: Path) -> None:
     on.act('{"sft": "train"}')
     run = on.submit(recipe_file)

@@ -140,6 +140,15 @@ def test_only_the_last_state_of_a_redrawn_line_is_read(server: ApiServer, cluste
     assert list(PodLog(cluster, "pod", "stage").lines()) == ["100%", "\ufffd bytes"]
 
 
+def test_reading_without_following_ends_although_the_container_prints_on(server: ApiServer, cluster: Cluster) -> None:
+    put(server, [b"2026-11-24T00:00:00Z one\n"], ended=False)
+    read = []
+    for number, line in enumerate(PodLog(cluster, "pod", "stage").lines(follow=False)):
+        read.append(line)
+        server.write_log("pod", f"line {number}")  # before the next read
+    assert read[:2] == ["one", "line 0"]
+
+
 def test_the_log_of_a_deleted_pod_ends(server: ApiServer, cluster: Cluster) -> None:
     put(server, [b"2026-11-24T00:00:00Z one\n"], ended=False)
     read = PodLog(cluster, "pod", "stage").lines()

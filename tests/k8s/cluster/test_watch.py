@@ -138,6 +138,34 @@ def test_a_silent_connection_is_replaced(server: ApiServer, watcher: Watcher, mo
     eventually(lambda: server.faults[0].times <= 0)
 
 
+@pytest.mark.parametrize("fault", [Fault(WATCHES, hangs=True, times=10_000), Fault(WATCHES, status=503, times=10_000)])
+def test_changes_are_seen_although_no_watch_can_be_opened(
+    server: ApiServer, watcher: Watcher, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """A proxy may let lists through and hold back watches."""
+    monkeypatch.setattr(api_watch, "WATCH_S", 0.3)
+    monkeypatch.setattr(api_watch, "SILENCE_S", 0.2)
+    server.faults = [copy.copy(fault)]
+    _break_the_watch(server)
+    change_everything(server, 3)
+    eventually(lambda: watcher.state == jobs_of(server))
+    assert watcher.error is None
+
+
+def test_a_change_that_no_watch_shows_is_seen_in_the_next_list(
+    server: ApiServer, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_watch, "WATCH_S", 1)
+    server.put("jobs", job("first", "there"))
+    eventually(lambda: "first" in watcher.state)
+    _break_the_watch(server)  # the next one uses the new WATCH_S
+    with server.changed:
+        server.remove("jobs", "first")
+        server.put("jobs", job("second", "unseen"))
+        server.history.clear()
+    eventually(lambda: watcher.state == {"second": "unseen"})
+
+
 def test_an_object_deleted_during_an_outage_is_reported_as_deleted(server: ApiServer, watcher: Watcher) -> None:
     server.put("jobs", job("first", "there"))
     server.put("jobs", job("second", "there"))
