@@ -39,7 +39,7 @@ def test_the_command_runs_with_a_read_only_root_and_without_privileges(env: dict
 
 
 def test_the_image_contains_no_training_library(env: dict[str, str]) -> None:
-    words = "stages cannot run here: torch, transformers, trl, peft, datasets not installed"
+    words = "stages cannot run here: torch, transformers, peft, datasets not installed"
     assert words in run(env, IMAGE, "version")
 
 
