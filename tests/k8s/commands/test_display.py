@@ -44,7 +44,9 @@ def test_the_table_shows_progress_keys_errors_and_logs() -> None:
         display.note("sft", "packing is off")
         display.show(
             record(
-                prepare=StageRecord(state="reused", key=KEY, started_at=began, finished_at=began + timedelta(seconds=34)),
+                prepare=StageRecord(
+                    state="reused", key=KEY, started_at=began, finished_at=began + timedelta(seconds=34)
+                ),
                 sft=StageRecord(
                     state="running", key=KEY, started_at=began, progress=Progress("sft", 40, 100, loss=4.5)
                 ),
