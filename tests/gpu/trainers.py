@@ -1,14 +1,11 @@
 """Trainers as the stages build them, without a stage around them, for the GPU tests and the benchmark."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.recipe import Recipe
-from llamarefine_jobs.contract.stages import STAGES
-from llamarefine_jobs.process.sigterm import Stop
 from llamarefine_jobs.store import Store
 from tests.jobs import tiny
 
@@ -21,19 +18,7 @@ def make_context(stage: str, recipe: Recipe, prepared: Path, folder: Path, train
     if trained:
         parents["sft"] = tiny.publish(store, trained, "sft", recipe, dict(parents))
         inputs["sft"] = trained
-    (folder / "output").mkdir(parents=True)
-    return Context(
-        stage=STAGES[stage],
-        recipe=recipe,
-        store=store,
-        key="0" * 64,
-        parents=parents,
-        inputs=inputs,
-        output=folder / "output",
-        work=folder,
-        started_at=datetime.now(UTC),
-        stop=Stop(),
-    )
+    return tiny.make_context(stage, recipe, folder, parents, inputs)
 
 
 def load(backend: Any, context: Context, base: Path) -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
 """Rows, adapters and a context for tests of the training step, without a stage around it."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +8,8 @@ from typing import Any
 import torch
 
 from llamarefine_jobs.context import Context
-from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.packing import Size
-from llamarefine_jobs.process.sigterm import Stop
-from llamarefine_jobs.store import Store
 from llamarefine_jobs.training.objectives import Example
 from tests.jobs import tiny
 
@@ -106,18 +102,4 @@ def worst_difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 def make_context(folder: Path, stage: str, *overrides: str) -> Context:
     """Return the context of a training of the tiny recipe in `folder`, without artifacts that it reads."""
-    recipe = tiny.recipe(*overrides)
-    for name in ("output", "work"):
-        (folder / name).mkdir(parents=True)
-    return Context(
-        stage=STAGES[stage],
-        recipe=recipe,
-        store=Store(str(folder / "store")),
-        key="0" * 64,
-        parents={},
-        inputs={},
-        output=folder / "output",
-        work=folder / "work",
-        started_at=datetime.now(UTC),
-        stop=Stop(),
-    )
+    return tiny.make_context(stage, tiny.recipe(*overrides), folder, {}, {})

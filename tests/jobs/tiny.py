@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import Manifest, Parent, artifact_key
 from llamarefine_jobs.contract.prompt import TEMPLATE_SHA256, answer, question
 from llamarefine_jobs.contract.recipe import Recipe
+from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.contract.version import __version__
 from llamarefine_jobs.models.encoding import set_special_tokens
+from llamarefine_jobs.process.sigterm import Stop
 from llamarefine_jobs.recipe_file import parse_recipe
 from llamarefine_jobs.sources.pinning import pin
 from llamarefine_jobs.store import Store
@@ -157,6 +160,25 @@ def publish(
             finished_at=now,
             **more,
         ),
+    )
+
+
+def make_context(
+    stage: str, recipe: Recipe, folder: Path, parents: dict[str, Manifest], inputs: dict[str, Path]
+) -> Context:
+    """Return the context of a stage in `folder`, with a store and an empty output folder there."""
+    (folder / "output").mkdir(parents=True)
+    return Context(
+        stage=STAGES[stage],
+        recipe=recipe,
+        store=Store(str(folder / "store")),
+        key="0" * 64,
+        parents=parents,
+        inputs=inputs,
+        output=folder / "output",
+        work=folder,
+        started_at=datetime.now(UTC),
+        stop=Stop(),
     )
 
 

@@ -117,7 +117,7 @@ def resident_bytes(shape: Shape, section: Sft | Dpo) -> int:
 
 
 def pass_bytes(shape: Shape, section: Sft | Dpo, tokens: int) -> int:
-    """Return the bytes that the forward and backward computation of one pass over `tokens` tokens adds at its peak."""
+    """Return the peak memory in bytes of one pass over `tokens` tokens, on top of `resident_bytes`."""
     per_pass = shape.adapter_parameters(section.lora) * _HALF  # autocast's copy of the adapter
     if section.quantization == "nf4":
         per_pass += shape.intermediate * shape.hidden * _HALF  # one layer at a time is dequantised

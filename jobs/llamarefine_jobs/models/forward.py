@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
+from llamarefine_jobs.models.backends import BF16_CAPABILITY
 from llamarefine_jobs.models.encoding import Encoded
 from llamarefine_jobs.models.packed_attention import using_packed_attention
 from llamarefine_jobs.models.packing import Packed, Size, exact_size, split
 from llamarefine_jobs.models.token_loss import NO_TARGET, token_nats
-
-_PACKED_FROM_CAPABILITY = (8, 0)  # of torch's flash attention kernel
 
 
 class Batch(Protocol):
@@ -150,12 +149,33 @@ def can_pack(model: Any) -> bool:
     """
     if device_of(model).type == "cpu":
         return True
-    is_new_enough = torch.cuda.get_device_capability(device_of(model)) >= _PACKED_FROM_CAPABILITY
+    is_new_enough = torch.cuda.get_device_capability(device_of(model)) >= BF16_CAPABILITY
     return is_new_enough and head_of(causal_model_of(model)).dtype in (torch.bfloat16, torch.float16)
 
 
+def row_sums(values_T: Any, batch: Batch) -> Any:
+    """Return the sum of the values at each row's positions, (rows,), in fp64.
+
+    A row has hundreds of nats, of which fp32 rounds away 1e-4, and a margin is the small difference of such sums.
+    """
+    values_T = values_T.double()
+    return values_T.new_zeros(batch.rows).index_add(0, batch.row_of, values_T)
+
+
+@contextlib.contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """Compute in evaluation mode within the block, without gradients and without a training's compiled layers."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
+
+
 def causal_model_of(model: Any) -> Any:
-    """Return the language model with its head, without PEFT's wrapper; the adapter's layers stay in it."""
+    """Return the causal language model inside PEFT's wrapper, or `model` itself; adapter layers stay in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -171,7 +191,7 @@ def device_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def mixed_precision(model: Any) -> Iterator[None]:
-    """Compute in the dtype of the model's weights where these have 16 bits: the adapter's weights have 32."""
+    """Use autocast in the dtype of the model's weights if that has 16 bits; the adapter's weights are fp32."""
     dtype = head_of(causal_model_of(model)).dtype
     with torch.autocast(device_of(model).type, dtype, enabled=dtype.itemsize == 2):
         yield

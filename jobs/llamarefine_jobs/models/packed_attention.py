@@ -84,7 +84,7 @@ def _row_by_row(
 
 
 def _band(tokens: int, window: int | None) -> Any:
-    """Return the mask (T, T) of causal attention to the newest `window` positions, the own one included."""
+    """Return the mask (T, T) of sliding-window attention: a position sees itself and the `window - 1` before it."""
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
     return (distance >= 0) & (distance < window)
 

@@ -23,7 +23,7 @@ def token_nats(hidden_TH: Any, head_VH: Any, targets_T: Any) -> Any:
 
 
 class _TokenNats(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
-    """Computes the gradient already in the forward pass, because it needs the same logits, chunk by chunk.
+    """Computes the gradient in the forward pass too, because both need the same logits, one chunk at a time.
 
     This is possible because the loss of a position depends on the hidden state of this position only. The backward
     pass then multiplies each position's gradient with the weight that the rest of the loss gives to that position.

@@ -111,7 +111,7 @@ def section_that_halves(stage_name: str, recipe: Recipe) -> Sft | Dpo | None:
 
 
 def with_micro_batch_below(section: Sft | Dpo, too_large: Sequence[int]) -> Sft | Dpo:
-    """Return `section`, with `micro_batch_rows` set so that a pass has fewer rows than all of `too_large`, or 1."""
+    """Return `section` with `micro_batch_rows` lowered below every number in `too_large`, but not below 1."""
     while too_large and 1 < section.pass_rows >= min(too_large):
         section = section.model_copy(update={"micro_batch_rows": halved_micro_batch_rows(section)})
     return section

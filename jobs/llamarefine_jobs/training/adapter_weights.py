@@ -63,7 +63,7 @@ class AdapterWeights:
         return bool(self.values.isfinite().all())
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return AdamW's state on the CPU, named by moment and weight, for a file."""
+        """Return AdamW's state as tensors on the CPU, with names such as `exp_avg.<weight's name>`."""
         state = self._optimizer.state[self._flat]
         found = {
             f"{moment}.{name}": state[moment][place].view(shape).cpu().clone()

@@ -20,7 +20,7 @@ _TOLERANCE_FP32, _TOLERANCE_16_BITS = 1e-4, 3e-2
 def checked_forward(
     backend: Backend, model: Any, pad_id: int, rows: Sequence[Encoded], note: Callable[[str], None]
 ) -> Forward:
-    """Return the packed forward if the backend packs, and it scores the first rows as the model's own attention does.
+    """Return the packed forward if the backend packs and its scores of the first rows equal the model's own.
 
     Otherwise return the padded forward, and say why in one line.
     """

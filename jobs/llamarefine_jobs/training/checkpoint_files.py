@@ -32,6 +32,11 @@ class TrainingState:
     history: list[dict[str, float]]
 
 
+def checkpoints_address(context: Context) -> str:
+    """Return the address of a training's checkpoints in the store."""
+    return f"{context.store.uri}/{checkpoint_path(context.stage.name, context.key)}"
+
+
 @contextlib.contextmanager
 def reporting_damage(context: Context) -> Iterator[None]:
     """Turn the errors of functions that read a checkpoint into an IntegrityError that says what to do about it."""
@@ -40,9 +45,8 @@ def reporting_damage(context: Context) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LlamaRefineError) or is_out_of_memory(error) or means_lost_peer(error):
             raise
-        where = f"{context.store.uri}/{checkpoint_path(context.stage.name, context.key)}"
         what = f"a training cannot resume from it ({type(error).__name__}: {first_line(error)})"
-        raise damaged(where, what) from None
+        raise damaged(checkpoints_address(context), what) from None
 
 
 def write_checkpoint(folder: Path, model: Any, weights: AdapterWeights, state: TrainingState) -> None:

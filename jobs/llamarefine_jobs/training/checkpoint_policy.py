@@ -31,11 +31,6 @@ class CheckpointPolicy:
         self._has_good_loss = False  # this process logged at least one good loss
         self.preempted_error: PreemptedError | None = None  # set in the first process once SIGTERM's checkpoint is done
 
-    @property
-    def address(self) -> str:
-        """The address of this training's checkpoints in the store."""
-        return f"{self._context.store.uri}/{checkpoint_path(self._context.stage.name, self._context.key)}"
-
     def begin(self, step: int) -> None:
         """Start the schedule at `step`: the step of the checkpoint that the training continues from, or 0."""
         self._uploader.newest_step = step or None
@@ -53,7 +48,7 @@ class CheckpointPolicy:
         return step - 1 == self._saved_step
 
     def complete(self, step: int, folder: Path, best: BestAdapter, *, preempted: bool) -> None:
-        """Add the best adapter to the checkpoint in `folder`, and upload it when it is good.
+        """Add the best adapter to the checkpoint in `folder`, and upload the checkpoint once its loss is known good.
 
         Every process must call this. Only the first process has written the folder.
         """

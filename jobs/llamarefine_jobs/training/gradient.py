@@ -7,7 +7,7 @@ it fails, or its gradient is not that of the plain pass, the training goes on wi
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,13 @@ class StepGradient:
         The loss is a tensor on the device; reading it would wait for the device. `weight` is the weight of the whole
         step, over all processes.
         """
-        while True:
-            try:
-                losses = [self._run(part, weight) for part in self._split(examples)]
-                return torch.stack(losses).sum()
-            except Exception as error:
-                if not is_out_of_memory(error) or not self._halve(examples):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # the frames hold the pass's tensors
-            self._captured.clear()
-            free_memory()
-            self.weights.clear_gradient()
 
-    def prepare(self, steps: Sequence[Sequence[Example]], longest_row: int, *, has_dropout: bool) -> None:
+        def loss_of_passes() -> Any:
+            return torch.stack([self._run(part, weight) for part in self._split(examples)]).sum()
+
+        return self._halving_passes(loss_of_passes, examples)
+
+    def prepare(self, steps: Iterable[Sequence[Example]], longest_row: int, *, has_dropout: bool) -> None:
         """Try compiled layers, then CUDA graphs, on the first of `steps`; keep what works. Does nothing on a CPU.
 
         `steps` are the examples of this process in some steps of the training, from which the sizes of the packed
@@ -85,14 +79,15 @@ class StepGradient:
         """
         if not isinstance(self.forward, PackedForward) or device_of(self.forward.model).type != "cuda":
             return
+        sampled = list(steps)
         ways = {
             "compiled layers": (self.compile_layers, self.uncompile_layers),
-            "CUDA graphs": (lambda: self._capture_passes(steps, longest_row), self._release_captured),
+            "CUDA graphs": (lambda: self._capture_passes(sampled, longest_row), self._release_captured),
         }
-        self.keep_what_works(ways, steps[0], has_dropout=has_dropout)
+        self.keep_what_works(ways, sampled[0], has_dropout=has_dropout)
 
     def keep_what_works(self, ways: Mapping[str, Way], examples: Sequence[Example], *, has_dropout: bool) -> None:
-        """Begin each of the faster `ways`; undo it, and say why, if it fails or gives another gradient."""
+        """Switch on each faster way; switch it off again, and log why, if it fails or changes the gradient."""
         weight = self.objective.weight(examples)
         plain = self._gradient_of(examples, weight)
         for name, (begin, undo) in ways.items():
@@ -170,6 +165,19 @@ class StepGradient:
             self._sizes.append(replace(self._sizes[-1], tokens=round_up(tokens + tokens // 10)))
         return next(size for size in self._sizes if size.tokens >= tokens)
 
+    def _halving_passes(self, compute: Callable[[], Any], examples: Sequence[Example]) -> Any:
+        """Return the result of `compute`, called again with half the tokens in a pass whenever memory runs out."""
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._halve(examples):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # the frames hold the pass's tensors
+            self._captured.clear()
+            free_memory()
+            self.weights.clear_gradient()
+
     def _halve(self, examples: Sequence[Example]) -> bool:
         """Halve the tokens of a pass if the step has passes that can be split; return whether it did."""
         longest = max(map(len, examples))
@@ -209,18 +217,15 @@ class StepGradient:
 
     def _capture_passes(self, steps: Sequence[Sequence[Example]], longest_row: int) -> None:
         """Choose sizes for `steps` and capture them; halve the tokens of a pass as long as memory runs out."""
-        while True:
-            try:
-                return self._capture(self._choose_sizes(steps, longest_row), steps[0][0].rows)
-            except Exception as error:
-                if not is_out_of_memory(error) or not self._halve(steps[0]):
-                    raise
-                traceback.clear_frames(error.__traceback__)
+
+        def capture() -> None:
             self._release_captured()
-            free_memory()
+            self._capture(self._choose_sizes(steps, longest_row), steps[0][0].rows)
+
+        self._halving_passes(capture, steps[0])
 
     def _capture(self, sizes: Sequence[Size], rows: Sequence[Encoded]) -> None:
-        """Capture a pass of each size, and run passes only in captured sizes from now on.
+        """Capture a pass of each size; from now on, every pass runs in a captured size.
 
         The largest is captured first, because the others then fit into its memory: all graphs use the same, as they
         run one after the other and nothing of a pass is read after the next.

@@ -18,6 +18,7 @@ from llamarefine_jobs.training.adapter_weights import AdapterWeights
 from llamarefine_jobs.training.best_adapter import BestAdapter
 from llamarefine_jobs.training.checkpoint_files import (
     TrainingState,
+    checkpoints_address,
     read_checkpoint,
     reporting_damage,
     write_checkpoint,
@@ -73,7 +74,7 @@ class Trainer:
         tokens_per_example = sum(map(len, examples)) / len(examples)
         self.progress = TrainingProgress(section, context, tokens_per_example)
         self.checkpoints = CheckpointPolicy(section, context)
-        self.best = BestAdapter(context.work, self.checkpoints.address)
+        self.best = BestAdapter(context.work, checkpoints_address(context))
         self._validate_model = validate
         self._unread_losses: list[Any] = []  # of the newest steps, on the device: reading one waits for the device
         self._read_losses: list[float] = []  # of the steps before them, since the last log
@@ -84,19 +85,23 @@ class Trainer:
         has_dropout = self.section.lora.dropout > 0
         self.model.train()
         longest_row = max(len(row) for example in self.examples for row in example.rows)
-        self.gradient.prepare([self.own_examples(step) for step in sampled], longest_row, has_dropout=has_dropout)
+        steps = (self.own_examples(step) for step in sampled)  # a CPU takes none of them
+        self.gradient.prepare(steps, longest_row, has_dropout=has_dropout)
+
+    def examples_of(self, step: int) -> list[Example]:
+        """Return all examples of a step."""
+        return [self.examples[index] for index in self.schedule.rows_of(step)]
 
     def own_examples(self, step: int) -> list[Example]:
         """Return this process's share of a step's examples. All shares have about as many tokens."""
-        examples = [self.examples[index] for index in self.schedule.rows_of(step)]
-        return list(self.context.world.shard(sorted(examples, key=len, reverse=True)))
+        return self._share_of(self.examples_of(step))
 
     def step_loss(self, step: int) -> Any:
         """Compute the gradient of a step; return this process's part of the step's loss, on the device."""
         if self.section.lora.dropout:
             self._seed_dropout(step)
-        weight = self.objective.weight([self.examples[index] for index in self.schedule.rows_of(step)])
-        return self.gradient(self.own_examples(step), weight)
+        examples = self.examples_of(step)
+        return self.gradient(self._share_of(examples), self.objective.weight(examples))
 
     def train(self, checkpoint: Path | None) -> None:
         """Train to the last step, from `checkpoint` if there is one, and write the best adapter to the output.
@@ -234,6 +239,9 @@ class Trainer:
 
     def _diverged(self, what: str, step: int) -> DivergedError:
         return self.checkpoints.diverged_error(f"{what} at step {step} of {self.state.steps}")
+
+    def _share_of(self, examples: Sequence[Example]) -> list[Example]:
+        return list(self.context.world.shard(sorted(examples, key=len, reverse=True)))
 
     def _seed_dropout(self, step: int) -> None:
         """Seed the random numbers of a step, so that a training that continues draws the same ones."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llamarefine_jobs.models.encoding import Encoded
+from llamarefine_jobs.models.forward import row_sums
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Example:
 
 
 class Objective(Protocol):
-    """A loss. The loss of a step is the sum of its passes' losses, for any split of the step into passes."""
+    """A training loss. A step's loss is the sum of its passes' losses, however the step is split into passes."""
 
     rows_per_example: int
 
@@ -73,12 +74,3 @@ class DpoObjective:
         """Return the reward margin of each pair, (R / 2,)."""
         rewards_R = self.beta * (-row_sums(nats_T, batch) - reference_R)
         return rewards_R[0::2] - rewards_R[1::2]
-
-
-def row_sums(values_T: Any, batch: Any) -> Any:
-    """Return the sum of the values of each row's positions, (R,), in fp64.
-
-    A row has hundreds of nats, of which fp32 rounds away 1e-4, and a margin is the small difference of such sums.
-    """
-    values_T = values_T.double()
-    return values_T.new_zeros(batch.rows).index_add(0, batch.row_of, values_T)

@@ -14,9 +14,8 @@ from typing import Any
 from llamarefine_jobs.contract.errors import ProofError
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import Encoded
-from llamarefine_jobs.models.forward import PaddedForward
+from llamarefine_jobs.models.forward import PaddedForward, measuring, row_sums
 from llamarefine_jobs.models.scoring import score
-from llamarefine_jobs.training.objectives import row_sums
 
 LN_2 = math.log(2)
 _COMPARED_PAIRS = 16
@@ -46,7 +45,6 @@ def score_reference_separately(
     """
     answers = [answer for pair in pairs[:_COMPARED_PAIRS] for answer in pair]
     model = backend.load(base)
-
     bare = _per_token(model, pad_id, answers)
     model = adapters.attach_adapter(model, adapter)
     once = _per_token(model, pad_id, answers)
@@ -123,27 +121,20 @@ def _likely_cause(reference: list[float], expected: ExpectedScores) -> str:
 
 
 def _worst_pair(trainer: Any) -> tuple[float, float]:
-    """Return loss and reward margin of the pairs that are farthest from ln 2 and from 0, among the first pairs.
+    """Return the loss farthest from ln 2 and the reward margin farthest from 0 among the first pairs.
 
     Policy and reference are computed in the same way now, so they agree to the last bit if they are the same model.
     """
-    import torch
-
-    forward, objective, model = trainer.forward, trainer.objective, trainer.model
-    was_training = model.training
-    model.eval()
+    forward, objective = trainer.forward, trainer.objective
     losses, margins = [], []
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for example in trainer.examples[:_COMPARED_PAIRS]:
-                batch = forward.batch(example.rows)
-                with model.disable_adapter():
-                    reference_R = -row_sums(forward.nats(batch), batch)
-                nats_T = forward.nats(batch)
-                losses.append(float(objective.loss(nats_T, batch, reference_R, 1)))
-                margins.append(float(objective.margins(nats_T, batch, reference_R)))
-    finally:
-        model.train(was_training)
+    with measuring(trainer.model):
+        for example in trainer.examples[:_COMPARED_PAIRS]:
+            batch = forward.batch(example.rows)
+            with trainer.model.disable_adapter():
+                reference_R = -row_sums(forward.nats(batch), batch)
+            nats_T = forward.nats(batch)
+            losses.append(float(objective.loss(nats_T, batch, reference_R, 1)))
+            margins.append(float(objective.margins(nats_T, batch, reference_R)))
     return max(losses, key=lambda loss: abs(loss - LN_2)), max(margins, key=abs)
 
 

@@ -126,7 +126,7 @@ def log_lines(cluster: Cluster, run: str, stage: str, *, follow: bool) -> Iterat
 
 
 def remove(cluster: Cluster, run: str, only: Sequence[tuple[str, KubeObject]] | None = None) -> None:
-    """Delete all objects of a run, or `only` these. Its stage gets SIGTERM and 8 s to save a checkpoint.
+    """Delete a run's objects: all, or those in `only`. Its stage gets SIGTERM and 8 s to save a checkpoint.
 
     Returns when nothing is left; raises LlamaRefineError if an object still exists after 15 s. Pods that exist after
     10 s are killed.

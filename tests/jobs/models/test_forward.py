@@ -99,20 +99,25 @@ def test_rows_of_one_answer_token_are_packed(model: Any) -> None:
     assert found == pytest.approx([nats_alone(model, row) for row in rows], rel=TOLERANCE)
 
 
+SMALL = {
+    "vocab_size": packed.TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
 def mistral(window: int) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
     return MistralForCausalLM(
         MistralConfig(
-            vocab_size=packed.TOKENS,
-            hidden_size=32,
-            intermediate_size=64,
+            **SMALL,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             sliding_window=window,
-            initializer_range=0.2,
         )
     ).eval()
 
@@ -123,16 +128,11 @@ def qwen2() -> Any:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=packed.TOKENS,
-            hidden_size=32,
-            intermediate_size=64,
+            **SMALL,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             use_sliding_window=True,
             sliding_window=16,
             max_window_layers=1,  # the first layer sees the whole row
-            initializer_range=0.2,
         )
     )
     for name, weight in model.named_parameters():

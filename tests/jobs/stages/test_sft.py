@@ -4,7 +4,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from llamarefine_jobs import sft
 from llamarefine_jobs.context import Context
 from llamarefine_jobs.contract.artifact import checkpoint_path
 from llamarefine_jobs.contract.errors import DataError, DivergedError, RecipeError
-from llamarefine_jobs.contract.stages import STAGES
 from llamarefine_jobs.models import adapters, backends
 from llamarefine_jobs.models.encoding import encode, encode_questions, load_tokenizer, read_rows, set_special_tokens
 from llamarefine_jobs.models.lora import ADAPTER_WEIGHTS
-from llamarefine_jobs.process.sigterm import Stop
 from llamarefine_jobs.store import Store
 from tests.jobs import tiny
 
@@ -48,21 +45,8 @@ def context(prepared: Path, tmp_path: Path) -> Context:
 def make_context(stage: str, prepared: Path, folder: Path, *overrides: str, **inputs: Path) -> Context:
     """Return a context for `stage` with real folders."""
     recipe = tiny.recipe(*overrides)
-    store = Store(str(folder / "store"))
-    manifest = tiny.publish_prepared(store, prepared, recipe)
-    (folder / "output").mkdir(parents=True)
-    return Context(
-        stage=STAGES[stage],
-        recipe=recipe,
-        store=store,
-        key="0" * 64,
-        parents={"prepare": manifest},
-        inputs={"prepare": prepared, **inputs},
-        output=folder / "output",
-        work=folder,
-        started_at=datetime.now(UTC),
-        stop=Stop(),
-    )
+    parents = {"prepare": tiny.publish_prepared(Store(str(folder / "store")), prepared, recipe)}
+    return tiny.make_context(stage, recipe, folder, parents, {"prepare": prepared, **inputs})
 
 
 @given(prompt_text=text, answer_text=text, before=turns)
